@@ -1,0 +1,291 @@
+//! The techniques as policies: when does a round end the running of the guest at the source?
+//!
+//! One mechanism, many policies: rounds of pages go out until the policy says otherwise. A policy
+//! sees numbers only and keeps nothing between calls, so that its verdict can be tested, explained
+//! and predicted from a [`Progress`] alone.
+
+use core::fmt;
+use core::time::Duration;
+use limosa_pages::{BytesPerSecond, PageCount};
+use serde::{Deserialize, Serialize};
+
+/// The technique of a migration.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Mode {
+    /// Pause, copy everything, run at the target: the least traffic and the longest downtime.
+    StopAndCopy,
+    /// Copy while the guest runs, again what it dirtied, pause for the rest. `[Clark05 §3.2]`
+    PreCopy,
+}
+
+impl Mode {
+    /// All of them, in the order in which they are explained.
+    pub const ALL: [Self; 2] = [Self::StopAndCopy, Self::PreCopy];
+
+    /// As it is typed on a command line.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::StopAndCopy => "stop-and-copy",
+            Self::PreCopy => "pre-copy",
+        }
+    }
+
+    /// True if pages go out while the guest runs at the source.
+    pub const fn copies_live(self) -> bool {
+        match self {
+            Self::StopAndCopy => false,
+            Self::PreCopy => true,
+        }
+    }
+
+    /// The policy that carries it out.
+    pub fn policy(self) -> &'static dyn Policy {
+        match self {
+            Self::StopAndCopy => &StopAndCopy,
+            Self::PreCopy => &PreCopy,
+        }
+    }
+}
+
+impl fmt::Display for Mode {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+/// What the operator allows; can be changed while the migration runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Limits {
+    /// The downtime that pre-copy aims at, fixed costs included.
+    pub downtime_max: Duration,
+    /// Bytes a second on the wire, all streams together; `None` is as fast as it goes.
+    pub bandwidth_max: Option<BytesPerSecond>,
+    /// The whole migration should be over after this time; pre-copy then pauses early.
+    pub deadline: Option<Duration>,
+    /// Rounds while the guest runs, the bulk round included.
+    pub rounds_max: u32,
+}
+
+impl Default for Limits {
+    /// 5 ms is what an idle guest reaches with room to spare; 30 rounds is what Xen allows.
+    fn default() -> Self {
+        Self {
+            downtime_max: Duration::from_millis(5),
+            bandwidth_max: None,
+            deadline: None,
+            rounds_max: 30,
+        }
+    }
+}
+
+/// Where a migration stands when a round is over and its successor has been harvested.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Progress {
+    /// Rounds sent so far.
+    pub rounds: u32,
+    /// Pages that wait to be sent now.
+    pub remaining: PageCount,
+    /// Consecutive rounds that shrank the remaining pages by less than a tenth.
+    pub rounds_without_progress: u32,
+    /// Payload rate as delivered to the target; `None` before the first round.
+    pub bandwidth: Option<BytesPerSecond>,
+    /// The part of the downtime that does not depend on the number of pages, as rehearsed.
+    pub fixed_cost: Duration,
+    /// Since the migration was asked for.
+    pub elapsed: Duration,
+}
+
+impl Progress {
+    /// Downtime if the guest were paused now: fixed cost plus remaining bytes over bandwidth.
+    /// `None` while the bandwidth is unknown. `docs/techniques.md` explains the formula.
+    pub fn predicted_downtime(&self) -> Option<Duration> {
+        Some(self.fixed_cost.saturating_add(self.copy_time()?))
+    }
+
+    /// Time to copy what remains.
+    fn copy_time(&self) -> Option<Duration> {
+        self.bandwidth?.time_for(self.remaining.bytes())
+    }
+}
+
+/// Why the guest was paused.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum PauseReason {
+    /// The mode pauses before the first page.
+    Mode,
+    /// The predicted downtime is within the limit.
+    WithinBudget,
+    /// The limit of rounds is reached.
+    RoundsMax,
+    /// The guest dirties pages as fast as they are sent.
+    NoProgress,
+    /// Another round would miss the deadline.
+    Deadline,
+}
+
+impl PauseReason {
+    /// One sentence for the operator.
+    pub const fn explain(self) -> &'static str {
+        match self {
+            Self::Mode => "the mode pauses the guest before the first page",
+            Self::WithinBudget => "the predicted downtime was within the limit",
+            Self::RoundsMax => "the limit of rounds was reached",
+            Self::NoProgress => "the guest dirtied its pages as fast as the link carried them",
+            Self::Deadline => "another round would have missed the deadline",
+        }
+    }
+}
+
+/// What to do with the pages that wait.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Verdict {
+    /// Send them while the guest runs.
+    AnotherRound,
+    /// Pause the guest, send them and whatever came on top.
+    PauseAndCopy(PauseReason),
+}
+
+/// A technique.
+pub trait Policy {
+    /// Decides after a harvest. Total, and with any sequence of answers from the world it says
+    /// [`Verdict::PauseAndCopy`] after at most `limits.rounds_max` rounds.
+    fn verdict(&self, progress: &Progress, limits: &Limits) -> Verdict;
+}
+
+/// Pauses before the first page.
+#[derive(Debug)]
+pub struct StopAndCopy;
+
+impl Policy for StopAndCopy {
+    fn verdict(&self, _: &Progress, _: &Limits) -> Verdict {
+        Verdict::PauseAndCopy(PauseReason::Mode)
+    }
+}
+
+/// Copies in rounds and stops where another round would not pay.
+///
+/// `[Clark05 §3.2]` stops on a small rest, too many rounds or too many bytes. Differs: the rest is
+/// weighed as a predicted downtime that counts the rehearsed fixed cost, and a dirty set that does
+/// not shrink ends the rounds at once, since each further round costs its bytes for nothing.
+#[derive(Debug)]
+pub struct PreCopy;
+
+impl PreCopy {
+    /// Rounds in a row that shrink the rest by less than a tenth before pre-copy gives up: one may
+    /// be bad luck of the guest's phases, two are its rate.
+    pub const ROUNDS_WITHOUT_PROGRESS_MAX: u32 = 2;
+}
+
+impl Policy for PreCopy {
+    fn verdict(&self, progress: &Progress, limits: &Limits) -> Verdict {
+        if progress.rounds == 0 {
+            return Verdict::AnotherRound;
+        }
+        let predicted = progress.predicted_downtime();
+        if progress.remaining == PageCount::ZERO
+            || predicted.is_some_and(|downtime| downtime <= limits.downtime_max)
+        {
+            return Verdict::PauseAndCopy(PauseReason::WithinBudget);
+        }
+        if progress.rounds >= limits.rounds_max {
+            return Verdict::PauseAndCopy(PauseReason::RoundsMax);
+        }
+        if progress.rounds_without_progress >= Self::ROUNDS_WITHOUT_PROGRESS_MAX {
+            return Verdict::PauseAndCopy(PauseReason::NoProgress);
+        }
+        let another = progress.elapsed + 2 * progress.copy_time().unwrap_or(Duration::ZERO);
+        if limits
+            .deadline
+            .is_some_and(|deadline| another + progress.fixed_cost > deadline)
+        {
+            return Verdict::PauseAndCopy(PauseReason::Deadline);
+        }
+        Verdict::AnotherRound
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn progress(rounds: u32, remaining: u64) -> Progress {
+        Progress {
+            rounds,
+            remaining: PageCount::new(remaining),
+            rounds_without_progress: 0,
+            bandwidth: Some(BytesPerSecond::new(4096 * 1000)),
+            fixed_cost: Duration::from_millis(2),
+            elapsed: Duration::from_secs(1),
+        }
+    }
+
+    fn check(progress: Progress, limits: Limits, expect: Verdict) {
+        assert_eq!(PreCopy.verdict(&progress, &limits), expect);
+    }
+
+    #[test]
+    fn pre_copy_counts_the_fixed_cost_against_the_budget() {
+        // A page takes 1 ms here: 3 pages and 2 ms of fixed cost fill the 5 ms exactly.
+        let limits = Limits::default();
+        check(
+            progress(1, 3),
+            limits,
+            Verdict::PauseAndCopy(PauseReason::WithinBudget),
+        );
+        check(progress(1, 4), limits, Verdict::AnotherRound);
+        check(progress(0, 3), limits, Verdict::AnotherRound);
+    }
+
+    #[test]
+    fn pre_copy_gives_up_by_rounds_progress_and_deadline() {
+        let limits = Limits {
+            rounds_max: 7,
+            ..Limits::default()
+        };
+        check(
+            progress(7, 1000),
+            limits,
+            Verdict::PauseAndCopy(PauseReason::RoundsMax),
+        );
+        let stuck = Progress {
+            rounds_without_progress: 2,
+            ..progress(3, 1000)
+        };
+        check(
+            stuck,
+            limits,
+            Verdict::PauseAndCopy(PauseReason::NoProgress),
+        );
+        let limits = Limits {
+            deadline: Some(Duration::from_millis(3001)),
+            ..limits
+        };
+        check(
+            progress(3, 1000),
+            limits,
+            Verdict::PauseAndCopy(PauseReason::Deadline),
+        );
+        check(progress(3, 999), limits, Verdict::AnotherRound);
+    }
+
+    proptest! {
+        #[test]
+        fn pre_copy_always_ends(rest in 0..u64::MAX / 8192, max in 0..100u32, stuck in 0..9u32,
+                                rate in prop::option::of(0..u64::MAX), elapsed in 0..u64::MAX / 4) {
+            let limits = Limits { rounds_max: max, ..Limits::default() };
+            let progress = Progress {
+                rounds: max.max(1),
+                remaining: PageCount::new(rest),
+                rounds_without_progress: stuck,
+                bandwidth: rate.map(BytesPerSecond::new),
+                fixed_cost: Duration::from_nanos(elapsed),
+                elapsed: Duration::from_nanos(elapsed),
+            };
+            let verdict = PreCopy.verdict(&progress, &limits);
+            prop_assert!(matches!(verdict, Verdict::PauseAndCopy(_)));
+        }
+    }
+}

@@ -1,0 +1,160 @@
+//! What an engine knows about a migration: outcome, times, rounds.
+//!
+//! Only facts that the engine was told. What the guest and its clients saw is measured elsewhere
+//! and laid beside it.
+
+use crate::handover::MigrationId;
+use crate::policy::{Mode, PauseReason};
+use crate::time::Timestamp;
+use alloc::string::String;
+use alloc::vec::Vec;
+use core::time::Duration;
+use limosa_pages::{ByteCount, PageCount};
+use serde::{Deserialize, Serialize};
+
+/// How a migration ended.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Outcome {
+    /// The guest runs at the target, the source holds nothing.
+    Completed,
+    /// The operator ended it; the guest runs at the source.
+    Aborted,
+    /// It could not be done; the guest runs at the source.
+    Failed {
+        /// One line that says what happened.
+        reason: String,
+    },
+    /// The guest itself was lost: its VM process died.
+    GuestLost {
+        /// One line that says what happened.
+        reason: String,
+    },
+}
+
+impl Outcome {
+    /// One word for tables and JSON.
+    pub const fn name(&self) -> &'static str {
+        match self {
+            Self::Completed => "completed",
+            Self::Aborted => "aborted",
+            Self::Failed { .. } => "failed",
+            Self::GuestLost { .. } => "guest-lost",
+        }
+    }
+}
+
+/// One round of copying.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RoundReport {
+    /// Pages sent, zero pages included.
+    pub pages: PageCount,
+    /// Of these, pages that were zero and went as a range.
+    pub zero_pages: PageCount,
+    /// Of these, pages that had been sent in an earlier round.
+    pub resent: PageCount,
+    /// Bytes on the wire.
+    pub bytes: ByteCount,
+    /// From the first clear of the round to the target's word that all of it is in place.
+    pub time: Duration,
+    /// Pages found dirty when it was over; for the last round none are looked for.
+    pub dirty_after: PageCount,
+}
+
+/// The downtime by parts, in the order in which they happen. Their sum is the downtime: from the
+/// first vCPU's last instruction at the source to the last vCPU's first one at the target.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Downtime {
+    /// From the first to the last vCPU to stop.
+    pub pause: Duration,
+    /// The last reading of the dirty log.
+    pub harvest: Duration,
+    /// Saving vCPUs and devices.
+    pub save: Duration,
+    /// Until the last page and the state have arrived at the target.
+    pub transfer: Duration,
+    /// Loading the state.
+    pub load: Duration,
+    /// *Prepared* to the source, its record, *commit* to the target.
+    pub commit: Duration,
+    /// The target's record, until the last vCPU has entered the guest.
+    pub start: Duration,
+}
+
+impl Downtime {
+    /// The sum of the parts.
+    pub fn total(&self) -> Duration {
+        self.pause + self.harvest + self.save + self.transfer + self.load + self.commit + self.start
+    }
+}
+
+/// How well the two hosts' clocks could be compared.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ClockOffset {
+    /// Target's clock minus source's, in nanoseconds.
+    pub nanos: i64,
+    /// The true offset lies within this distance.
+    pub error: Duration,
+}
+
+/// Everything that the source's engine has to say about one migration.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MigrationReport {
+    /// The attempt.
+    pub id: MigrationId,
+    /// The technique.
+    pub mode: Mode,
+    /// `None` while it runs.
+    pub outcome: Option<Outcome>,
+    /// Why the guest was paused, once it was.
+    pub pause_reason: Option<PauseReason>,
+    /// From the request to the first page.
+    pub preparation: Duration,
+    /// From the request to the target's word that the guest runs there, or to the failure.
+    pub total: Duration,
+    /// From the request until the source holds nothing.
+    pub eviction: Duration,
+    /// Once the guest runs at the target.
+    pub downtime: Option<Downtime>,
+    /// The same as moments of the source's clock: the first vCPU's last instruction here, the last
+    /// vCPU's first one there.
+    pub switch: Option<(Timestamp, Timestamp)>,
+    /// As predicted from the rehearsal when the guest was paused.
+    pub predicted_downtime: Option<Duration>,
+    /// The fixed part of that prediction.
+    pub fixed_cost: Duration,
+    /// How long the guest stood for the rehearsal.
+    pub rehearsal_stall: Duration,
+    /// For the times that compare both hosts' clocks.
+    pub clock: ClockOffset,
+    /// The rounds in order, the last one with the guest paused.
+    pub rounds: Vec<RoundReport>,
+    /// Bytes of the state sections.
+    pub state_bytes: ByteCount,
+    /// With verification: whether source and target hashed the same memory and state.
+    pub digest_equal: Option<bool>,
+}
+
+impl MigrationReport {
+    /// Pages sent over all rounds, repetitions included.
+    pub fn pages_sent(&self) -> PageCount {
+        self.sum(|round| round.pages)
+    }
+
+    /// Pages sent again after an earlier round had sent them.
+    pub fn pages_resent(&self) -> PageCount {
+        self.sum(|round| round.resent)
+    }
+
+    /// Bytes on the push streams and of the state.
+    pub fn wire_bytes(&self) -> ByteCount {
+        self.rounds.iter().fold(self.state_bytes, |sum, round| {
+            sum.saturating_add(round.bytes)
+        })
+    }
+
+    fn sum(&self, of: impl Fn(&RoundReport) -> PageCount) -> PageCount {
+        self.rounds
+            .iter()
+            .fold(PageCount::ZERO, |sum, round| sum.saturating_add(of(round)))
+    }
+}

@@ -1,0 +1,230 @@
+//! What the source's engine is told and what it asks for.
+
+use crate::handover::{MigrationId, Phase, Resolution};
+use crate::policy::{Limits, Mode};
+use crate::report::Outcome;
+use crate::time::Timestamp;
+use crate::wire::{ControlFrame, Digest, STREAMS_MAX};
+use alloc::string::String;
+use alloc::vec::Vec;
+use core::time::Duration;
+use limosa_pages::{ByteCount, BytesPerSecond, PageCount, PageRange};
+use serde::{Deserialize, Serialize};
+
+/// What is known before a migration starts.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SourceConfig {
+    /// The attempt.
+    pub id: MigrationId,
+    /// The target's address, kept in the phase record so that a restarted daemon can ask.
+    pub peer: String,
+    /// The technique.
+    pub mode: Mode,
+    /// What the operator allows.
+    pub limits: Limits,
+    /// Push streams, 1 to [`crate::wire::STREAMS_MAX`].
+    pub streams: u8,
+    /// The guest's memory.
+    pub memory: PageCount,
+    /// Pages over which dirty counts are given: a multiple of 64, as KVM clears its log.
+    pub chunk: PageCount,
+    /// Compare digests after the switch.
+    pub verify: bool,
+    /// The machine, understood by the VMM only.
+    pub vm: Vec<u8>,
+    /// Identifies this host's running kernel.
+    pub boot_id: u128,
+}
+
+impl SourceConfig {
+    /// Whether the configuration keeps its own limits: streams, memory, a chunk that KVM can clear.
+    pub const fn is_sound(&self) -> bool {
+        let chunk = self.chunk.get();
+        self.streams >= 1
+            && self.streams <= STREAMS_MAX
+            && self.memory.get() > 0
+            && chunk >= 64
+            && chunk.is_multiple_of(64)
+    }
+}
+
+/// A part of a round: sent by one stream after its dirty log was cleared.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Piece {
+    /// The round.
+    pub round: u32,
+    /// Counts the pieces of a round from zero.
+    pub index: u32,
+    /// The pages of the round's set within this range.
+    pub range: PageRange,
+}
+
+/// What was sent for a piece.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SentPiece {
+    /// Pages, zero pages included.
+    pub pages: PageCount,
+    /// Pages that went as zero ranges.
+    pub zero_pages: PageCount,
+    /// Pages that an earlier round had sent.
+    pub resent: PageCount,
+    /// Bytes on the wire, headers included.
+    pub bytes: ByteCount,
+}
+
+/// The guest, stopped and saved.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Paused {
+    /// Dirty pages of each chunk, in order.
+    pub dirty: Vec<u32>,
+    /// State sections.
+    pub state: Vec<u8>,
+    /// When the first vCPU left the guest.
+    pub stopped_first: Timestamp,
+    /// When the last one did and nothing wrote to memory any more.
+    pub stopped_last: Timestamp,
+    /// When the dirty log had been read.
+    pub harvested: Timestamp,
+    /// When the state had been saved.
+    pub saved: Timestamp,
+}
+
+/// A fact for the source.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum SourceEvent {
+    /// The operator asked for the migration. First event of all.
+    Begin,
+    /// Control and push streams are up.
+    Connected,
+    /// They could not be made, or one of them broke, or the peer sent nonsense on it.
+    ConnectionLost {
+        /// One line for the operator.
+        reason: String,
+    },
+    /// A control frame arrived.
+    Frame(ControlFrame),
+    /// The phase was recorded by the VM process.
+    Recorded(Phase),
+    /// Dirty tracking is on; every page counts as dirty.
+    TrackingStarted,
+    /// The guest was paused, saved and resumed.
+    Rehearsed {
+        /// State sections.
+        state: Vec<u8>,
+        /// How long the guest stood.
+        stall: Duration,
+        /// From the last vCPU's stop to the end of harvest and save.
+        save: Duration,
+    },
+    /// The dirty log was read, not cleared.
+    Harvested {
+        /// For this round.
+        round: u32,
+        /// Pages to send of each chunk, in order. For round 0 pages that exist.
+        dirty: Vec<u32>,
+    },
+    /// The dirty log of a piece's range was cleared: from now on new writes are seen.
+    Cleared(Piece),
+    /// A piece was handed to the kernel.
+    Sent {
+        /// Which.
+        piece: Piece,
+        /// By which stream.
+        stream: u8,
+        /// What it took.
+        sent: SentPiece,
+    },
+    /// The guest is paused, its last dirty pages are known, its state is saved.
+    Paused(Paused),
+    /// The paused guest runs again here.
+    Resumed,
+    /// The frozen memory was hashed.
+    Hashed(Digest),
+    /// The VM process ended and its memory is gone.
+    Released,
+    /// The VM process failed or did what it must not.
+    GuestFailed {
+        /// One line for the operator.
+        reason: String,
+    },
+    /// The target answered a question about the outcome.
+    Resolved(Resolution),
+    /// It could not be asked.
+    ResolveFailed {
+        /// One line for the operator.
+        reason: String,
+    },
+    /// The operator changed limits.
+    Set(Limits),
+    /// The operator wants it to end.
+    Abort,
+    /// The timer that was set has run out.
+    Timer,
+}
+
+/// Something that the world shall do for the source.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum SourceAction {
+    /// Make the control stream and the push streams. Answer: `Connected` or `ConnectionLost`.
+    Connect,
+    /// Send a control frame. No answer.
+    Send(ControlFrame),
+    /// Record the phase in the VM process. Answer: `Recorded`.
+    Record(Phase),
+    /// Turn dirty tracking on, every page dirty. Answer: `TrackingStarted`.
+    StartTracking,
+    /// Turn it off. No answer.
+    StopTracking,
+    /// Pause, save, resume. Answer: `Rehearsed`.
+    Rehearse,
+    /// Read the dirty log without clearing it. Answer: `Harvested`.
+    Harvest {
+        /// The round that it is for.
+        round: u32,
+    },
+    /// Clear the dirty log of the round's set in the piece's range. Answer: `Cleared`.
+    Clear(Piece),
+    /// Send the pages of the round's set in the piece's range, as they are now. Answer: `Sent`.
+    SendPiece {
+        /// Which.
+        piece: Piece,
+        /// By which stream.
+        stream: u8,
+    },
+    /// Send a barrier behind everything that was given to a stream. No answer.
+    SendBarrier {
+        /// Which.
+        stream: u8,
+        /// The round that ends here.
+        round: u32,
+    },
+    /// Pause, harvest into the set of `round`, save: one request. Answer: `Paused`.
+    Pause {
+        /// The last round.
+        round: u32,
+        /// Whether the dirty log says what to send; otherwise every page that exists is sent.
+        harvest: bool,
+    },
+    /// Run the paused guest here. Answer: `Resumed`.
+    Resume,
+    /// Hash the frozen memory and the saved state. Answer: `Hashed`.
+    Hash,
+    /// End the VM process; the guest runs elsewhere. Answer: `Released`.
+    Release,
+    /// Shape the push streams together to this rate. No answer.
+    LimitBandwidth(Option<BytesPerSecond>),
+    /// Close all connections; nothing of them is reported any more. No answer.
+    Disconnect,
+    /// Ask the target on a new connection how the attempt ended. Answer: `Resolved` or
+    /// `ResolveFailed`.
+    Resolve,
+    /// Tell `Timer` at this time; replaces an earlier timer.
+    SetTimer(Timestamp),
+    /// Tell the operator that the outcome is not known yet and heals by itself.
+    ReportUnresolved {
+        /// Why it is not known.
+        reason: String,
+    },
+    /// The migration is over. The last action of all.
+    Finish(Outcome),
+}

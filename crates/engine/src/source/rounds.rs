@@ -1,0 +1,321 @@
+//! One round: which pieces are cleared when, and which stream sends them.
+//!
+//! Invariant: in a live round a piece is given to a stream only after the world said that its
+//! dirty log was cleared. What the guest writes after the clear is found by the next harvest; what
+//! it wrote before is in the copy. The last round has nothing to clear: nobody writes.
+//!
+//! Clears run ahead of the streams by a small window, so that their round trips to the VM process
+//! hide behind the copying, yet a page is cleared just before it is sent: the longer the gap, the
+//! more pages are dirtied twice.
+
+use super::SourceFault;
+use super::event::{Piece, SentPiece, SourceAction, SourceConfig};
+use crate::report::RoundReport;
+use crate::time::Timestamp;
+use alloc::collections::VecDeque;
+use alloc::vec;
+use alloc::vec::Vec;
+use limosa_pages::{PageCount, PageRange, Pfn};
+
+/// Pages that one piece aims at: 8 MiB keep a stream busy for milliseconds, and are little enough
+/// that pieces spread evenly over the streams.
+const PIECE_PAGES: u64 = 2048;
+/// Longest range of a piece, in pages: clearing it holds KVM's lock for well below a millisecond.
+const PIECE_RANGE_MAX: u64 = 16_384;
+/// Pieces that a stream may have waiting: one being sent and one to go on with.
+const QUEUED_MAX: u32 = 2;
+
+/// Something that a round wants done.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Step {
+    Clear(Piece),
+    Send { piece: Piece, stream: u8 },
+    Barrier { stream: u8, round: u32 },
+}
+
+impl Step {
+    pub(super) const fn into_action(self) -> SourceAction {
+        match self {
+            Self::Clear(piece) => SourceAction::Clear(piece),
+            Self::Send { piece, stream } => SourceAction::SendPiece { piece, stream },
+            Self::Barrier { stream, round } => SourceAction::SendBarrier { stream, round },
+        }
+    }
+}
+
+/// A round in progress.
+#[derive(Debug)]
+pub(super) struct Round {
+    number: u32,
+    started: Timestamp,
+    /// Pages that the harvest found.
+    planned: PageCount,
+    waiting: VecDeque<Piece>,
+    clearing: usize,
+    ready: VecDeque<Piece>,
+    /// Pieces given to each stream and not yet reported as sent.
+    queued: Vec<u32>,
+    barriers_out: bool,
+    /// The guest runs, so a piece is cleared before it is sent.
+    is_live: bool,
+    clear_late: bool,
+    late: VecDeque<Piece>,
+    done: RoundReport,
+}
+
+impl Round {
+    /// A round that goes out while the guest runs. Round 0 clears every page, existing or not:
+    /// what comes into being later must be seen.
+    pub(super) fn live(number: u32, dirty: &[u32], config: &SourceConfig, now: Timestamp) -> Self {
+        let pieces = cut(number, dirty, config, number == 0);
+        Self::new(number, dirty, config, now, pieces, true)
+    }
+
+    /// The round that goes out while the guest is paused.
+    pub(super) fn last(number: u32, dirty: &[u32], config: &SourceConfig, now: Timestamp) -> Self {
+        let mut round = Self::new(
+            number,
+            dirty,
+            config,
+            now,
+            cut(number, dirty, config, false),
+            false,
+        );
+        round.ready = core::mem::take(&mut round.waiting);
+        round
+    }
+
+    fn new(
+        number: u32,
+        dirty: &[u32],
+        config: &SourceConfig,
+        now: Timestamp,
+        pieces: VecDeque<Piece>,
+        is_live: bool,
+    ) -> Self {
+        Self {
+            number,
+            started: now,
+            planned: PageCount::new(dirty.iter().map(|&count| u64::from(count)).sum()),
+            waiting: pieces,
+            clearing: 0,
+            ready: VecDeque::new(),
+            queued: vec![0; usize::from(config.streams)],
+            barriers_out: false,
+            is_live,
+            clear_late: false,
+            late: VecDeque::new(),
+            done: RoundReport::default(),
+        }
+    }
+
+    /// Plants the faults that concern a round.
+    pub(super) fn with_fault(mut self, fault: Option<SourceFault>) -> Self {
+        if fault == Some(SourceFault::ClearAfterCopy) && self.is_live {
+            self.clear_late = true;
+            self.ready = core::mem::take(&mut self.waiting);
+        }
+        self
+    }
+
+    /// Everything that can be begun now.
+    pub(super) fn advance(&mut self) -> Vec<Step> {
+        let mut steps = Vec::new();
+        steps.extend(self.late.drain(..).map(Step::Clear));
+        let window = self.queued.len() * 2 + 2;
+        while self.clearing + self.ready.len() < window {
+            let Some(piece) = self.waiting.pop_front() else {
+                break;
+            };
+            self.clearing += 1;
+            steps.push(Step::Clear(piece));
+        }
+        while let Some(stream) = self.free_stream() {
+            let Some(piece) = self.ready.pop_front() else {
+                break;
+            };
+            self.queued[usize::from(stream)] += 1;
+            steps.push(Step::Send { piece, stream });
+        }
+        let all_given = self.waiting.is_empty() && self.clearing == 0 && self.ready.is_empty();
+        if all_given && !self.barriers_out {
+            self.barriers_out = true;
+            let round = self.number;
+            steps.extend((0..self.streams()).map(|stream| Step::Barrier { stream, round }));
+        }
+        steps
+    }
+
+    /// The dirty log of `piece` was cleared.
+    pub(super) fn cleared(&mut self, piece: Piece) {
+        if self.clear_late || piece.round != self.number {
+            return;
+        }
+        assert!(self.clearing > 0, "cleared without being asked");
+        self.clearing -= 1;
+        self.ready.push_back(piece);
+    }
+
+    /// `piece` was sent.
+    pub(super) fn sent(&mut self, piece: Piece, stream: u8, sent: SentPiece) {
+        if piece.round != self.number {
+            return;
+        }
+        let queued = &mut self.queued[usize::from(stream)];
+        assert!(*queued > 0, "sent without being asked");
+        *queued -= 1;
+        self.done.pages = self.done.pages.saturating_add(sent.pages);
+        self.done.zero_pages = self.done.zero_pages.saturating_add(sent.zero_pages);
+        self.done.resent = self.done.resent.saturating_add(sent.resent);
+        self.done.bytes = self.done.bytes.saturating_add(sent.bytes);
+        if self.clear_late {
+            self.late.push_back(piece);
+        }
+    }
+
+    /// Pages planned and pages sent so far.
+    pub(super) const fn progress(&self) -> (PageCount, PageCount) {
+        (self.planned, self.done.pages)
+    }
+
+    /// True when every piece was sent.
+    pub(super) fn all_sent(&self) -> bool {
+        self.barriers_out && self.queued.iter().all(|&queued| queued == 0)
+    }
+
+    /// True when round `number` is this one and was sent to its end.
+    pub(super) fn is_complete(&self, number: u32) -> bool {
+        number == self.number && self.all_sent()
+    }
+
+    /// What it came to, `now` that the target has it.
+    pub(super) const fn report(&self, now: Timestamp) -> RoundReport {
+        let mut report = self.done;
+        report.time = now.since(self.started);
+        report
+    }
+
+    fn streams(&self) -> u8 {
+        u8::try_from(self.queued.len()).expect("made from a u8")
+    }
+
+    /// The stream with the least to do, if it has room.
+    fn free_stream(&self) -> Option<u8> {
+        let streams = (0u8..).zip(&self.queued);
+        let (stream, &queued) = streams.min_by_key(|(_, queued)| **queued)?;
+        (queued < QUEUED_MAX).then_some(stream)
+    }
+}
+
+/// Cuts the guest's memory into pieces that hold about [`PIECE_PAGES`] pages to send each.
+/// With `everything`, chunks without a page to send are in a piece too.
+fn cut(round: u32, dirty: &[u32], config: &SourceConfig, everything: bool) -> VecDeque<Piece> {
+    let chunk = config.chunk.get();
+    let memory = config.memory.get();
+    assert_eq!(
+        dirty.len() as u64,
+        memory.div_ceil(chunk),
+        "a count for each chunk"
+    );
+    let mut pieces = VecDeque::new();
+    let mut open: Option<(u64, u64)> = None;
+    let mut close = |open: &mut Option<(u64, u64)>, end: u64| {
+        if let Some((first, _)) = open.take() {
+            let range = PageRange::new(Pfn::new(first), PageCount::new(end.min(memory) - first));
+            let index = u32::try_from(pieces.len()).expect("fewer pieces than chunks");
+            pieces.push_back(Piece {
+                round,
+                index,
+                range,
+            });
+        }
+    };
+    let mut start = 0;
+    for &count in dirty {
+        if let Some((first, pages)) = open {
+            let is_full = pages + u64::from(count) > PIECE_PAGES;
+            if is_full || start + chunk - first > PIECE_RANGE_MAX {
+                close(&mut open, start);
+            }
+        }
+        match &mut open {
+            Some((_, pages)) => *pages += u64::from(count),
+            None if count > 0 || everything => open = Some((start, u64::from(count))),
+            None => {}
+        }
+        start += chunk;
+    }
+    close(&mut open, start);
+    pieces
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::handover::MigrationId;
+    use crate::policy::{Limits, Mode};
+    use alloc::string::String;
+    use proptest::prelude::*;
+
+    fn config(memory: u64, chunk: u64) -> SourceConfig {
+        SourceConfig {
+            id: MigrationId(1),
+            peer: String::new(),
+            mode: Mode::PreCopy,
+            limits: Limits::default(),
+            streams: 2,
+            memory: PageCount::new(memory),
+            chunk: PageCount::new(chunk),
+            verify: false,
+            vm: Vec::new(),
+            boot_id: 0,
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn pieces_cover_what_is_dirty_and_nothing_twice(
+            dirty in prop::collection::vec(prop_oneof![Just(0u32), 0..=512u32], 1..200), tail in 1..=512u64, bulk in any::<bool>(),
+        ) {
+            let memory = (dirty.len() as u64 - 1) * 512 + tail;
+            let pieces = cut(0, &dirty, &config(memory, 512), bulk);
+            let mut covered = 0;
+            for piece in &pieces {
+                prop_assert!(piece.range.first.get() >= covered);
+                prop_assert!(piece.range.count.get() <= PIECE_RANGE_MAX.max(512));
+                covered = piece.range.end().get();
+                prop_assert!(covered <= memory);
+            }
+            for (index, &count) in (0u64..).zip(&dirty) {
+                let inside = pieces.iter().any(|piece| {
+                    piece.range.first.get() <= index * 512 && piece.range.end().get() >= ((index + 1) * 512).min(memory)
+                });
+                prop_assert!(inside || (count == 0 && !bulk));
+            }
+        }
+    }
+
+    #[test]
+    fn a_piece_is_cleared_before_it_is_sent_and_barriers_come_last() {
+        let mut round = Round::live(0, &[512; 40], &config(40 * 512, 512), Timestamp::ZERO);
+        let mut cleared = Vec::new();
+        let mut sent = 0;
+        let mut queue: VecDeque<Step> = round.advance().into();
+        while let Some(step) = queue.pop_front() {
+            match step {
+                Step::Clear(piece) => {
+                    cleared.push(piece.index);
+                    round.cleared(piece);
+                }
+                Step::Send { piece, stream } => {
+                    assert!(cleared.contains(&piece.index));
+                    sent += 1;
+                    round.sent(piece, stream, SentPiece::default());
+                }
+                Step::Barrier { round: number, .. } => assert_eq!((number, sent), (0, 10)),
+            }
+            queue.extend(round.advance());
+        }
+        assert!(round.is_complete(0) && !round.is_complete(1));
+    }
+}

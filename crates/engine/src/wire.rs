@@ -1,0 +1,517 @@
+//! What two hosts say to each other: the preamble of a connection, control frames, push headers.
+//!
+//! Encoding and decoding only; who may say what when is [`crate::source`] and [`crate::target`].
+//! Every byte here comes from a peer that is not trusted: a length is checked against a limit
+//! before anything is allocated, a foreign byte is an error and never a panic. The document of
+//! this protocol is `docs/protocol.md`.
+
+use crate::handover::{MigrationId, Resolution};
+use crate::policy::Mode;
+use crate::time::Timestamp;
+use alloc::string::String;
+use alloc::vec::Vec;
+use core::time::Duration;
+use limosa_pages::{PageCount, PageRange, Pfn};
+use serde::{Deserialize, Serialize};
+
+/// Version of everything in this file. Peers with another version are refused by name.
+pub const PROTOCOL_VERSION: u16 = 1;
+/// First bytes of every connection.
+pub const MAGIC: [u8; 8] = *b"LIMOSA\r\n";
+/// Bytes of an encoded [`Preamble`].
+pub const PREAMBLE_BYTES: usize = 32;
+/// Bytes of an encoded [`PushHeader`].
+pub const PUSH_HEADER_BYTES: usize = 16;
+/// Largest control frame: the state of 8 vCPUs takes below 200 KiB; devices will need some more.
+pub const CONTROL_FRAME_BYTES_MAX: usize = 4 << 20;
+/// Most pages behind one push header: 1 MiB, so that a stream's receiver can stop within it.
+pub const PUSH_PAGES_MAX: u32 = 256;
+/// Most push streams of one migration.
+pub const STREAMS_MAX: u8 = 16;
+/// Longest text (a reason, a name) in a control frame, in bytes.
+pub const TEXT_BYTES_MAX: usize = 1024;
+
+/// What a connection is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Role {
+    /// Control frames of one migration, both ways.
+    Control,
+    /// Pages of one migration, source to target; the index of the stream.
+    Push(u8),
+    /// One question about the outcome of one migration: [`ControlFrame::Resolve`].
+    Resolve,
+}
+
+/// The first 32 bytes of every connection, sent by the side that dials.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Preamble {
+    /// Which migration the connection belongs to.
+    pub migration: MigrationId,
+    /// What it is for.
+    pub role: Role,
+}
+
+/// Why bytes of a peer were refused.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum WireError {
+    /// The first bytes are not ours.
+    #[error("the peer does not speak the limosa protocol")]
+    NotLimosa,
+    /// Ours, but of another version.
+    #[error(
+        "the peer speaks protocol version {theirs}, this host version {PROTOCOL_VERSION}: use the same release on both hosts"
+    )]
+    OtherVersion {
+        /// The peer's version.
+        theirs: u16,
+    },
+    /// A connection for nothing that exists.
+    #[error("the peer opened a connection of unknown role {role}")]
+    UnknownRole {
+        /// The role's number.
+        role: u8,
+    },
+    /// A length beyond its limit.
+    #[error("the peer announced a frame of {bytes} bytes, more than the {max} allowed")]
+    FrameTooLong {
+        /// As announced.
+        bytes: u64,
+        /// The limit.
+        max: u64,
+    },
+    /// Bytes that are no control frame, or a frame with bytes left over.
+    #[error("the peer sent a malformed control frame")]
+    MalformedFrame,
+    /// A push header that is malformed or points outside the guest's memory.
+    #[error("the peer sent a malformed page header: {0}")]
+    MalformedPush(&'static str),
+}
+
+impl Preamble {
+    /// As it is sent.
+    pub fn encode(&self) -> [u8; PREAMBLE_BYTES] {
+        let (role, index) = match self.role {
+            Role::Control => (0, 0),
+            Role::Push(index) => (1, index),
+            Role::Resolve => (2, 0),
+        };
+        let mut bytes = [0; PREAMBLE_BYTES];
+        bytes[..8].copy_from_slice(&MAGIC);
+        bytes[8..10].copy_from_slice(&PROTOCOL_VERSION.to_le_bytes());
+        bytes[10] = role;
+        bytes[11] = index;
+        bytes[16..].copy_from_slice(&self.migration.0.to_le_bytes());
+        bytes
+    }
+
+    /// Reads what a peer sent.
+    ///
+    /// # Errors
+    /// Not our magic, another version, an unknown role or stream.
+    pub fn decode(bytes: &[u8; PREAMBLE_BYTES]) -> Result<Self, WireError> {
+        if bytes[..8] != MAGIC {
+            return Err(WireError::NotLimosa);
+        }
+        let theirs = u16::from_le_bytes([bytes[8], bytes[9]]);
+        if theirs != PROTOCOL_VERSION {
+            return Err(WireError::OtherVersion { theirs });
+        }
+        let role = match (bytes[10], bytes[11]) {
+            (0, 0) => Role::Control,
+            (1, index) if index < STREAMS_MAX => Role::Push(index),
+            (2, 0) => Role::Resolve,
+            (role, _) => return Err(WireError::UnknownRole { role }),
+        };
+        let mut id = [0; 16];
+        id.copy_from_slice(&bytes[16..]);
+        Ok(Self {
+            migration: MigrationId(u128::from_le_bytes(id)),
+            role,
+        })
+    }
+}
+
+/// What the source wants to move; the first frame on the control stream.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Start {
+    /// The policy that the source follows.
+    pub mode: Mode,
+    /// Size of the guest's memory.
+    pub memory_pages: PageCount,
+    /// How many push streams will be used.
+    pub streams: u8,
+    /// The target keeps a hash of every page as installed and sends a digest after the switch.
+    pub verify: bool,
+    /// What machine to make; understood by the VMM only.
+    pub vm: Vec<u8>,
+}
+
+/// Digest of a guest at the switch.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Digest {
+    /// Over number and hash of every page that is not zero, ascending.
+    pub memory: u128,
+    /// Pages that are not zero.
+    pub pages: PageCount,
+    /// Over the bytes of the state sections.
+    pub state: u64,
+}
+
+/// A message on the control stream: a little-endian `u32` length, then this in postcard.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum ControlFrame {
+    /// Source: this guest shall move.
+    Start(Start),
+    /// Target: it may; a VM is made and waits.
+    Accept {
+        /// Identifies the running kernel: equal ids mean one clock.
+        boot_id: u128,
+    },
+    /// Target: it may not.
+    Refuse {
+        /// For the operator at the source.
+        reason: String,
+    },
+    /// Source: what time is it there?
+    ClockProbe {
+        /// Number of the probe.
+        number: u32,
+    },
+    /// Target: this.
+    ClockEcho {
+        /// Number of the probe.
+        number: u32,
+        /// The target's clock.
+        now: Timestamp,
+    },
+    /// Source: a state saved from the guest as it runs on; load it to learn what loading costs.
+    Rehearsal {
+        /// Sections, as in [`ControlFrame::State`].
+        state: Vec<u8>,
+    },
+    /// Target: the rehearsal was loaded.
+    Rehearsed {
+        /// Time to load.
+        load: Duration,
+    },
+    /// Target: every page of this round is in place.
+    RoundReceived {
+        /// The round.
+        round: u32,
+    },
+    /// Source: the guest is paused and this is its state; the pages of `round` are the last.
+    State {
+        /// The last round.
+        round: u32,
+        /// When the first vCPU stopped, on the target's clock as the source reckons it.
+        stopped_at: Timestamp,
+        /// Sections of the VMM.
+        state: Vec<u8>,
+    },
+    /// Target: memory and state are in place; the guest could run.
+    Prepared {
+        /// When the last page and the state had arrived.
+        received_at: Timestamp,
+        /// When the state was loaded.
+        loaded_at: Timestamp,
+    },
+    /// Source: run it. The source will not, from here on.
+    Commit,
+    /// Target: it runs.
+    Runs {
+        /// When the commit arrived.
+        committed_at: Timestamp,
+        /// When the last vCPU entered the guest.
+        first_instruction_at: Timestamp,
+    },
+    /// Target: digest of what it installed (only with [`Start::verify`]).
+    Verified(Digest),
+    /// Source: it holds nothing any more; the attempt may be forgotten.
+    Done,
+    /// Either: the attempt ends here, before commit.
+    Abort {
+        /// For the operator at the other side.
+        reason: String,
+    },
+    /// Either: still here.
+    Keepalive,
+    /// Source, on a connection of its own: how did this attempt end? Bars it unless it runs.
+    Resolve,
+    /// Target: so.
+    Resolved(Resolution),
+}
+
+impl ControlFrame {
+    /// The frame with its length in front, ready for one write.
+    ///
+    /// # Panics
+    /// If the frame is longer than [`CONTROL_FRAME_BYTES_MAX`], which only an oversized state of
+    /// our own VMM can bring about; see [`ControlFrame::fits`].
+    pub fn encode(&self) -> Vec<u8> {
+        let body = postcard::to_allocvec(self).expect("a frame of plain data serializes");
+        assert!(
+            body.len() <= CONTROL_FRAME_BYTES_MAX,
+            "control frame beyond its limit"
+        );
+        let length = u32::try_from(body.len()).expect("below the limit");
+        let mut bytes = Vec::with_capacity(4 + body.len());
+        bytes.extend_from_slice(&length.to_le_bytes());
+        bytes.extend_from_slice(&body);
+        bytes
+    }
+
+    /// Whether a state of `bytes` bytes fits into a frame, with room for the rest of it.
+    pub const fn fits(bytes: usize) -> bool {
+        bytes <= CONTROL_FRAME_BYTES_MAX - 4096
+    }
+
+    /// Checks a length that a peer announced.
+    ///
+    /// # Errors
+    /// Zero or beyond the limit.
+    pub fn check_length(prefix: [u8; 4]) -> Result<usize, WireError> {
+        let length = u32::from_le_bytes(prefix) as usize;
+        if length == 0 {
+            return Err(WireError::MalformedFrame);
+        }
+        if length > CONTROL_FRAME_BYTES_MAX {
+            let (bytes, max) = (length as u64, CONTROL_FRAME_BYTES_MAX as u64);
+            return Err(WireError::FrameTooLong { bytes, max });
+        }
+        Ok(length)
+    }
+
+    /// Reads the body of a frame.
+    ///
+    /// # Errors
+    /// Not a frame, bytes left over, a text or a number of streams beyond its limit.
+    pub fn decode(body: &[u8]) -> Result<Self, WireError> {
+        let (frame, rest) =
+            postcard::take_from_bytes::<Self>(body).map_err(|_| WireError::MalformedFrame)?;
+        let is_sound = match &frame {
+            Self::Refuse { reason } | Self::Abort { reason } => reason.len() <= TEXT_BYTES_MAX,
+            Self::Start(start) => start.streams >= 1 && start.streams <= STREAMS_MAX,
+            _ => true,
+        };
+        if rest.is_empty() && is_sound {
+            Ok(frame)
+        } else {
+            Err(WireError::MalformedFrame)
+        }
+    }
+
+    /// Name for logs.
+    pub const fn name(&self) -> &'static str {
+        match self {
+            Self::Start(_) => "start",
+            Self::Accept { .. } => "accept",
+            Self::Refuse { .. } => "refuse",
+            Self::ClockProbe { .. } => "clock-probe",
+            Self::ClockEcho { .. } => "clock-echo",
+            Self::Rehearsal { .. } => "rehearsal",
+            Self::Rehearsed { .. } => "rehearsed",
+            Self::RoundReceived { .. } => "round-received",
+            Self::State { .. } => "state",
+            Self::Prepared { .. } => "prepared",
+            Self::Commit => "commit",
+            Self::Runs { .. } => "runs",
+            Self::Verified(_) => "verified",
+            Self::Done => "done",
+            Self::Abort { .. } => "abort",
+            Self::Keepalive => "keepalive",
+            Self::Resolve => "resolve",
+            Self::Resolved(_) => "resolved",
+        }
+    }
+}
+
+/// Cuts a text to what a frame may carry, at a character's end.
+pub fn clip(text: &str) -> String {
+    let mut end = text.len().min(TEXT_BYTES_MAX);
+    while !text.is_char_boundary(end) {
+        end -= 1;
+    }
+    String::from(&text[..end])
+}
+
+/// What follows on a push stream. Only [`PushHeader::Pages`] has bytes behind it: its pages.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PushHeader {
+    /// The content of these pages follows.
+    Pages(PageRange),
+    /// These pages are zero.
+    Zeros(PageRange),
+    /// All pages of this round that go by this stream were sent before.
+    Barrier {
+        /// The round.
+        round: u32,
+    },
+}
+
+impl PushHeader {
+    /// As it is sent: kind, three zero bytes, `u32` count, `u64` first page or round.
+    pub fn encode(&self) -> [u8; PUSH_HEADER_BYTES] {
+        let (kind, count, value) = match *self {
+            Self::Pages(range) => (1u8, range.count.get(), range.first.get()),
+            Self::Zeros(range) => (2, range.count.get(), range.first.get()),
+            Self::Barrier { round } => (3, 0, u64::from(round)),
+        };
+        let count = u32::try_from(count).expect("senders split ranges by the limit");
+        let mut bytes = [0; PUSH_HEADER_BYTES];
+        bytes[0] = kind;
+        bytes[4..8].copy_from_slice(&count.to_le_bytes());
+        bytes[8..].copy_from_slice(&value.to_le_bytes());
+        bytes
+    }
+
+    /// Reads what a peer sent about a guest of `memory` pages.
+    ///
+    /// # Errors
+    /// An unknown kind, a range that is empty, too long or outside the memory, stray bits.
+    pub fn decode(bytes: &[u8; PUSH_HEADER_BYTES], memory: PageCount) -> Result<Self, WireError> {
+        let count = u32::from_le_bytes([bytes[4], bytes[5], bytes[6], bytes[7]]);
+        let mut value = [0; 8];
+        value.copy_from_slice(&bytes[8..]);
+        let value = u64::from_le_bytes(value);
+        if bytes[1..4] != [0; 3] {
+            return Err(WireError::MalformedPush("reserved bytes are set"));
+        }
+        match bytes[0] {
+            1 if count > PUSH_PAGES_MAX => Err(WireError::MalformedPush("too many pages at once")),
+            1 => Ok(Self::Pages(checked_range(value, count, memory)?)),
+            2 => Ok(Self::Zeros(checked_range(value, count, memory)?)),
+            3 if count == 0 => match u32::try_from(value) {
+                Ok(round) => Ok(Self::Barrier { round }),
+                Err(_) => Err(WireError::MalformedPush("round out of range")),
+            },
+            _ => Err(WireError::MalformedPush("unknown kind")),
+        }
+    }
+}
+
+/// A range of a guest of `memory` pages, or an error.
+fn checked_range(first: u64, count: u32, memory: PageCount) -> Result<PageRange, WireError> {
+    let end = first.checked_add(u64::from(count));
+    match end {
+        Some(end) if count > 0 && end <= memory.get() => Ok(PageRange::new(
+            Pfn::new(first),
+            PageCount::new(u64::from(count)),
+        )),
+        _ => Err(WireError::MalformedPush("pages outside the guest's memory")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn frames() -> Vec<ControlFrame> {
+        let start = Start {
+            mode: Mode::PreCopy,
+            memory_pages: PageCount::new(1 << 20),
+            streams: 2,
+            verify: true,
+            vm: alloc::vec![1, 2, 3],
+        };
+        let digest = Digest {
+            memory: 7,
+            pages: PageCount::new(9),
+            state: 11,
+        };
+        let at = Timestamp::from_nanos(5);
+        alloc::vec![
+            ControlFrame::Start(start),
+            ControlFrame::Accept { boot_id: 3 },
+            ControlFrame::Refuse {
+                reason: String::from("no memory")
+            },
+            ControlFrame::ClockEcho { number: 1, now: at },
+            ControlFrame::State {
+                round: 3,
+                stopped_at: at,
+                state: alloc::vec![0; 300]
+            },
+            ControlFrame::Prepared {
+                received_at: at,
+                loaded_at: at
+            },
+            ControlFrame::Commit,
+            ControlFrame::Verified(digest),
+            ControlFrame::Resolved(Resolution::Barred),
+        ]
+    }
+
+    #[test]
+    fn frames_survive_the_wire() {
+        for frame in frames() {
+            let bytes = frame.encode();
+            let length = ControlFrame::check_length([bytes[0], bytes[1], bytes[2], bytes[3]]);
+            assert_eq!(length, Ok(bytes.len() - 4));
+            assert_eq!(ControlFrame::decode(&bytes[4..]), Ok(frame));
+        }
+    }
+
+    #[test]
+    fn lengths_beyond_the_limit_are_refused_before_anything_is_read() {
+        assert_eq!(
+            ControlFrame::check_length([0; 4]),
+            Err(WireError::MalformedFrame)
+        );
+        let huge = ControlFrame::check_length([0xff; 4]);
+        assert!(matches!(huge, Err(WireError::FrameTooLong { .. })));
+    }
+
+    #[test]
+    fn a_preamble_of_another_version_is_named() {
+        let preamble = Preamble {
+            migration: MigrationId(5),
+            role: Role::Push(3),
+        };
+        let mut bytes = preamble.encode();
+        assert_eq!(Preamble::decode(&bytes), Ok(preamble));
+        bytes[8] = 9;
+        assert_eq!(
+            Preamble::decode(&bytes),
+            Err(WireError::OtherVersion { theirs: 9 })
+        );
+        bytes[0] = b'G';
+        assert_eq!(Preamble::decode(&bytes), Err(WireError::NotLimosa));
+    }
+
+    proptest! {
+        #[test]
+        fn foreign_control_bytes_never_panic(bytes in prop::collection::vec(any::<u8>(), 0..300)) {
+            if let Ok(frame) = ControlFrame::decode(&bytes) {
+                prop_assert_eq!(ControlFrame::decode(&frame.encode()[4..]), Ok(frame));
+            }
+        }
+
+        #[test]
+        fn damaged_frames_never_panic(which in 0..9usize, at in 0..300usize, bit in 0..8u8, cut in 0..300usize) {
+            let mut bytes = frames()[which].encode()[4..].to_vec();
+            let at = at % bytes.len();
+            bytes[at] ^= 1 << bit;
+            bytes.truncate(bytes.len().saturating_sub(cut % 4));
+            let _foreign = ControlFrame::decode(&bytes);
+        }
+
+        #[test]
+        fn foreign_push_headers_stay_inside_the_memory(bytes in any::<[u8; 16]>(), small in any::<bool>(), pages in 1..5000u64) {
+            let mut bytes = bytes;
+            if small {
+                bytes[0] %= 5;
+                bytes[1..4].fill(0);
+                bytes[6..8].fill(0);
+                bytes[10..].fill(0);
+            }
+            let memory = PageCount::new(pages);
+            if let Ok(header) = PushHeader::decode(&bytes, memory) {
+                prop_assert_eq!(header.encode(), bytes);
+                if let PushHeader::Pages(range) | PushHeader::Zeros(range) = header {
+                    prop_assert!(range.end().get() <= pages && range.count.get() > 0);
+                }
+            }
+        }
+    }
+}

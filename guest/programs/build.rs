@@ -1,0 +1,20 @@
+//! How the programs are linked: static, at a fixed address, without start files or libraries.
+
+fn main() {
+    let script = concat!(env!("CARGO_MANIFEST_DIR"), "/link.ld");
+    println!("cargo::rerun-if-changed={script}");
+    for argument in [
+        "-nostartfiles",
+        "-nostdlib",
+        "-static",
+        // The last word on position independence is the linker's: no relocation is left.
+        "-no-pie",
+        "-Wl,--build-id=none",
+        "-Wl,--no-eh-frame-hdr",
+        "-Wl,-z,norelro",
+        "-Wl,-z,max-page-size=4096",
+    ] {
+        println!("cargo::rustc-link-arg-bins={argument}");
+    }
+    println!("cargo::rustc-link-arg-bins=-Wl,-T,{script}");
+}

@@ -1,0 +1,284 @@
+//! Arguments: `key=value` separated by blanks.
+//!
+//! Sizes may end in K, M, G or T (powers of 1024). A key that is not known, stands twice, or has a
+//! value that cannot be meant, is refused by name: a guest that ran with another load than the one
+//! asked for would spoil a measurement without a word.
+
+use core::fmt;
+
+use limosa_micro_abi::PAGE_BYTES;
+
+use crate::limiter::Rate;
+use crate::pattern::Pattern;
+
+/// Why arguments were refused.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct BadArgument<'a> {
+    /// The argument as it stands in the text.
+    pub argument: &'a str,
+    /// What had to stand there.
+    pub expected: &'static str,
+}
+
+impl fmt::Display for BadArgument<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "bad argument '{}': {}", self.argument, self.expected)
+    }
+}
+
+/// Arguments of the writer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct WriterArguments {
+    /// `ws`: bytes of the working set.
+    pub working_set_bytes: u64,
+    /// `rate`: page operations a second over all vCPUs.
+    pub rate: Rate,
+    /// `pattern`: which page is next.
+    pub pattern: Pattern,
+    /// `reads`: percentage of operations that only verify.
+    pub reads_percent: u64,
+    /// `seed` of the random generator.
+    pub seed: u64,
+    /// `touch`: bytes that are filled once.
+    pub touched_bytes: u64,
+}
+
+/// Arguments of the compute program.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ComputeArguments {
+    /// `ws`: bytes of the table.
+    pub table_bytes: u64,
+    /// `rate`: blocks a second over all vCPUs.
+    pub rate: Rate,
+    /// `seed` of the table and of the random generator.
+    pub seed: u64,
+}
+
+impl WriterArguments {
+    /// Reads the writer's arguments.
+    ///
+    /// # Errors
+    /// The first argument that cannot be used.
+    pub fn parse(text: &str) -> Result<Self, BadArgument<'_>> {
+        let mut this = Self {
+            working_set_bytes: 64 << 20,
+            rate: Rate::PerSecond(10_000),
+            pattern: Pattern::Uniform,
+            reads_percent: 0,
+            seed: 1,
+            touched_bytes: 0,
+        };
+        for argument in arguments(text) {
+            let Argument { whole, key, value } = argument?;
+            let refuse = |expected| BadArgument {
+                argument: whole,
+                expected,
+            };
+            match key {
+                "ws" => this.working_set_bytes = pages(value, 1).ok_or(refuse(WANT_PAGES))?,
+                "rate" => this.rate = rate(value).ok_or(refuse(WANT_RATE))?,
+                "pattern" => this.pattern = pattern(value).ok_or(refuse(WANT_PATTERN))?,
+                "reads" => this.reads_percent = percent(value).ok_or(refuse(WANT_PERCENT))?,
+                "seed" => this.seed = number(value).ok_or(refuse(WANT_NUMBER))?,
+                "touch" => this.touched_bytes = pages(value, 0).ok_or(refuse(WANT_TOUCH))?,
+                _ => return Err(refuse("known are ws, rate, pattern, reads, seed, touch")),
+            }
+        }
+        Ok(this)
+    }
+}
+
+impl ComputeArguments {
+    /// Reads the compute program's arguments.
+    ///
+    /// # Errors
+    /// The first argument that cannot be used.
+    pub fn parse(text: &str) -> Result<Self, BadArgument<'_>> {
+        let mut this = Self {
+            table_bytes: 64 << 20,
+            rate: Rate::Max,
+            seed: 1,
+        };
+        for argument in arguments(text) {
+            let Argument { whole, key, value } = argument?;
+            let refuse = |expected| BadArgument {
+                argument: whole,
+                expected,
+            };
+            match key {
+                "ws" => this.table_bytes = pages(value, 1).ok_or(refuse(WANT_PAGES))?,
+                "rate" => this.rate = rate(value).ok_or(refuse(WANT_RATE))?,
+                "seed" => this.seed = number(value).ok_or(refuse(WANT_NUMBER))?,
+                _ => return Err(refuse("known are ws, rate, seed")),
+            }
+        }
+        Ok(this)
+    }
+}
+
+/// Checks that there are no arguments.
+///
+/// # Errors
+/// The first argument, if there is one.
+pub fn parse_none(text: &str) -> Result<(), BadArgument<'_>> {
+    match text.split_ascii_whitespace().next() {
+        None => Ok(()),
+        Some(argument) => Err(BadArgument {
+            argument,
+            expected: "this program takes no arguments",
+        }),
+    }
+}
+
+const WANT_PAGES: &str = "a size of at least one page, such as 4096, 64M or 1G";
+const WANT_TOUCH: &str = "a size, such as 0, 64M or 1G";
+const WANT_RATE: &str = "operations a second from 1 to 1000000000, or max";
+const WANT_PATTERN: &str = "one of seq, uniform, zipf, phases";
+const WANT_PERCENT: &str = "a percentage from 0 to 100";
+const WANT_NUMBER: &str = "a whole number";
+
+/// Above this a rate cannot be reached by any machine and is a slip of the pen.
+const RATE_MAX: u64 = 1_000_000_000;
+
+struct Argument<'a> {
+    whole: &'a str,
+    key: &'a str,
+    value: &'a str,
+}
+
+fn arguments(text: &str) -> impl Iterator<Item = Result<Argument<'_>, BadArgument<'_>>> {
+    let tokens = || text.split_ascii_whitespace();
+    tokens().enumerate().map(move |(index, whole)| {
+        let refuse = |expected| BadArgument {
+            argument: whole,
+            expected,
+        };
+        let (key, value) = whole.split_once('=').ok_or(refuse("must be key=value"))?;
+        let same = |other: &str| other.split_once('=').is_some_and(|(first, _)| first == key);
+        if tokens().take(index).any(same) {
+            return Err(refuse("stands twice"));
+        }
+        Ok(Argument { whole, key, value })
+    })
+}
+
+fn number(value: &str) -> Option<u64> {
+    // The parser of the standard library takes a plus sign, which is nowhere meant here.
+    value
+        .bytes()
+        .all(|byte| byte.is_ascii_digit())
+        .then(|| value.parse().ok())?
+}
+
+fn size(value: &str) -> Option<u64> {
+    let shift = match value.bytes().last()? {
+        b'K' => 10,
+        b'M' => 20,
+        b'G' => 30,
+        b'T' => 40,
+        _ => return number(value),
+    };
+    let (digits, _) = value.split_at(value.len() - 1);
+    number(digits)?.checked_mul(1 << shift)
+}
+
+/// A size in whole pages: a rest is rounded down.
+fn pages(value: &str, pages_min: u64) -> Option<u64> {
+    let bytes = size(value)?;
+    (bytes >= pages_min * PAGE_BYTES).then_some(bytes - bytes % PAGE_BYTES)
+}
+
+fn rate(value: &str) -> Option<Rate> {
+    if value == "max" {
+        return Some(Rate::Max);
+    }
+    let count = number(value)?;
+    (1..=RATE_MAX)
+        .contains(&count)
+        .then_some(Rate::PerSecond(count))
+}
+
+fn pattern(value: &str) -> Option<Pattern> {
+    match value {
+        "seq" => Some(Pattern::Sequential),
+        "uniform" => Some(Pattern::Uniform),
+        "zipf" => Some(Pattern::Zipf),
+        "phases" => Some(Pattern::Phases),
+        _ => None,
+    }
+}
+
+fn percent(value: &str) -> Option<u64> {
+    number(value).filter(|&percent| percent <= 100)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::string::ToString;
+
+    #[test]
+    fn all_arguments_are_read() {
+        let text = "ws=256M rate=max  pattern=zipf reads=20 seed=9 touch=1G";
+        let expected = WriterArguments {
+            working_set_bytes: 256 << 20,
+            rate: Rate::Max,
+            pattern: Pattern::Zipf,
+            reads_percent: 20,
+            seed: 9,
+            touched_bytes: 1 << 30,
+        };
+        assert_eq!(WriterArguments::parse(text), Ok(expected));
+        let expected = ComputeArguments {
+            table_bytes: 4096,
+            rate: Rate::PerSecond(5),
+            seed: 1,
+        };
+        assert_eq!(ComputeArguments::parse("rate=5 ws=8191"), Ok(expected));
+        assert!(WriterArguments::parse("").is_ok());
+        assert_eq!(parse_none(" "), Ok(()));
+    }
+
+    fn check(text: &str, message: &str) {
+        let refused = WriterArguments::parse(text).unwrap_err();
+        assert_eq!(refused.to_string(), message);
+    }
+
+    #[test]
+    fn bad_arguments_are_named() {
+        check("ws=1M foo", "bad argument 'foo': must be key=value");
+        check("ws=1M ws=2M", "bad argument 'ws=2M': stands twice");
+        check(
+            "ws=12",
+            "bad argument 'ws=12': a size of at least one page, such as 4096, 64M or 1G",
+        );
+        check(
+            "size=1M",
+            "bad argument 'size=1M': known are ws, rate, pattern, reads, seed, touch",
+        );
+        check(
+            "pattern=random",
+            "bad argument 'pattern=random': one of seq, uniform, zipf, phases",
+        );
+        for text in [
+            "ws=",
+            "ws=M",
+            "ws=-1",
+            "ws=99999999999T",
+            "ws=1MB",
+            "rate=0",
+            "rate=fast",
+            "rate=+5",
+            "reads=101",
+            "reads=",
+            "seed=x",
+            "touch=1.5G",
+            "=",
+            "=5",
+        ] {
+            let refused = WriterArguments::parse(text).unwrap_err();
+            assert_eq!(refused.argument, text);
+        }
+        assert!(parse_none("ws=1M").is_err());
+    }
+}
