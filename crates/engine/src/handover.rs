@@ -144,9 +144,11 @@ impl Phase {
     /// the frame that it stands for was sent.
     pub const fn on_daemon_lost(&self) -> OnDaemonLost {
         match self {
-            Self::Offered { .. } => OnDaemonLost::ResumeHere,
+            // Running too: a daemon may die between the record that puts a paused guest back and
+            // the request that resumes it, and nobody else would.
+            Self::Running | Self::Offered { .. } => OnDaemonLost::ResumeHere,
             Self::Preparing { .. } => OnDaemonLost::Exit,
-            Self::Running | Self::Committed { .. } | Self::Arrived { .. } => OnDaemonLost::Stay,
+            Self::Committed { .. } | Self::Arrived { .. } => OnDaemonLost::Stay,
         }
     }
 }

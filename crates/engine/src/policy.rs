@@ -15,7 +15,7 @@ use serde::{Deserialize, Serialize};
 pub enum Mode {
     /// Pause, copy everything, run at the target: the least traffic and the longest downtime.
     StopAndCopy,
-    /// Copy while the guest runs, again what it dirtied, pause for the rest. `[Clark05 §3.2]`
+    /// Copy while the guest runs, again what it dirtied, pause for the rest. `[Clark05 §3]`
     PreCopy,
 }
 
@@ -166,7 +166,7 @@ impl Policy for StopAndCopy {
 
 /// Copies in rounds and stops where another round would not pay.
 ///
-/// `[Clark05 §3.2]` stops on a small rest, too many rounds or too many bytes. Differs: the rest is
+/// `[Clark05 §3]` stops on a small rest, too many rounds or too many bytes. Differs: the rest is
 /// weighed as a predicted downtime that counts the rehearsed fixed cost, and a dirty set that does
 /// not shrink ends the rounds at once, since each further round costs its bytes for nothing.
 #[derive(Debug)]

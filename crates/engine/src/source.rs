@@ -985,6 +985,10 @@ impl Machine for Source {
                 stream,
                 sent,
             } => self.sent(now, piece, stream, sent),
+            SourceEvent::Moved => {
+                self.moved = now;
+                Vec::new()
+            }
             SourceEvent::Paused(paused) => self.paused(now, paused),
             SourceEvent::Resumed => self.resumed(now),
             SourceEvent::Hashed(digest) => self.hashed(now, digest),

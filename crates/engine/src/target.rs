@@ -109,6 +109,25 @@ pub enum TargetAction {
     Finish(TargetOutcome),
 }
 
+impl TargetAction {
+    /// Name for logs and for tests that hold a migration at a point.
+    pub const fn name(&self) -> &'static str {
+        match self {
+            Self::Create(_) => "create",
+            Self::Send(frame) => frame.name(),
+            Self::Load { is_rehearsal: true, .. } => "load-rehearsal",
+            Self::Load { .. } => "load",
+            Self::CommitAndRun { .. } => "commit-and-run",
+            Self::Digest => "digest",
+            Self::Record(_) => "record-running",
+            Self::Destroy => "destroy",
+            Self::AnswerResolve(_) => "answer-resolve",
+            Self::SetTimer(_) => "set-timer",
+            Self::Finish(_) => "finish",
+        }
+    }
+}
+
 /// How a migration ended at the target.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum TargetOutcome {

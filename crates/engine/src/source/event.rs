@@ -134,6 +134,8 @@ pub enum SourceEvent {
         /// What it took.
         sent: SentPiece,
     },
+    /// Pages have gone out since the timer last ran out, though no piece may have been finished.
+    Moved,
     /// The guest is paused, its last dirty pages are known, its state is saved.
     Paused(Paused),
     /// The paused guest runs again here.
@@ -227,4 +229,34 @@ pub enum SourceAction {
     },
     /// The migration is over. The last action of all.
     Finish(Outcome),
+}
+
+impl SourceAction {
+    /// Name for logs and for tests that hold a migration at a point.
+    pub const fn name(&self) -> &'static str {
+        match self {
+            Self::Connect => "connect",
+            Self::Send(frame) => frame.name(),
+            Self::Record(Phase::Offered { .. }) => "record-offered",
+            Self::Record(Phase::Committed { .. }) => "record-committed",
+            Self::Record(_) => "record-running",
+            Self::StartTracking => "start-tracking",
+            Self::StopTracking => "stop-tracking",
+            Self::Rehearse => "rehearse",
+            Self::Harvest { .. } => "harvest",
+            Self::Clear(_) => "clear",
+            Self::SendPiece { .. } => "send-piece",
+            Self::SendBarrier { .. } => "send-barrier",
+            Self::Pause { .. } => "pause",
+            Self::Resume => "resume",
+            Self::Hash => "hash",
+            Self::Release => "release",
+            Self::LimitBandwidth(_) => "limit-bandwidth",
+            Self::Disconnect => "disconnect",
+            Self::Resolve => "ask-outcome",
+            Self::SetTimer(_) => "set-timer",
+            Self::ReportUnresolved { .. } => "report-unresolved",
+            Self::Finish(_) => "finish",
+        }
+    }
 }

@@ -1,0 +1,123 @@
+//! The seam to a guest: what a migration asks of a VM, whoever runs it.
+//!
+//! Implemented by the handle of a VM process, and by a plain thread that writes memory in this
+//! crate's tests. All requests are answered in the order in which they were made.
+
+use limosa_engine::Timestamp;
+use limosa_engine::handover::{MigrationId, Phase};
+use limosa_os::SharedMemory;
+use limosa_pages::{PageRange, PageSet};
+use std::sync::Arc;
+use std::time::Duration;
+
+/// A request that a guest did not fulfil. The VM process may be gone.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub struct GuestError(pub String);
+
+/// A guest that is paused and saved.
+#[derive(Debug)]
+pub struct Saved {
+    /// State sections.
+    pub state: Vec<u8>,
+    /// When the first vCPU left the guest.
+    pub stopped_first: Timestamp,
+    /// When the last one did.
+    pub stopped_last: Timestamp,
+    /// When the dirty log had been read.
+    pub harvested: Timestamp,
+    /// When everything was saved.
+    pub saved: Timestamp,
+    /// What the last harvest found, if one was asked for.
+    pub dirty: Option<PageSet>,
+}
+
+/// A guest that runs.
+#[derive(Clone, Copy, Debug)]
+pub struct Running {
+    /// When its last vCPU entered the guest.
+    pub first_instruction_at: Timestamp,
+}
+
+/// A guest with its memory lent out.
+///
+/// Contract: after [`Guest::pause_and_save`] returned, nothing writes the memory until the guest
+/// is resumed. A page read after [`Guest::clear`] returned for it is at least as new as everything
+/// that no later harvest reports.
+pub trait Guest: Send + Sync {
+    /// What machine it is, for the target; understood by the VMM.
+    ///
+    /// # Errors
+    /// The VM process does not answer.
+    fn description(&self) -> Result<Vec<u8>, GuestError>;
+
+    /// Its memory, mapped here.
+    fn memory(&self) -> Arc<SharedMemory>;
+
+    /// Dirty tracking on: every page counts as dirty until it is cleared.
+    ///
+    /// # Errors
+    /// The VM process does not answer, or KVM refuses.
+    fn start_tracking(&self) -> Result<(), GuestError>;
+
+    /// Dirty tracking off.
+    ///
+    /// # Errors
+    /// As [`Guest::start_tracking`].
+    fn stop_tracking(&self) -> Result<(), GuestError>;
+
+    /// Reads the dirty log without clearing it.
+    ///
+    /// # Errors
+    /// As [`Guest::start_tracking`].
+    fn harvest(&self, into: &mut PageSet) -> Result<(), GuestError>;
+
+    /// Clears the bits that the last harvest found within `range`, and tracks those pages anew.
+    ///
+    /// # Errors
+    /// As [`Guest::start_tracking`].
+    fn clear(&self, range: PageRange) -> Result<(), GuestError>;
+
+    /// Pauses, saves and resumes.
+    ///
+    /// # Errors
+    /// The VM process does not answer, or the state cannot be saved; the guest then runs on.
+    fn rehearse(&self) -> Result<Saved, GuestError>;
+
+    /// Pauses, reads the dirty log, saves: one request.
+    ///
+    /// # Errors
+    /// As [`Guest::rehearse`].
+    fn pause_and_save(&self, harvest: bool) -> Result<Saved, GuestError>;
+
+    /// Runs the paused guest on.
+    ///
+    /// # Errors
+    /// The recorded phase forbids it, or the VM process does not answer.
+    fn resume(&self) -> Result<(), GuestError>;
+
+    /// Records where the guest may run.
+    ///
+    /// # Errors
+    /// The step is not a legal one, or the VM process does not answer.
+    fn record(&self, phase: &Phase) -> Result<(), GuestError>;
+
+    /// Loads a state into a guest that has not run.
+    ///
+    /// # Errors
+    /// The state does not fit or is damaged; the guest cannot run then.
+    fn load(&self, state: &[u8], is_rehearsal: bool) -> Result<Duration, GuestError>;
+
+    /// Records the commit and runs: one request. `stopped_at` is when the guest stopped at the
+    /// source, on this host's clock.
+    ///
+    /// # Errors
+    /// As [`Guest::resume`].
+    fn commit_and_run(&self, id: MigrationId, stopped_at: Timestamp) -> Result<Running, GuestError>;
+
+    /// Ends the VM process.
+    ///
+    /// # Errors
+    /// It cannot be ended.
+    fn stop(&self) -> Result<(), GuestError>;
+}

@@ -1,0 +1,26 @@
+//! Carries out what the engine decides: the world of sockets, threads and VM processes.
+//!
+//! A migration at the source is a [`Migration`]: one thread that owns the engine and talks to the
+//! VM process, one that reads control frames, one a push stream. At the target a [`Listener`]
+//! accepts connections and makes one such set a migration. Every thread only turns actions into
+//! system calls and what happened into events: no decision is made here.
+//!
+//! Absent on purpose: policy, retries of a migration, names of VMs, HTTP.
+#![cfg_attr(test, allow(clippy::unwrap_used))]
+
+mod bucket;
+mod connection;
+mod digest;
+mod guest;
+mod hold;
+mod journal_file;
+mod receiver;
+mod sender;
+mod source;
+mod target;
+
+pub use connection::Dial;
+pub use guest::{Guest, GuestError, Running, Saved};
+pub use journal_file::{JournalError, replay_file};
+pub use source::{AbortTooLate, MigrateRequest, Migration, MigrationStatus, StartError};
+pub use target::{IncomingStatus, Listener, TargetHost};

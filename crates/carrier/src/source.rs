@@ -1,0 +1,256 @@
+//! A migration at the source: one thread that owns the engine and carries its actions out.
+//!
+//! ```text
+//!  control reader ─┐
+//!  push streams ───┼─▶ events ─▶ driver ─▶ engine ─▶ actions ─▶ VM process, streams, control
+//!  API, timer ─────┘
+//! ```
+//!
+//! Requests to the VM process are made by the driver itself, one at a time: they take well below
+//! a millisecond, and a thread in between would cost more downtime than it saves. What may take
+//! long (dialling, hashing) has a thread of its own. Every connection belongs to a generation;
+//! what a closed generation still reports is dropped.
+
+mod driver;
+mod status;
+
+pub use status::MigrationStatus;
+
+use crate::bucket::Bucket;
+use crate::guest::{Guest, GuestError};
+use crate::sender;
+use driver::{Driver, Inbox};
+use limosa_engine::handover::MigrationId;
+use limosa_engine::journal::Journaled;
+use limosa_engine::policy::{Limits, Mode};
+use limosa_engine::report::MigrationReport;
+use limosa_engine::source::{Source, SourceConfig, SourceEvent, Stage};
+use limosa_engine::wire::STREAMS_MAX;
+use limosa_pages::{BytesPerSecond, PageCount};
+use std::path::PathBuf;
+use std::sync::atomic::Ordering;
+use std::sync::mpsc::{Sender, channel};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant};
+
+/// Pages for which the engine gets one dirty count: 2 MiB of memory.
+const CHUNK: PageCount = PageCount::new(512);
+
+/// What is called once when a migration is over.
+pub type OnFinish = Box<dyn FnOnce(&MigrationReport) + Send>;
+
+/// What an operator asks for.
+#[derive(Clone, Debug)]
+pub struct MigrateRequest {
+    /// The target daemon's peer address, `HOST:PORT`.
+    pub peer: String,
+    /// The technique.
+    pub mode: Mode,
+    /// What is allowed.
+    pub limits: Limits,
+    /// Push streams, 1 to [`STREAMS_MAX`].
+    pub streams: u8,
+    /// Compare digests of memory and state after the switch.
+    pub verify: bool,
+    /// Emulates a link of this rate: everything that is sent passes a token bucket.
+    pub link: Option<BytesPerSecond>,
+}
+
+/// Why a migration did not start. The guest was not touched.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    /// The number of streams is out of range.
+    #[error("a migration takes 1 to {STREAMS_MAX} streams, not {0}")]
+    Streams(u8),
+    /// A bandwidth of nothing.
+    #[error("a bandwidth of 0 bytes a second would never end: leave the limit out or give a rate")]
+    NoBandwidth,
+    /// The guest does not answer.
+    #[error("the VM does not answer: {0}")]
+    Guest(#[from] GuestError),
+    /// The kernel gives no thread or no random number.
+    #[error("the migration cannot start: {0}")]
+    System(String),
+}
+
+/// The migration is committed: the target decides now.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("too late to abort: the target has been told to run the guest")]
+pub struct AbortTooLate;
+
+/// A migration that runs or has run.
+#[derive(Debug)]
+pub struct Migration {
+    id: MigrationId,
+    shared: Arc<Shared>,
+    pages: Arc<sender::Shared>,
+    events: Sender<Inbox>,
+}
+
+/// What the driver and the handles share.
+#[derive(Debug)]
+struct Shared {
+    engine: Mutex<Journaled<Source>>,
+    unresolved: Mutex<Option<String>>,
+    begun: Instant,
+    finished: Mutex<bool>,
+    finishing: Condvar,
+}
+
+impl Migration {
+    /// Starts to move `guest`. With `journal`, every event is written there at the end.
+    ///
+    /// # Errors
+    /// The request breaks a limit or the VM does not answer; the guest was not touched.
+    pub fn start(
+        guest: Arc<dyn Guest>,
+        request: MigrateRequest,
+        journal: Option<PathBuf>,
+        on_finish: OnFinish,
+    ) -> Result<Arc<Self>, StartError> {
+        if !(1..=STREAMS_MAX).contains(&request.streams) {
+            return Err(StartError::Streams(request.streams));
+        }
+        let rates = [request.limits.bandwidth_max, request.link];
+        if rates.contains(&Some(BytesPerSecond::new(0))) {
+            return Err(StartError::NoBandwidth);
+        }
+        let vm = guest.description()?;
+        let mut id = [0; 16];
+        getrandom::fill(&mut id).map_err(|error| StartError::System(error.to_string()))?;
+        let config = SourceConfig {
+            id: MigrationId(u128::from_le_bytes(id)),
+            peer: request.peer,
+            mode: request.mode,
+            limits: request.limits,
+            streams: request.streams,
+            memory: guest.memory().page_count(),
+            chunk: CHUNK,
+            verify: request.verify,
+            vm,
+            boot_id: limosa_os::boot_id(),
+        };
+        Self::spawn(guest, config, false, request.link, journal, on_finish)
+    }
+
+    /// Takes up a migration whose commit was recorded before the daemon was restarted: asks the
+    /// target until it answers.
+    ///
+    /// # Errors
+    /// The kernel gives no thread.
+    pub fn recover(
+        guest: Arc<dyn Guest>,
+        id: MigrationId,
+        peer: String,
+        on_finish: OnFinish,
+    ) -> Result<Arc<Self>, StartError> {
+        let config = SourceConfig {
+            id,
+            peer,
+            // Nothing is copied any more: mode, limits and streams have no effect.
+            mode: Mode::PreCopy,
+            limits: Limits::default(),
+            streams: 1,
+            memory: guest.memory().page_count(),
+            chunk: CHUNK,
+            verify: false,
+            vm: Vec::new(),
+            boot_id: limosa_os::boot_id(),
+        };
+        Self::spawn(guest, config, true, None, None, on_finish)
+    }
+
+    fn spawn(
+        guest: Arc<dyn Guest>,
+        config: SourceConfig,
+        is_recovery: bool,
+        link: Option<BytesPerSecond>,
+        journal: Option<PathBuf>,
+        on_finish: OnFinish,
+    ) -> Result<Arc<Self>, StartError> {
+        let (events, inbox) = channel();
+        let id = config.id;
+        let source = if is_recovery { Source::recover(config.clone()) } else { Source::new(config.clone()) };
+        let shared = Arc::new(Shared {
+            engine: Mutex::new(Journaled::new(source)),
+            unresolved: Mutex::new(None),
+            begun: Instant::now(),
+            finished: Mutex::new(false),
+            finishing: Condvar::new(),
+        });
+        let link = Arc::new(Bucket::new(link));
+        let mut driver = Driver::new(guest, config, is_recovery, Arc::clone(&shared), events.clone(), link);
+        let pages = driver.pages();
+        let done = Arc::clone(&shared);
+        thread::Builder::new()
+            .name("migrate".to_owned())
+            .spawn(move || {
+                driver.run(&inbox);
+                driver.write_journal(journal.as_deref());
+                drop(driver);
+                on_finish(lock(&done.engine).machine().report());
+                *lock(&done.finished) = true;
+                done.finishing.notify_all();
+            })
+            .map_err(|error| StartError::System(error.to_string()))?;
+        Ok(Arc::new(Self { id, shared, pages, events }))
+    }
+
+    /// The attempt.
+    pub fn id(&self) -> MigrationId {
+        self.id
+    }
+
+    /// Where it stands.
+    pub fn status(&self) -> MigrationStatus {
+        let unresolved = lock(&self.shared.unresolved).clone();
+        let pages_out = PageCount::new(self.pages.pages_out.load(Ordering::Relaxed));
+        let elapsed = self.shared.begun.elapsed();
+        MigrationStatus::of(lock(&self.shared.engine).machine(), pages_out, elapsed, unresolved)
+    }
+
+    /// Changes what is allowed from now on.
+    pub fn set(&self, limits: Limits) {
+        self.tell(SourceEvent::Set(limits));
+    }
+
+    /// Ends it; the guest runs on at the source. Returns at once: wait for the report.
+    ///
+    /// # Errors
+    /// The migration is committed already.
+    pub fn abort(&self) -> Result<(), AbortTooLate> {
+        let stage = lock(&self.shared.engine).machine().stage();
+        match stage {
+            Stage::Preparing | Stage::Copying | Stage::Paused | Stage::Returning => {
+                self.tell(SourceEvent::Abort);
+                Ok(())
+            }
+            Stage::Committed | Stage::Unresolved | Stage::Releasing | Stage::Finished => Err(AbortTooLate),
+        }
+    }
+
+    /// Waits for the end, at most `timeout`; `None` if it still runs then.
+    pub fn wait(&self, timeout: Duration) -> Option<MigrationReport> {
+        let finished = lock(&self.shared.finished);
+        let (finished, _) = self
+            .shared
+            .finishing
+            .wait_timeout_while(finished, timeout, |finished| !*finished)
+            .unwrap_or_else(PoisonError::into_inner);
+        let is_over = *finished;
+        drop(finished);
+        is_over.then(|| lock(&self.shared.engine).machine().report().clone())
+    }
+
+    fn tell(&self, event: SourceEvent) {
+        if self.events.send(Inbox::always(event)).is_err() {
+            tracing::debug!(migration_id = %self.id, "the migration is over already");
+        }
+    }
+}
+
+/// A lock whose holder cannot have left half a change behind: the engine asserts before it changes.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

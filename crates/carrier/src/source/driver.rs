@@ -1,0 +1,453 @@
+//! The driver: takes events, asks the engine, carries its actions out.
+
+use super::{Shared, lock};
+use crate::bucket::Bucket;
+use crate::connection::{self, ControlWriter, ReadError};
+use crate::digest;
+use crate::guest::{Guest, GuestError, Saved};
+use crate::{hold, journal_file, sender};
+use limosa_engine::Timestamp;
+use limosa_engine::handover::Resolution;
+use limosa_engine::source::{Paused, Piece, SourceAction, SourceConfig, SourceEvent};
+use limosa_engine::wire::{ControlFrame, Role};
+use limosa_pages::{PageCount, PageRange, PageSet, Pfn};
+use std::collections::VecDeque;
+use std::io;
+use std::net::TcpStream;
+use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
+use std::sync::{Arc, Mutex};
+use std::thread;
+use std::time::Duration;
+
+/// An event on its way to the driver.
+#[derive(Debug)]
+pub(super) struct Inbox {
+    /// The generation of connections that it came from; `None` if it came from elsewhere.
+    generation: Option<u64>,
+    news: News,
+}
+
+#[derive(Debug)]
+enum News {
+    Event(SourceEvent),
+    /// The connections are up.
+    Links(Links),
+    /// The target's answer to a question, on a connection that is kept to say *done*.
+    Answer(Resolution, ControlWriter),
+}
+
+impl Inbox {
+    /// An event that no closed connection makes obsolete.
+    pub(super) const fn always(event: SourceEvent) -> Self {
+        Self { generation: None, news: News::Event(event) }
+    }
+}
+
+/// The connections of one generation.
+#[derive(Debug)]
+struct Links {
+    control: ControlWriter,
+    /// For the thread that reads control frames.
+    reader: Option<TcpStream>,
+    streams: Vec<TcpStream>,
+    orders: Vec<Sender<sender::Order>>,
+}
+
+/// Owns one migration at the source.
+pub(super) struct Driver {
+    guest: Arc<dyn Guest>,
+    config: SourceConfig,
+    is_recovery: bool,
+    shared: Arc<Shared>,
+    events: Sender<Inbox>,
+    /// Everything that this host sends for the migration.
+    link: Arc<Bucket>,
+    limit: Arc<Bucket>,
+    pages: Arc<sender::Shared>,
+    generation: u64,
+    links: Option<Links>,
+    set: Arc<PageSet>,
+    /// Which round of `set` sends only pages that exist: those of a round that means *everything*.
+    skip_holes: bool,
+    /// The last saved state, for the digest.
+    state: Vec<u8>,
+    timer: Option<Timestamp>,
+    /// Pages that had gone out when the timer last ran out.
+    pages_seen: u64,
+    finished: bool,
+}
+
+impl Driver {
+    pub(super) fn new(
+        guest: Arc<dyn Guest>,
+        config: SourceConfig,
+        is_recovery: bool,
+        shared: Arc<Shared>,
+        events: Sender<Inbox>,
+        link: Arc<Bucket>,
+    ) -> Self {
+        let memory = guest.memory();
+        let limit = Arc::new(Bucket::new(None));
+        let pages = Arc::new(sender::Shared {
+            memory,
+            ever_sent: Mutex::new(PageSet::empty(config.memory)),
+            pages_out: AtomicU64::new(0),
+            limit: Arc::clone(&limit),
+            link: Arc::clone(&link),
+        });
+        let set = Arc::new(PageSet::empty(config.memory));
+        Self {
+            guest,
+            config,
+            is_recovery,
+            shared,
+            events,
+            link,
+            limit,
+            pages,
+            generation: 0,
+            links: None,
+            set,
+            skip_holes: false,
+            state: Vec::new(),
+            timer: None,
+            pages_seen: 0,
+            finished: false,
+        }
+    }
+
+    /// Runs the migration to its end.
+    pub(super) fn run(&mut self, inbox: &Receiver<Inbox>) {
+        let span = tracing::info_span!("migration", migration_id = %self.config.id, role = "source");
+        let _entered = span.enter();
+        tracing::info!(mode = %self.config.mode, peer = %self.config.peer, "migration begins");
+        self.handle(SourceEvent::Begin);
+        while !self.finished {
+            let event = match self.timer {
+                Some(at) => inbox.recv_timeout(at.since(now())),
+                None => inbox.recv().map_err(|_| RecvTimeoutError::Disconnected),
+            };
+            match event {
+                Ok(event) => self.receive(event),
+                Err(RecvTimeoutError::Timeout) => {
+                    self.timer = None;
+                    let pages_out = self.pages.pages_out.load(Ordering::Relaxed);
+                    if std::mem::replace(&mut self.pages_seen, pages_out) != pages_out {
+                        self.handle(SourceEvent::Moved);
+                    }
+                    self.handle(SourceEvent::Timer);
+                }
+                Err(RecvTimeoutError::Disconnected) => unreachable!("the driver holds a sender itself"),
+            }
+        }
+        self.disconnect();
+    }
+
+    /// What the streams share, for progress.
+    pub(super) fn pages(&self) -> Arc<sender::Shared> {
+        Arc::clone(&self.pages)
+    }
+
+    /// Writes the journal, if one was asked for.
+    pub(super) fn write_journal(&self, path: Option<&Path>) {
+        let Some(path) = path else { return };
+        let engine = lock(&self.shared.engine);
+        if let Err(error) = journal_file::write(path, &self.config, self.is_recovery, engine.entries()) {
+            tracing::warn!(%error, path = %path.display(), "the journal was not written");
+        }
+    }
+
+    fn receive(&mut self, inbox: Inbox) {
+        if inbox.generation.is_some_and(|generation| generation != self.generation) {
+            return;
+        }
+        match inbox.news {
+            News::Event(event) => self.handle(event),
+            News::Links(links) => match self.adopt(links) {
+                Ok(()) => self.handle(SourceEvent::Connected),
+                Err(error) => self.handle(SourceEvent::ConnectionLost { reason: error.to_string() }),
+            },
+            News::Answer(resolution, control) => {
+                self.links = Some(Links { control, reader: None, streams: Vec::new(), orders: Vec::new() });
+                self.handle(SourceEvent::Resolved(resolution));
+            }
+        }
+    }
+
+    /// Tells the engine and does what it says; an action that is answered at once is told in turn.
+    fn handle(&mut self, event: SourceEvent) {
+        let mut events = VecDeque::from([event]);
+        while let Some(event) = events.pop_front() {
+            let actions = lock(&self.shared.engine).handle(now(), event);
+            for action in actions {
+                match self.carry_out(action) {
+                    Ok(answer) => events.extend(answer),
+                    Err(error) => events.push_back(SourceEvent::GuestFailed { reason: error.to_string() }),
+                }
+            }
+        }
+    }
+
+    /// Does one thing. An error is the guest's: a broken connection reports itself.
+    fn carry_out(&mut self, action: SourceAction) -> Result<Option<SourceEvent>, GuestError> {
+        hold::at("source", action.name());
+        match action {
+            SourceAction::Connect => self.connect(),
+            SourceAction::Send(frame) => self.send(&frame),
+            SourceAction::Record(phase) => {
+                self.guest.record(&phase)?;
+                return Ok(Some(SourceEvent::Recorded(phase)));
+            }
+            SourceAction::StartTracking => {
+                self.guest.start_tracking()?;
+                return Ok(Some(SourceEvent::TrackingStarted));
+            }
+            SourceAction::StopTracking => self.guest.stop_tracking()?,
+            SourceAction::Rehearse => return self.rehearse().map(Some),
+            SourceAction::Harvest { round } => return self.harvest(round).map(Some),
+            SourceAction::Clear(piece) => {
+                self.guest.clear(piece.range)?;
+                return Ok(Some(SourceEvent::Cleared(piece)));
+            }
+            SourceAction::SendPiece { piece, stream } => self.order_piece(piece, stream),
+            SourceAction::SendBarrier { stream, round } => {
+                self.order(stream, sender::Order::Barrier { round });
+            }
+            SourceAction::Pause { round: _, harvest } => return self.pause(harvest).map(Some),
+            SourceAction::Resume => {
+                self.guest.resume()?;
+                return Ok(Some(SourceEvent::Resumed));
+            }
+            SourceAction::Hash => self.hash(),
+            SourceAction::Release => {
+                self.guest.stop()?;
+                return Ok(Some(SourceEvent::Released));
+            }
+            SourceAction::LimitBandwidth(rate) => self.limit.set_rate(rate),
+            SourceAction::Disconnect => self.disconnect(),
+            SourceAction::Resolve => self.resolve(),
+            SourceAction::SetTimer(at) => self.timer = Some(at),
+            SourceAction::ReportUnresolved { reason } => {
+                tracing::warn!(%reason, "the outcome is not known yet; asking the target");
+                *lock(&self.shared.unresolved) = Some(reason);
+            }
+            SourceAction::Finish(outcome) => {
+                tracing::info!(?outcome, "migration ends");
+                *lock(&self.shared.unresolved) = None;
+                self.finished = true;
+            }
+        }
+        Ok(None)
+    }
+
+    /// Dials in a thread of its own: an unreachable host takes seconds to say so.
+    fn connect(&mut self) {
+        self.generation += 1;
+        let (id, peer, streams) = (self.config.id, self.config.peer.clone(), self.config.streams);
+        let link = Arc::clone(&self.link);
+        let report = self.reporter();
+        self.spawn("connect", move || {
+            let dialled = || -> Result<Links, connection::Dial> {
+                let control = connection::dial(&peer, id, Role::Control)?;
+                let reader = control.try_clone().map_err(|source| connection::Dial::Unreachable { peer: peer.clone(), source })?;
+                let streams = (0..streams).map(|index| connection::dial(&peer, id, Role::Push(index)));
+                let streams = streams.collect::<Result<_, _>>()?;
+                let control = ControlWriter::new(control, link);
+                Ok(Links { control, reader: Some(reader), streams, orders: Vec::new() })
+            };
+            report(match dialled() {
+                Ok(links) => News::Links(links),
+                Err(error) => News::Event(SourceEvent::ConnectionLost { reason: error.to_string() }),
+            });
+        });
+    }
+
+    /// Starts the threads of fresh connections.
+    fn adopt(&mut self, mut links: Links) -> io::Result<()> {
+        let mut reader = links.reader.take().expect("a dialled connection has a reading half");
+        let report = self.reporter();
+        thread::Builder::new().name("control".to_owned()).spawn(move || {
+            loop {
+                match connection::read_frame(&mut reader) {
+                    Ok(frame) => report(News::Event(SourceEvent::Frame(frame))),
+                    Err(error) => {
+                        let reason = match error {
+                            ReadError::Broken(error) => format!("the connection to the target broke: {error}"),
+                            ReadError::Wire(error) => error.to_string(),
+                        };
+                        return report(News::Event(SourceEvent::ConnectionLost { reason }));
+                    }
+                }
+            }
+        })?;
+        for (index, stream) in (0u8..).zip(&links.streams) {
+            let report = self.reporter();
+            let orders = sender::start(index, stream.try_clone()?, Arc::clone(&self.pages), move |news| {
+                report(News::Event(match news {
+                    sender::Report::Sent { piece, stream, sent } => SourceEvent::Sent { piece, stream, sent },
+                    sender::Report::Broken { stream, error } => SourceEvent::ConnectionLost {
+                        reason: format!("page stream {stream} to the target broke: {error}"),
+                    },
+                }));
+            })?;
+            links.orders.push(orders);
+        }
+        self.links = Some(links);
+        Ok(())
+    }
+
+    /// Closes everything of this generation.
+    fn disconnect(&mut self) {
+        self.generation += 1;
+        // A stream that waits for its turn shall see at once that its socket is closed.
+        self.limit.set_rate(None);
+        self.link.set_rate(None);
+        if let Some(links) = self.links.take() {
+            links.control.close();
+            links.streams.iter().for_each(connection::close);
+        }
+    }
+
+    fn send(&self, frame: &ControlFrame) {
+        let Some(links) = &self.links else { return };
+        if let Err(error) = links.control.send(frame) {
+            let reason = format!("the connection to the target broke: {error}");
+            self.reporter()(News::Event(SourceEvent::ConnectionLost { reason }));
+        }
+    }
+
+    fn rehearse(&self) -> Result<SourceEvent, GuestError> {
+        let saved = self.guest.rehearse()?;
+        Ok(SourceEvent::Rehearsed {
+            stall: now().since(saved.stopped_first),
+            save: saved.saved.since(saved.stopped_first),
+            state: saved.state,
+        })
+    }
+
+    fn harvest(&mut self, round: u32) -> Result<SourceEvent, GuestError> {
+        let mut set = PageSet::empty(self.config.memory);
+        self.guest.harvest(&mut set)?;
+        // With the log initially set, the first harvest says nothing: all that exists is to be sent.
+        self.skip_holes = round == 0;
+        let dirty = if round == 0 { self.existing_pages()? } else { self.counts(&set) };
+        self.set = Arc::new(set);
+        Ok(SourceEvent::Harvested { round, dirty })
+    }
+
+    fn pause(&mut self, harvest: bool) -> Result<SourceEvent, GuestError> {
+        let Saved { state, stopped_first, stopped_last, harvested, saved, dirty } =
+            self.guest.pause_and_save(harvest)?;
+        self.skip_holes = dirty.is_none();
+        let counts = match dirty {
+            Some(set) => {
+                let counts = self.counts(&set);
+                self.set = Arc::new(set);
+                counts
+            }
+            None => {
+                self.set = Arc::new(PageSet::full(self.config.memory));
+                self.existing_pages()?
+            }
+        };
+        self.state.clone_from(&state);
+        let paused = Paused { dirty: counts, state, stopped_first, stopped_last, harvested, saved };
+        Ok(SourceEvent::Paused(paused))
+    }
+
+    /// Members of `set` in each chunk.
+    fn counts(&self, set: &PageSet) -> Vec<u32> {
+        self.chunks().map(|chunk| count(set.count_range(chunk))).collect()
+    }
+
+    /// Pages of each chunk that are no holes in the memory file.
+    fn existing_pages(&self) -> Result<Vec<u32>, GuestError> {
+        let mut set = PageSet::empty(self.config.memory);
+        let all = PageRange::new(Pfn::new(0), self.config.memory);
+        let extents = self.pages.memory.data_extents(all).map_err(|error| GuestError(error.to_string()))?;
+        extents.into_iter().for_each(|extent| set.insert_range(extent));
+        Ok(self.counts(&set))
+    }
+
+    fn chunks(&self) -> impl Iterator<Item = PageRange> {
+        let (memory, chunk) = (self.config.memory.get(), self.config.chunk.get());
+        (0..memory.div_ceil(chunk)).map(move |index| {
+            let first = index * chunk;
+            PageRange::new(Pfn::new(first), PageCount::new(chunk.min(memory - first)))
+        })
+    }
+
+    fn order_piece(&self, piece: Piece, stream: u8) {
+        let (set, skip_holes) = (Arc::clone(&self.set), self.skip_holes);
+        self.order(stream, sender::Order::Piece { piece, set, skip_holes });
+    }
+
+    fn order(&self, stream: u8, order: sender::Order) {
+        let orders = self.links.as_ref().and_then(|links| links.orders.get(usize::from(stream)));
+        // A stream that broke has reported itself; what it is told after that changes nothing.
+        if orders.is_none_or(|orders| orders.send(order).is_err()) {
+            tracing::debug!(stream, "a page stream is gone");
+        }
+    }
+
+    fn hash(&self) {
+        let memory = Arc::clone(&self.pages.memory);
+        let state = self.state.clone();
+        let report = self.reporter();
+        self.spawn("hash", move || match digest::of_memory(&memory, &state) {
+            Ok(digest) => report(News::Event(SourceEvent::Hashed(digest))),
+            Err(error) => report(News::Event(SourceEvent::ConnectionLost { reason: error.to_string() })),
+        });
+    }
+
+    fn resolve(&mut self) {
+        self.generation += 1;
+        let (id, peer) = (self.config.id, self.config.peer.clone());
+        let link = Arc::clone(&self.link);
+        let report = self.reporter();
+        self.spawn("resolve", move || {
+            let ask = || -> Result<(Resolution, ControlWriter), String> {
+                let mut stream = connection::dial(&peer, id, Role::Resolve).map_err(|error| error.to_string())?;
+                stream.set_read_timeout(Some(Duration::from_secs(10))).map_err(|error| error.to_string())?;
+                let writer = stream.try_clone().map_err(|error| error.to_string())?;
+                let writer = ControlWriter::new(writer, link);
+                writer.send(&ControlFrame::Resolve).map_err(|error| error.to_string())?;
+                match connection::read_frame(&mut stream).map_err(|error| error.to_string())? {
+                    ControlFrame::Resolved(resolution) => Ok((resolution, writer)),
+                    frame => Err(format!("the target answered with {}", frame.name())),
+                }
+            };
+            report(match ask() {
+                Ok((resolution, writer)) => News::Answer(resolution, writer),
+                Err(reason) => News::Event(SourceEvent::ResolveFailed { reason }),
+            });
+        });
+    }
+
+    /// Sends news of the present generation to the driver; the driver may be gone by then.
+    fn reporter(&self) -> impl Fn(News) + Send + 'static {
+        let (events, generation) = (self.events.clone(), Some(self.generation));
+        move |news| {
+            if events.send(Inbox { generation, news }).is_err() {
+                tracing::trace!("news after the end of a migration");
+            }
+        }
+    }
+
+    fn spawn(&self, name: &str, work: impl FnOnce() + Send + 'static) {
+        if let Err(error) = thread::Builder::new().name(name.to_owned()).spawn(work) {
+            let reason = format!("no thread to {name}: {error}");
+            self.reporter()(News::Event(SourceEvent::ConnectionLost { reason }));
+        }
+    }
+}
+
+fn now() -> Timestamp {
+    Timestamp::from_nanos(limosa_os::monotonic_nanos())
+}
+
+fn count(pages: PageCount) -> u32 {
+    u32::try_from(pages.get()).expect("a chunk is small")
+}

@@ -1,0 +1,83 @@
+//! Where a migration stands, in the numbers that an operator wants to see.
+
+use limosa_engine::handover::MigrationId;
+use limosa_engine::policy::{Limits, Mode};
+use limosa_engine::report::MigrationReport;
+use limosa_engine::source::{Source, Stage};
+use limosa_pages::{BytesPerSecond, PageCount};
+use serde::Serialize;
+use std::time::Duration;
+
+/// A snapshot of a migration.
+#[derive(Clone, Debug, Serialize)]
+pub struct MigrationStatus {
+    /// The attempt.
+    pub id: MigrationId,
+    /// The technique.
+    pub mode: Mode,
+    /// How far it is.
+    pub stage: Stage,
+    /// The round that is being sent, from 0.
+    pub round: u32,
+    /// Pages of that round.
+    pub round_pages: PageCount,
+    /// Pages of it that were sent.
+    pub round_sent_pages: PageCount,
+    /// Pages of it that were not.
+    pub remaining_pages: PageCount,
+    /// Distinct pages a second that the guest dirtied during the last round.
+    pub dirty_rate: Option<u64>,
+    /// Payload rate as delivered.
+    pub bandwidth: Option<BytesPerSecond>,
+    /// Downtime if the guest were paused now.
+    pub predicted_downtime: Option<Duration>,
+    /// Since the request.
+    pub elapsed: Duration,
+    /// Time to send the rest of this round; what comes after depends on the guest.
+    pub time_left: Option<Duration>,
+    /// Why the outcome is not known, while it is not.
+    pub unresolved: Option<String>,
+    /// What is allowed now.
+    pub limits: Limits,
+    /// What is known so far.
+    pub report: MigrationReport,
+}
+
+impl MigrationStatus {
+    /// `pages_out` counts the pages handed to the kernel in all rounds: finer than the engine's
+    /// count, which grows by pieces.
+    pub(super) fn of(
+        source: &Source,
+        pages_out: PageCount,
+        elapsed: Duration,
+        unresolved: Option<String>,
+    ) -> Self {
+        let report = source.report().clone();
+        let progress = source.progress();
+        let (round_pages, _) = source.round_progress();
+        let round_sent_pages = pages_out.saturating_sub(report.pages_sent()).min(round_pages);
+        let remaining_pages = round_pages.saturating_sub(round_sent_pages);
+        let dirty_rate = report.rounds.last().and_then(|round| {
+            let seconds = round.time.as_secs_f64();
+            (seconds > 0.0).then(|| (round.dirty_after.get() as f64 / seconds) as u64)
+        });
+        let time_left = progress.bandwidth.and_then(|rate| rate.time_for(remaining_pages.bytes()));
+        Self {
+            id: report.id,
+            mode: report.mode,
+            stage: source.stage(),
+            round: progress.rounds,
+            round_pages,
+            round_sent_pages,
+            remaining_pages,
+            dirty_rate,
+            bandwidth: progress.bandwidth,
+            predicted_downtime: progress.predicted_downtime(),
+            elapsed: if report.outcome.is_some() { report.eviction } else { elapsed },
+            time_left: if report.outcome.is_some() { None } else { time_left },
+            unresolved,
+            limits: *source.limits(),
+            report,
+        }
+    }
+}

@@ -1,0 +1,334 @@
+//! The peer side of a host: accepts connections, gives each arriving migration a driver.
+//!
+//! ```text
+//!  accept ─▶ preamble ─┬─ control ─▶ new session: driver thread + this thread reads its frames
+//!                      ├─ push i  ─▶ joins the session, waits there for its guest
+//!                      └─ resolve ─▶ asks the session's driver, or the host if none is left
+//! ```
+//!
+//! Whoever connects has [`HANDSHAKE_MAX`] to say what it wants, and at most [`HANDSHAKES_MAX`] may
+//! be saying it at once. A session that has ended stays barred: its id is never accepted again.
+
+mod session;
+
+use crate::connection::{self, HANDSHAKE_MAX};
+use crate::guest::Guest;
+use limosa_engine::handover::{MigrationId, Resolution};
+use limosa_engine::target::TargetOutcome;
+use limosa_engine::wire::{ControlFrame, Role, Start};
+use serde::Serialize;
+use session::Session;
+use std::collections::{HashMap, VecDeque};
+use std::io::Write;
+use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+use std::{io, thread};
+
+/// Connections that may be in their handshake at once; more are closed unheard.
+const HANDSHAKES_MAX: usize = 64;
+/// Migrations that may arrive at once.
+const SESSIONS_MAX: usize = 256;
+/// Ended attempts that are remembered as barred. Ids are random, so an old one that is forgotten
+/// could only come back from a peer that replays it: a fresh attempt, for all that matters.
+const BARRED_MAX: usize = 4096;
+/// How long a source that asked may take to say that it is done.
+const DONE_MAX: Duration = Duration::from_secs(30);
+
+/// What the daemon does for migrations that arrive.
+pub trait TargetHost: Send + Sync {
+    /// Makes an empty VM in phase `Preparing`.
+    ///
+    /// # Errors
+    /// One line for the operator at the source: why the guest cannot come here.
+    fn create(&self, id: MigrationId, start: &Start) -> Result<Arc<dyn Guest>, String>;
+
+    /// Notes durably that the guest of this attempt is about to run here.
+    ///
+    /// # Errors
+    /// It cannot be noted; the guest will not run here.
+    fn committing(&self, id: MigrationId) -> Result<(), String>;
+
+    /// The guest runs here.
+    fn running(&self, id: MigrationId);
+
+    /// The migration is over here.
+    fn finished(&self, id: MigrationId, outcome: &TargetOutcome);
+
+    /// How an attempt ended that no session knows. Unless it runs, it is barred for ever.
+    fn resolve(&self, id: MigrationId) -> Resolution;
+
+    /// A source that had to ask says that it holds nothing any more.
+    fn confirmed(&self, id: MigrationId);
+}
+
+/// A migration that arrives.
+#[derive(Clone, Debug, Serialize)]
+pub struct IncomingStatus {
+    /// The attempt.
+    pub id: MigrationId,
+    /// The source's address.
+    pub from: SocketAddr,
+    /// Pages installed, zero pages included.
+    pub pages_received: u64,
+    /// Bytes that came by the push streams.
+    pub bytes_received: u64,
+    /// The guest was told to run here.
+    pub is_committed: bool,
+}
+
+/// Accepts migrations from other hosts.
+#[derive(Debug)]
+pub struct Listener {
+    shared: Arc<Shared>,
+    address: SocketAddr,
+}
+
+struct Shared {
+    host: Arc<dyn TargetHost>,
+    registry: Mutex<Registry>,
+    /// A session was opened or closed.
+    opened: Condvar,
+    handshakes: AtomicUsize,
+    closing: AtomicBool,
+}
+
+impl std::fmt::Debug for Shared {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Shared").finish_non_exhaustive()
+    }
+}
+
+#[derive(Default)]
+struct Registry {
+    sessions: HashMap<MigrationId, Arc<Session>>,
+    barred: VecDeque<MigrationId>,
+}
+
+impl Listener {
+    /// Listens on `address` and accepts in threads of its own until it is dropped.
+    ///
+    /// # Errors
+    /// The address cannot be bound.
+    pub fn bind(address: SocketAddr, host: Arc<dyn TargetHost>) -> io::Result<Self> {
+        let listener = TcpListener::bind(address)?;
+        let address = listener.local_addr()?;
+        let shared = Arc::new(Shared {
+            host,
+            registry: Mutex::default(),
+            opened: Condvar::new(),
+            handshakes: AtomicUsize::new(0),
+            closing: AtomicBool::new(false),
+        });
+        let acceptor = Arc::clone(&shared);
+        thread::Builder::new().name("accept".to_owned()).spawn(move || acceptor.accept(&listener))?;
+        Ok(Self { shared, address })
+    }
+
+    /// The address, with the port that the kernel chose if none was asked for.
+    pub fn local_addr(&self) -> SocketAddr {
+        self.address
+    }
+
+    /// Migrations that arrive now.
+    pub fn incoming(&self) -> Vec<IncomingStatus> {
+        self.shared.registry().sessions.values().map(|session| session.status()).collect()
+    }
+
+    /// Ends an arriving migration unless it is committed; true if there was one.
+    pub fn abort(&self, id: MigrationId) -> bool {
+        let session = self.shared.registry().sessions.get(&id).cloned();
+        session.is_some_and(|session| session.abort())
+    }
+}
+
+impl Drop for Listener {
+    fn drop(&mut self) {
+        self.shared.closing.store(true, Ordering::SeqCst);
+        // The acceptor sleeps in `accept`; a connection wakes it.
+        if let Err(error) = TcpStream::connect_timeout(&self.address, Duration::from_secs(1)) {
+            tracing::debug!(%error, "the acceptor could not be woken");
+        }
+    }
+}
+
+impl Shared {
+    fn registry(&self) -> MutexGuard<'_, Registry> {
+        self.registry.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn accept(self: &Arc<Self>, listener: &TcpListener) {
+        loop {
+            let accepted = listener.accept();
+            if self.closing.load(Ordering::SeqCst) {
+                return;
+            }
+            match accepted {
+                Ok((stream, from)) => self.greet(stream, from),
+                Err(error) => {
+                    tracing::warn!(%error, "a connection could not be accepted");
+                    // Out of descriptors: others have to be closed first.
+                    thread::sleep(Duration::from_millis(100));
+                }
+            }
+        }
+    }
+
+    /// Hears a connection out in a thread of its own, if not too many are being heard.
+    fn greet(self: &Arc<Self>, mut stream: TcpStream, from: SocketAddr) {
+        if self.handshakes.fetch_add(1, Ordering::SeqCst) >= HANDSHAKES_MAX {
+            self.handshakes.fetch_sub(1, Ordering::SeqCst);
+            tracing::warn!(%from, "too many connections at once: this one is closed");
+            return;
+        }
+        let shared = Arc::clone(self);
+        let spawned = thread::Builder::new().name("greet".to_owned()).spawn(move || {
+            let preamble = connection::read_preamble(&mut stream);
+            shared.handshakes.fetch_sub(1, Ordering::SeqCst);
+            match preamble {
+                Ok(preamble) => shared.serve(stream, from, preamble.migration, preamble.role),
+                Err(error) => {
+                    tracing::warn!(%from, %error, "a connection was refused");
+                    refuse(&mut stream, &error.to_string());
+                }
+            }
+        });
+        if let Err(error) = spawned {
+            self.handshakes.fetch_sub(1, Ordering::SeqCst);
+            tracing::warn!(%error, "no thread for a connection");
+        }
+    }
+
+    fn serve(self: &Arc<Self>, mut stream: TcpStream, from: SocketAddr, id: MigrationId, role: Role) {
+        match role {
+            Role::Control => match self.open(id, from, &stream) {
+                Ok(session) => self.read_control(&session, stream),
+                Err(reason) => {
+                    tracing::warn!(migration_id = %id, %from, %reason, "a migration was refused");
+                    refuse(&mut stream, &reason);
+                }
+            },
+            Role::Push(index) => {
+                match self.wait_for_session(id) {
+                    Some(session) => session.attach(index, stream),
+                    None => tracing::warn!(migration_id = %id, %from, "pages for no migration"),
+                }
+            }
+            Role::Resolve => self.answer(id, &mut stream),
+        }
+    }
+
+    /// Makes the session of a new attempt and starts its driver.
+    fn open(self: &Arc<Self>, id: MigrationId, from: SocketAddr, stream: &TcpStream) -> Result<Arc<Session>, String> {
+        let writer = stream.try_clone().map_err(|error| error.to_string())?;
+        let mut registry = self.registry();
+        if registry.sessions.contains_key(&id) || registry.barred.contains(&id) {
+            return Err("this migration was begun before: start a new one".to_owned());
+        }
+        if registry.sessions.len() >= SESSIONS_MAX {
+            return Err("too many migrations arrive at once: try again later".to_owned());
+        }
+        let (session, driver) = Session::new(id, from, writer, Arc::clone(&self.host));
+        registry.sessions.insert(id, Arc::clone(&session));
+        drop(registry);
+        self.opened.notify_all();
+        let shared = Arc::clone(self);
+        let spawned = thread::Builder::new().name("arrive".to_owned()).spawn(move || {
+            driver.run();
+            shared.close(id);
+        });
+        if let Err(error) = spawned {
+            self.close(id);
+            return Err(error.to_string());
+        }
+        Ok(session)
+    }
+
+    /// The session of a migration whose control connection may still be in its handshake.
+    fn wait_for_session(&self, id: MigrationId) -> Option<Arc<Session>> {
+        let registry = self.registry();
+        let unknown = |registry: &mut Registry| {
+            !registry.sessions.contains_key(&id) && !registry.barred.contains(&id)
+        };
+        let waited = self.opened.wait_timeout_while(registry, HANDSHAKE_MAX, unknown);
+        let (registry, _) = waited.unwrap_or_else(PoisonError::into_inner);
+        registry.sessions.get(&id).cloned()
+    }
+
+    /// Forgets a session that has ended, and bars its id.
+    fn close(&self, id: MigrationId) {
+        let mut registry = self.registry();
+        registry.sessions.remove(&id);
+        registry.bar(id);
+        drop(registry);
+        self.opened.notify_all();
+    }
+
+    fn read_control(&self, session: &Session, mut stream: TcpStream) {
+        loop {
+            match connection::read_frame(&mut stream) {
+                Ok(frame) => {
+                    // The first frame had to come soon; between later ones the engine watches.
+                    if matches!(frame, ControlFrame::Start(_))
+                        && let Err(error) = stream.set_read_timeout(None)
+                    {
+                        return session.lost(&error.to_string());
+                    }
+                    session.frame(frame);
+                }
+                Err(error) => return session.lost(&error.to_string()),
+            }
+        }
+    }
+
+    /// Answers how an attempt ended, and hears whether the source is done.
+    fn answer(&self, id: MigrationId, stream: &mut TcpStream) {
+        let resolution = match connection::read_frame(stream) {
+            Ok(ControlFrame::Resolve) => self.resolve(id),
+            Ok(_) | Err(_) => return,
+        };
+        let Some(resolution) = resolution else { return };
+        tracing::info!(migration_id = %id, ?resolution, "a source asked for an outcome");
+        let answer = ControlFrame::Resolved(resolution).encode();
+        if stream.write_all(&answer).is_err() || resolution == Resolution::Barred {
+            return;
+        }
+        if stream.set_read_timeout(Some(DONE_MAX)).is_err() {
+            return;
+        }
+        if let Ok(ControlFrame::Done) = connection::read_frame(stream) {
+            self.host.confirmed(id);
+        }
+    }
+
+    /// The answer, or `None` if it is not known yet and the source has to ask again.
+    fn resolve(&self, id: MigrationId) -> Option<Resolution> {
+        let session = self.registry().sessions.get(&id).cloned();
+        if let Some(session) = session {
+            return session.resolve(HANDSHAKE_MAX);
+        }
+        let resolution = self.host.resolve(id);
+        if resolution == Resolution::Barred {
+            self.registry().bar(id);
+        }
+        Some(resolution)
+    }
+}
+
+impl Registry {
+    fn bar(&mut self, id: MigrationId) {
+        if self.barred.len() == BARRED_MAX {
+            self.barred.pop_front();
+        }
+        self.barred.push_back(id);
+    }
+}
+
+/// Tells a peer why it is not served, as far as it listens.
+fn refuse(stream: &mut TcpStream, reason: &str) {
+    let frame = ControlFrame::Refuse { reason: limosa_engine::wire::clip(reason) };
+    if let Err(error) = stream.write_all(&frame.encode()) {
+        tracing::debug!(%error, "a refused peer did not listen");
+    }
+}

@@ -1,0 +1,218 @@
+//! Real engines over real sockets, with guests that are threads: no KVM needed.
+#![allow(missing_docs, clippy::unwrap_used)]
+
+#[path = "thread_guest/guest.rs"]
+mod thread_guest;
+
+use limosa_carrier::{Guest, Listener, MigrateRequest, Migration, replay_file};
+use limosa_engine::handover::Phase;
+use limosa_engine::policy::{Limits, Mode};
+use limosa_engine::report::{MigrationReport, Outcome};
+use limosa_engine::wire::ControlFrame;
+use limosa_pages::BytesPerSecond;
+use std::io::{Read, Write};
+use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+use thread_guest::{ThreadGuest, ThreadHost};
+
+const PATIENCE: Duration = Duration::from_secs(60);
+
+fn listen() -> (Arc<ThreadHost>, Listener) {
+    let host = Arc::new(ThreadHost::default());
+    let listener = Listener::bind("127.0.0.1:0".parse().unwrap(), host.clone()).unwrap();
+    (host, listener)
+}
+
+fn request(peer: SocketAddr, mode: Mode) -> MigrateRequest {
+    let limits = Limits { downtime_max: Duration::from_millis(20), ..Limits::default() };
+    MigrateRequest { peer: peer.to_string(), mode, limits, streams: 2, verify: true, link: None }
+}
+
+fn start(guest: &Arc<ThreadGuest>, request: MigrateRequest) -> Arc<Migration> {
+    let guest: Arc<dyn Guest> = guest.clone();
+    Migration::start(guest, request, None, Box::new(|_| {})).unwrap()
+}
+
+fn migrate(guest: &Arc<ThreadGuest>, request: MigrateRequest) -> MigrationReport {
+    start(guest, request).wait(PATIENCE).expect("a migration ends")
+}
+
+fn wait_until(what: &str, condition: impl Fn() -> bool) {
+    let end = Instant::now() + PATIENCE;
+    while !condition() {
+        assert!(Instant::now() < end, "{what}");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}
+
+/// The guest works at the source and every page of it is right.
+fn assert_runs_on(guest: &ThreadGuest) {
+    assert!(guest.runs());
+    assert_eq!(guest.phase(), Phase::Running);
+    assert_eq!((guest.sweep(), guest.errors.load(Ordering::SeqCst)), (0, 0));
+}
+
+fn failure(report: &MigrationReport) -> &str {
+    match &report.outcome {
+        Some(Outcome::Failed { reason }) => reason,
+        other => panic!("expected a failure, got {other:?}"),
+    }
+}
+
+#[test]
+fn every_mode_moves_a_busy_guest_whole() {
+    for mode in Mode::ALL {
+        let (host, listener) = listen();
+        let guest = ThreadGuest::new(8192, 3000, true);
+        let report = migrate(&guest, request(listener.local_addr(), mode));
+        assert_eq!(report.outcome, Some(Outcome::Completed), "{mode}");
+        assert_eq!(report.digest_equal, Some(true), "{mode}");
+        assert!(guest.ended());
+        let arrived = host.guests.lock().unwrap()[0].1.clone();
+        assert_eq!(arrived.errors.load(Ordering::SeqCst), 0, "{mode}");
+        wait_until("the source said done", || arrived.phase() == Phase::Running);
+        // Holes were never sent, and everything else was.
+        assert!((3000..7000).contains(&report.pages_sent().get()), "{report:?}");
+        assert!(report.wire_bytes().get() < 7000 * 4200 + 100_000);
+        wait_until("the session is closed", || listener.incoming().is_empty());
+    }
+}
+
+#[test]
+fn a_journal_replays_to_the_same_actions() {
+    let (_host, listener) = listen();
+    let guest = ThreadGuest::new(4096, 1000, true);
+    let path = std::env::temp_dir().join(format!("limosa-journal-{}", std::process::id()));
+    let request = request(listener.local_addr(), Mode::PreCopy);
+    let migration = Migration::start(guest, request, Some(path.clone()), Box::new(|_| {})).unwrap();
+    migration.wait(PATIENCE).unwrap();
+    assert!(replay_file(&path).unwrap() > 10);
+    let bytes = std::fs::read(&path).unwrap();
+    std::fs::write(&path, &bytes[..bytes.len() / 2]).unwrap();
+    let damaged = replay_file(&path);
+    std::fs::remove_file(&path).unwrap();
+    assert!(damaged.is_err(), "{damaged:?}");
+}
+
+#[test]
+fn an_abort_leaves_the_guest_where_it_was_and_the_next_attempt_works() {
+    let (host, listener) = listen();
+    let guest = ThreadGuest::new(8192, 3000, true);
+    let mut slow = request(listener.local_addr(), Mode::PreCopy);
+    slow.link = Some(BytesPerSecond::new(4_000_000));
+    let migration = start(&guest, slow);
+    wait_until("pages flow", || migration.status().round_sent_pages.get() > 0);
+    migration.abort().unwrap();
+    let report = migration.wait(PATIENCE).unwrap();
+    assert_eq!(report.outcome, Some(Outcome::Aborted));
+    assert!(migration.abort().is_err());
+    assert_runs_on(&guest);
+    wait_until("the target dropped it", || host.guests.lock().unwrap().is_empty());
+    let report = migrate(&guest, request(listener.local_addr(), Mode::PreCopy));
+    assert_eq!(report.outcome, Some(Outcome::Completed));
+}
+
+#[test]
+fn limits_change_in_flight() {
+    let (_host, listener) = listen();
+    let guest = ThreadGuest::new(8192, 8000, false);
+    let mut slow = request(listener.local_addr(), Mode::PreCopy);
+    slow.limits.bandwidth_max = Some(BytesPerSecond::new(1_000_000));
+    let migration = start(&guest, slow);
+    wait_until("pages flow", || migration.status().round_sent_pages.get() > 0);
+    let begun = Instant::now();
+    migration.set(Limits { bandwidth_max: None, ..migration.status().limits });
+    let report = migration.wait(PATIENCE).unwrap();
+    assert_eq!(report.outcome, Some(Outcome::Completed));
+    // At the old limit it would have taken half a minute.
+    assert!(begun.elapsed() < Duration::from_secs(15));
+}
+
+#[test]
+fn what_cannot_start_is_said_and_the_guest_runs_on() {
+    let guest = ThreadGuest::new(1024, 100, true);
+    let closed = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+    let report = migrate(&guest, request(closed, Mode::PreCopy));
+    assert!(failure(&report).contains("is 'limosa host' running there?"), "{report:?}");
+    assert_runs_on(&guest);
+
+    let (host, listener) = listen();
+    *host.refuse.lock().unwrap() = Some("a VM of this name exists here already".to_owned());
+    let report = migrate(&guest, request(listener.local_addr(), Mode::StopAndCopy));
+    assert_eq!(failure(&report), "the target refused: a VM of this name exists here already");
+    assert_runs_on(&guest);
+}
+
+/// Peers that are no limosa host, each by what it does with a connection.
+#[test]
+fn bad_targets_end_the_attempt_and_not_the_guest() {
+    let guest = ThreadGuest::new(1024, 100, true);
+    let refuse = ControlFrame::Refuse { reason: "no".to_owned() }.encode();
+    let runs = ControlFrame::Commit.encode();
+    let peers: [(&str, Vec<u8>, &str); 5] = [
+        ("closes", Vec::new(), "broke"),
+        ("garbage", vec![0xff; 64], "announced a frame"),
+        ("malformed", [&8u32.to_le_bytes()[..], &[0xee; 8]].concat(), "malformed"),
+        ("refuses", refuse, "refused: no"),
+        ("out of turn", runs, "out of turn"),
+    ];
+    for (name, answer, expect) in peers {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let peer = listener.local_addr().unwrap();
+        std::thread::spawn(move || {
+            // Control and two push streams.
+            let mut streams: Vec<TcpStream> = (0..3).map(|_| listener.accept().unwrap().0).collect();
+            let mut preamble = [0; 32];
+            streams[0].read_exact(&mut preamble).unwrap();
+            let _gone = streams[0].write_all(&answer);
+            // Unread bytes would turn the close into a reset that overtakes the answer.
+            streams[0].set_read_timeout(Some(Duration::from_millis(200))).unwrap();
+            let _rest = streams[0].read_to_end(&mut Vec::new());
+        });
+        let report = migrate(&guest, request(peer, Mode::PreCopy));
+        assert!(failure(&report).contains(expect), "{name}: {report:?}");
+        assert_runs_on(&guest);
+    }
+}
+
+/// Sources that are no limosa host: the target drops them and goes on serving.
+#[test]
+fn bad_sources_are_dropped() {
+    let (host, listener) = listen();
+    let mut old = [0; 32];
+    old[..8].copy_from_slice(b"LIMOSA\r\n");
+    old[8] = 99;
+    for bytes in [vec![0x47; 32], old.to_vec(), vec![1, 2, 3]] {
+        let mut stream = TcpStream::connect(listener.local_addr()).unwrap();
+        stream.write_all(&bytes).unwrap();
+        stream.shutdown(std::net::Shutdown::Write).unwrap();
+        let mut answer = Vec::new();
+        stream.read_to_end(&mut answer).unwrap();
+        let frame = ControlFrame::decode(&answer[4..]).unwrap();
+        assert!(matches!(frame, ControlFrame::Refuse { .. }), "{frame:?}");
+    }
+    let guest = ThreadGuest::new(1024, 100, true);
+    let report = migrate(&guest, request(listener.local_addr(), Mode::PreCopy));
+    assert_eq!(report.outcome, Some(Outcome::Completed));
+    assert_eq!(host.guests.lock().unwrap().len(), 1);
+}
+
+/// A restarted daemon finds a committed VM and asks: the target never heard of it.
+#[test]
+fn a_committed_guest_comes_back_when_the_target_bars_it() {
+    let (_host, listener) = listen();
+    let guest = ThreadGuest::new(1024, 100, true);
+    let id = limosa_engine::handover::MigrationId(77);
+    let peer = listener.local_addr().to_string();
+    guest.record(&Phase::Offered { id }).unwrap();
+    guest.pause_and_save(false).unwrap();
+    guest.record(&Phase::Committed { id, peer: peer.clone() }).unwrap();
+    guest.lose_daemon();
+    assert!(!guest.runs() && guest.resume().is_err());
+    let migration = Migration::recover(guest.clone(), id, peer, Box::new(|_| {})).unwrap();
+    let report = migration.wait(PATIENCE).unwrap();
+    assert!(failure(&report).contains("never took the guest over"));
+    assert_runs_on(&guest);
+}

@@ -1,0 +1,325 @@
+//! A guest without KVM: a thread that writes pages whose content proves itself, and a host that
+//! makes such guests. Its dirty log behaves as KVM's with manual protection does: reading does not
+//! clear, and everything is dirty until it is cleared.
+
+use limosa_carrier::{Guest, GuestError, Running, Saved, TargetHost};
+use limosa_engine::Timestamp;
+use limosa_engine::handover::{MigrationId, OnDaemonLost, Phase, Resolution};
+use limosa_engine::target::TargetOutcome;
+use limosa_engine::wire::Start;
+use limosa_os::{PageKind, SharedMemory, monotonic_nanos};
+use limosa_pages::{PAGE_SIZE_USIZE, PageCount, PageRange, PageSet, Pfn};
+use std::collections::HashSet;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard};
+use std::time::Duration;
+
+/// What the thread and the requests share.
+struct Inside {
+    phase: Phase,
+    running: bool,
+    ended: bool,
+    tracking: bool,
+    dirty: PageSet,
+    /// The version that each page should have; zero for pages that were never written.
+    versions: Vec<u64>,
+}
+
+/// A guest made of one thread.
+pub struct ThreadGuest {
+    memory: Arc<SharedMemory>,
+    inside: Arc<(Mutex<Inside>, Condvar)>,
+    /// Pages that did not hold what they should.
+    pub errors: Arc<AtomicU64>,
+    /// Pages written.
+    pub work: Arc<AtomicU64>,
+}
+
+impl ThreadGuest {
+    /// A guest that has written `touched` of its pages; with `busy` it goes on writing them.
+    pub fn new(pages: u64, touched: u64, busy: bool) -> Arc<Self> {
+        let guest = Self::empty(pages, Phase::Running, if busy { touched } else { 0 });
+        {
+            let mut inside = guest.lock();
+            for page in 0..touched {
+                write_page(&guest.memory, &mut inside, page);
+            }
+            inside.running = true;
+        }
+        guest.inside.1.notify_all();
+        Arc::new(guest)
+    }
+
+    fn empty(pages: u64, phase: Phase, working_set: u64) -> Self {
+        let pages = PageCount::new(pages);
+        let memory = Arc::new(SharedMemory::create(pages.bytes(), PageKind::Small).unwrap());
+        let inside = Inside {
+            phase,
+            running: false,
+            ended: false,
+            tracking: false,
+            dirty: PageSet::empty(pages),
+            versions: vec![0; usize::try_from(pages.get()).unwrap()],
+        };
+        let guest = Self {
+            memory,
+            inside: Arc::new((Mutex::new(inside), Condvar::new())),
+            errors: Arc::default(),
+            work: Arc::default(),
+        };
+        let (memory, inside) = (Arc::clone(&guest.memory), Arc::clone(&guest.inside));
+        let (errors, work) = (Arc::clone(&guest.errors), Arc::clone(&guest.work));
+        std::thread::spawn(move || run(&memory, &inside, &errors, &work, working_set));
+        guest
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Inside> {
+        self.inside.0.lock().unwrap()
+    }
+
+    /// Whether it runs.
+    pub fn runs(&self) -> bool {
+        let inside = self.lock();
+        inside.running && !inside.ended
+    }
+
+    /// Whether it was ended.
+    pub fn ended(&self) -> bool {
+        self.lock().ended
+    }
+
+    /// What it has recorded.
+    pub fn phase(&self) -> Phase {
+        self.lock().phase.clone()
+    }
+
+    /// Checks every page.
+    pub fn sweep(&self) -> u64 {
+        let inside = self.lock();
+        let pages = 0..inside.versions.len() as u64;
+        pages.filter(|&page| !page_is_right(&self.memory, &inside, page)).count() as u64
+    }
+
+    /// What the VM process would do.
+    pub fn lose_daemon(&self) {
+        let mut inside = self.lock();
+        match inside.phase.on_daemon_lost() {
+            OnDaemonLost::ResumeHere => {
+                inside.phase = Phase::Running;
+                inside.running = true;
+            }
+            OnDaemonLost::Exit => inside.ended = true,
+            OnDaemonLost::Stay => {}
+        }
+        self.inside.1.notify_all();
+    }
+
+    fn save(&self, inside: &Inside, dirty: Option<PageSet>) -> Saved {
+        let now = Timestamp::from_nanos(monotonic_nanos());
+        let state = inside.versions.iter().flat_map(|version| version.to_le_bytes()).collect();
+        Saved { state, stopped_first: now, stopped_last: now, harvested: now, saved: now, dirty }
+    }
+}
+
+/// The guest's only thread.
+fn run(
+    memory: &SharedMemory,
+    inside: &(Mutex<Inside>, Condvar),
+    errors: &AtomicU64,
+    work: &AtomicU64,
+    working_set: u64,
+) {
+    let mut seed = 1u64;
+    loop {
+        let mut state = inside.0.lock().unwrap();
+        while !state.running && !state.ended {
+            state = inside.1.wait(state).unwrap();
+        }
+        if state.ended {
+            return;
+        }
+        // The working set of a guest that arrived is what it had written before.
+        let busy = if working_set > 0 { working_set } else { state.versions[0] >> 32 };
+        for _ in 0..busy.min(8) {
+            seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+            let page = (seed >> 33) % busy;
+            if !page_is_right(memory, &state, page) {
+                errors.fetch_add(1, Ordering::SeqCst);
+            }
+            write_page(memory, &mut state, page);
+            work.fetch_add(1, Ordering::SeqCst);
+        }
+        drop(state);
+        std::thread::sleep(Duration::from_micros(50));
+    }
+}
+
+fn content(page: u64, version: u64) -> [u8; PAGE_SIZE_USIZE] {
+    let mut bytes = [0; PAGE_SIZE_USIZE];
+    if version > 0 {
+        bytes.chunks_exact_mut(16).enumerate().for_each(|(index, chunk)| {
+            chunk[..8].copy_from_slice(&(page ^ (index as u64) << 40).to_le_bytes());
+            chunk[8..].copy_from_slice(&version.to_le_bytes());
+        });
+    }
+    bytes
+}
+
+fn write_page(memory: &SharedMemory, inside: &mut Inside, page: u64) {
+    let version = &mut inside.versions[usize::try_from(page).unwrap()];
+    *version += 1;
+    memory.write_at(Pfn::new(page).file_offset(), &content(page, *version)).unwrap();
+    inside.dirty.insert(Pfn::new(page));
+}
+
+fn page_is_right(memory: &SharedMemory, inside: &Inside, page: u64) -> bool {
+    let mut bytes = [0; PAGE_SIZE_USIZE];
+    memory.read_at(Pfn::new(page).file_offset(), &mut bytes).unwrap();
+    bytes == content(page, inside.versions[usize::try_from(page).unwrap()])
+}
+
+fn refused(error: impl std::fmt::Display) -> GuestError {
+    GuestError(error.to_string())
+}
+
+impl Guest for ThreadGuest {
+    fn description(&self) -> Result<Vec<u8>, GuestError> {
+        Ok(b"thread".to_vec())
+    }
+
+    fn memory(&self) -> Arc<SharedMemory> {
+        Arc::clone(&self.memory)
+    }
+
+    fn start_tracking(&self) -> Result<(), GuestError> {
+        let mut inside = self.lock();
+        inside.tracking = true;
+        inside.dirty = PageSet::full(self.memory.page_count());
+        Ok(())
+    }
+
+    fn stop_tracking(&self) -> Result<(), GuestError> {
+        self.lock().tracking = false;
+        Ok(())
+    }
+
+    fn harvest(&self, into: &mut PageSet) -> Result<(), GuestError> {
+        into.clone_from(&self.lock().dirty);
+        Ok(())
+    }
+
+    fn clear(&self, range: PageRange) -> Result<(), GuestError> {
+        self.lock().dirty.remove_range(range);
+        Ok(())
+    }
+
+    fn rehearse(&self) -> Result<Saved, GuestError> {
+        let inside = self.lock();
+        Ok(self.save(&inside, None))
+    }
+
+    fn pause_and_save(&self, harvest: bool) -> Result<Saved, GuestError> {
+        let mut inside = self.lock();
+        if inside.ended {
+            return Err(refused("the guest has ended"));
+        }
+        inside.running = false;
+        let dirty = harvest.then(|| inside.dirty.clone());
+        Ok(self.save(&inside, dirty))
+    }
+
+    fn resume(&self) -> Result<(), GuestError> {
+        let mut inside = self.lock();
+        if !inside.phase.may_run() {
+            return Err(refused("the phase forbids it"));
+        }
+        inside.running = true;
+        self.inside.1.notify_all();
+        Ok(())
+    }
+
+    fn record(&self, phase: &Phase) -> Result<(), GuestError> {
+        let mut inside = self.lock();
+        if inside.ended {
+            return Err(refused("the guest has ended"));
+        }
+        inside.phase.check(phase).map_err(refused)?;
+        inside.phase = phase.clone();
+        Ok(())
+    }
+
+    fn load(&self, state: &[u8], _is_rehearsal: bool) -> Result<Duration, GuestError> {
+        let mut inside = self.lock();
+        if state.len() != inside.versions.len() * 8 {
+            return Err(refused("the state is of another guest"));
+        }
+        inside.versions = state
+            .chunks_exact(8)
+            .map(|chunk| u64::from_le_bytes(chunk.try_into().unwrap()))
+            .collect();
+        Ok(Duration::from_micros(1))
+    }
+
+    fn commit_and_run(&self, id: MigrationId, _stopped_at: Timestamp) -> Result<Running, GuestError> {
+        let wrong = self.sweep();
+        self.errors.fetch_add(wrong, Ordering::SeqCst);
+        self.record(&Phase::Arrived { id })?;
+        self.resume()?;
+        Ok(Running { first_instruction_at: Timestamp::from_nanos(monotonic_nanos()) })
+    }
+
+    fn stop(&self) -> Result<(), GuestError> {
+        self.lock().ended = true;
+        self.inside.1.notify_all();
+        Ok(())
+    }
+}
+
+/// A host whose VMs are threads.
+#[derive(Default)]
+pub struct ThreadHost {
+    /// Refuse everything with this.
+    pub refuse: Mutex<Option<String>>,
+    /// Every guest that was made.
+    pub guests: Mutex<Vec<(MigrationId, Arc<ThreadGuest>)>>,
+    ledger: Mutex<HashSet<MigrationId>>,
+}
+
+impl TargetHost for ThreadHost {
+    fn create(&self, id: MigrationId, start: &Start) -> Result<Arc<dyn Guest>, String> {
+        if let Some(reason) = self.refuse.lock().unwrap().clone() {
+            return Err(reason);
+        }
+        if start.vm != b"thread" || start.memory_pages.get() > 1 << 20 {
+            return Err("not a machine that this host can make".to_owned());
+        }
+        let guest = Arc::new(ThreadGuest::empty(start.memory_pages.get(), Phase::Preparing { id }, 0));
+        self.guests.lock().unwrap().push((id, Arc::clone(&guest)));
+        Ok(guest)
+    }
+
+    fn committing(&self, id: MigrationId) -> Result<(), String> {
+        self.ledger.lock().unwrap().insert(id);
+        Ok(())
+    }
+
+    fn running(&self, _id: MigrationId) {}
+
+    fn finished(&self, id: MigrationId, outcome: &TargetOutcome) {
+        if matches!(outcome, TargetOutcome::Dropped { .. }) {
+            self.guests.lock().unwrap().retain(|(known, guest)| *known != id || !guest.ended());
+        }
+    }
+
+    fn resolve(&self, id: MigrationId) -> Resolution {
+        if self.ledger.lock().unwrap().contains(&id) { Resolution::Runs } else { Resolution::Barred }
+    }
+
+    fn confirmed(&self, id: MigrationId) {
+        for (known, guest) in &*self.guests.lock().unwrap() {
+            if *known == id {
+                guest.record(&Phase::Running).unwrap();
+            }
+        }
+    }
+}
