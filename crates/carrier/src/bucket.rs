@@ -29,8 +29,15 @@ struct State {
 impl Bucket {
     /// A bucket of this rate; `None` lets everything pass.
     pub(crate) fn new(rate: Option<BytesPerSecond>) -> Self {
-        let state = State { rate, free_at: Instant::now(), changes: 0 };
-        Self { state: Mutex::new(state), changed: Condvar::new() }
+        let state = State {
+            rate,
+            free_at: Instant::now(),
+            changes: 0,
+        };
+        Self {
+            state: Mutex::new(state),
+            changed: Condvar::new(),
+        }
     }
 
     /// Changes the rate for what is taken from now on, and lets everybody pass who waits.
@@ -63,10 +70,14 @@ impl Bucket {
 impl State {
     /// Books `bytes` at `now` and says how long their sender has to wait before it sends.
     fn book(&mut self, bytes: u64, now: Instant) -> Duration {
-        let Some(rate) = self.rate else { return Duration::ZERO };
+        let Some(rate) = self.rate else {
+            return Duration::ZERO;
+        };
         // A rate of zero would stop the migration for good; the slowest link is a byte a second.
         let rate = BytesPerSecond::new(rate.get().max(1));
-        let time = rate.time_for(ByteCount::new(bytes)).unwrap_or(Duration::ZERO);
+        let time = rate
+            .time_for(ByteCount::new(bytes))
+            .unwrap_or(Duration::ZERO);
         let earliest = now.checked_sub(BURST).unwrap_or(now);
         let begins = self.free_at.max(earliest);
         self.free_at = begins + time;
@@ -89,7 +100,10 @@ mod tests {
         let passed = now - start;
         // 99 writes have passed when the last begins.
         let expect = Duration::from_millis(99 * 50);
-        assert!(passed.abs_diff(expect) < Duration::from_millis(1), "{passed:?}");
+        assert!(
+            passed.abs_diff(expect) < Duration::from_millis(1),
+            "{passed:?}"
+        );
     }
 
     #[test]

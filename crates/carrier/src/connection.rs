@@ -55,18 +55,28 @@ pub(crate) enum ReadError {
 
 /// Connects and sends the preamble.
 pub(crate) fn dial(peer: &str, migration: MigrationId, role: Role) -> Result<TcpStream, Dial> {
-    let unreachable = |source| Dial::Unreachable { peer: peer.to_owned(), source };
+    let unreachable = |source| Dial::Unreachable {
+        peer: peer.to_owned(),
+        source,
+    };
     let addresses: Vec<SocketAddr> = peer
         .to_socket_addrs()
-        .map_err(|source| Dial::Address { peer: peer.to_owned(), source })?
+        .map_err(|source| Dial::Address {
+            peer: peer.to_owned(),
+            source,
+        })?
         .collect();
     let mut last = io::Error::from(io::ErrorKind::AddrNotAvailable);
     for address in addresses {
         match TcpStream::connect_timeout(&address, HANDSHAKE_MAX) {
             Ok(mut stream) => {
                 stream.set_nodelay(true).map_err(unreachable)?;
-                stream.set_write_timeout(Some(WRITE_MAX)).map_err(unreachable)?;
-                stream.write_all(&Preamble { migration, role }.encode()).map_err(unreachable)?;
+                stream
+                    .set_write_timeout(Some(WRITE_MAX))
+                    .map_err(unreachable)?;
+                stream
+                    .write_all(&Preamble { migration, role }.encode())
+                    .map_err(unreachable)?;
                 return Ok(stream);
             }
             Err(error) => last = error,
@@ -108,14 +118,20 @@ pub(crate) struct ControlWriter {
 
 impl ControlWriter {
     pub(crate) fn new(stream: TcpStream, link: Arc<Bucket>) -> Self {
-        Self { stream: Mutex::new(stream), link }
+        Self {
+            stream: Mutex::new(stream),
+            link,
+        }
     }
 
     /// Writes one frame with one system call.
     pub(crate) fn send(&self, frame: &ControlFrame) -> io::Result<()> {
         let bytes = frame.encode();
         self.link.take(bytes.len() as u64);
-        self.stream.lock().unwrap_or_else(PoisonError::into_inner).write_all(&bytes)
+        self.stream
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .write_all(&bytes)
     }
 
     /// Ends the connection for both halves.
@@ -137,7 +153,9 @@ mod tests {
 
     #[test]
     fn an_announced_length_takes_no_memory_before_bytes_arrive() {
-        let mut bytes = (limosa_engine::wire::CONTROL_FRAME_BYTES_MAX as u32).to_le_bytes().to_vec();
+        let mut bytes = (limosa_engine::wire::CONTROL_FRAME_BYTES_MAX as u32)
+            .to_le_bytes()
+            .to_vec();
         bytes.extend_from_slice(&[0; 100]);
         let result = read_frame(&mut bytes.as_slice());
         assert!(matches!(result, Err(ReadError::Broken(_))));
@@ -145,7 +163,10 @@ mod tests {
 
     #[test]
     fn half_a_frame_is_an_error_and_no_frame() {
-        let bytes = ControlFrame::Refuse { reason: "no".to_owned() }.encode();
+        let bytes = ControlFrame::Refuse {
+            reason: "no".to_owned(),
+        }
+        .encode();
         for cut in 0..bytes.len() {
             assert!(read_frame(&mut &bytes[..cut]).is_err());
         }

@@ -26,7 +26,8 @@ pub(crate) struct PageHashes {
 
 impl PageHashes {
     pub(crate) fn new(pages: PageCount) -> Self {
-        let chunks = usize::try_from(pages.get().div_ceil(CHUNK)).expect("the memory is mapped here");
+        let chunks =
+            usize::try_from(pages.get().div_ceil(CHUNK)).expect("the memory is mapped here");
         let mut table = Vec::new();
         table.resize_with(chunks, OnceLock::new);
         Self { chunks: table }
@@ -58,7 +59,9 @@ pub(crate) fn of_memory(memory: &SharedMemory, state: &[u8]) -> io::Result<Diges
     let mut sum = Sum::default();
     let all = PageRange::new(Pfn::new(0), memory.page_count());
     for extent in memory.data_extents(all)? {
-        extent.iter().for_each(|page| sum.add(page, hash(page, memory)));
+        extent
+            .iter()
+            .for_each(|page| sum.add(page, hash(page, memory)));
     }
     Ok(sum.finish(state))
 }

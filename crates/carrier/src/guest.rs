@@ -113,7 +113,8 @@ pub trait Guest: Send + Sync {
     ///
     /// # Errors
     /// As [`Guest::resume`].
-    fn commit_and_run(&self, id: MigrationId, stopped_at: Timestamp) -> Result<Running, GuestError>;
+    fn commit_and_run(&self, id: MigrationId, stopped_at: Timestamp)
+    -> Result<Running, GuestError>;
 
     /// Ends the VM process.
     ///

@@ -27,7 +27,11 @@ pub(crate) fn at(role: &str, action: &str) {
     let hold = HOLD.get_or_init(|| {
         let value = std::env::var("LIMOSA_HOLD").ok()?;
         let (point, path) = value.split_once(':')?;
-        Some(Hold { point: point.to_owned(), path: path.into(), used: AtomicBool::new(false) })
+        Some(Hold {
+            point: point.to_owned(),
+            path: path.into(),
+            used: AtomicBool::new(false),
+        })
     });
     let Some(hold) = hold else { return };
     let is_here = hold.point.split_once('.') == Some((role, action));

@@ -54,6 +54,10 @@ pub fn replay_file(path: &Path) -> Result<usize, JournalError> {
     if !config.is_sound() {
         return Err(JournalError::Foreign);
     }
-    let mut source = if is_recovery { Source::recover(config) } else { Source::new(config) };
+    let mut source = if is_recovery {
+        Source::recover(config)
+    } else {
+        Source::new(config)
+    };
     Ok(journal::replay(&mut source, entries)?)
 }

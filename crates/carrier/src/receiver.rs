@@ -64,17 +64,28 @@ pub(crate) fn start(
 ) -> io::Result<()> {
     // Between rounds a stream may be silent for long; the control stream watches the peer.
     socket.set_read_timeout(None)?;
-    thread::Builder::new().name(format!("receive-{index}")).spawn(move || {
-        let mut stream = PushStream { index, socket, shared, buffer: vec![0; BUFFER_BYTES], start: 0, end: 0 };
-        let error = match stream.run(&report) {
-            Ok(()) => return,
-            Err(error) => error,
-        };
-        // Whoever sealed the memory closes the streams, too: that is no news.
-        if !stream.shared.sealed.load(Ordering::SeqCst) {
-            report(Report::Broken { reason: error.to_string() });
-        }
-    })?;
+    thread::Builder::new()
+        .name(format!("receive-{index}"))
+        .spawn(move || {
+            let mut stream = PushStream {
+                index,
+                socket,
+                shared,
+                buffer: vec![0; BUFFER_BYTES],
+                start: 0,
+                end: 0,
+            };
+            let error = match stream.run(&report) {
+                Ok(()) => return,
+                Err(error) => error,
+            };
+            // Whoever sealed the memory closes the streams, too: that is no news.
+            if !stream.shared.sealed.load(Ordering::SeqCst) {
+                report(Report::Broken {
+                    reason: error.to_string(),
+                });
+            }
+        })?;
     Ok(())
 }
 
@@ -109,7 +120,10 @@ impl PushStream {
             match header {
                 PushHeader::Pages(range) => self.install(range)?,
                 PushHeader::Zeros(range) => self.install_zeros(range)?,
-                PushHeader::Barrier { round } => report(Report::Barrier { stream: self.index, round }),
+                PushHeader::Barrier { round } => report(Report::Barrier {
+                    stream: self.index,
+                    round,
+                }),
             }
         }
     }
@@ -137,14 +151,24 @@ impl PushStream {
         let offset = range.first.file_offset();
         let length = usize::try_from(range.bytes().get()).expect("limited by the header");
         let ahead = length.min(self.end - self.start);
-        self.shared.memory.write_at(offset, &self.buffer[self.start..self.start + ahead])?;
+        self.shared
+            .memory
+            .write_at(offset, &self.buffer[self.start..self.start + ahead])?;
         self.start += ahead;
         if ahead < length {
-            self.shared.memory.receive(&self.socket, offset + ahead as u64, length - ahead)?;
+            self.shared
+                .memory
+                .receive(&self.socket, offset + ahead as u64, length - ahead)?;
         }
-        self.shared.filled.lock().unwrap_or_else(PoisonError::into_inner).insert_range(range);
+        self.shared
+            .filled
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .insert_range(range);
         if let Some(hashes) = &self.shared.hashes {
-            range.iter().for_each(|page| hashes.set(page, &self.shared.memory));
+            range
+                .iter()
+                .for_each(|page| hashes.set(page, &self.shared.memory));
         }
         self.count(range.count, range.bytes().get());
         Ok(())
@@ -152,13 +176,19 @@ impl PushStream {
 
     fn install_zeros(&self, range: PageRange) -> io::Result<()> {
         let stale: Vec<PageRange> = {
-            let mut filled = self.shared.filled.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut filled = self
+                .shared
+                .filled
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner);
             let stale = filled.runs_in(range).collect();
             filled.remove_range(range);
             stale
         };
         for page in stale.into_iter().flat_map(PageRange::iter) {
-            self.shared.memory.write_at(page.file_offset(), &[0; PAGE_SIZE_USIZE])?;
+            self.shared
+                .memory
+                .write_at(page.file_offset(), &[0; PAGE_SIZE_USIZE])?;
             if let Some(hashes) = &self.shared.hashes {
                 hashes.set(page, &self.shared.memory);
             }
@@ -168,7 +198,11 @@ impl PushStream {
     }
 
     fn count(&self, pages: PageCount, bytes: u64) {
-        self.shared.pages_received.fetch_add(pages.get(), Ordering::Relaxed);
-        self.shared.bytes_received.fetch_add(bytes, Ordering::Relaxed);
+        self.shared
+            .pages_received
+            .fetch_add(pages.get(), Ordering::Relaxed);
+        self.shared
+            .bytes_received
+            .fetch_add(bytes, Ordering::Relaxed);
     }
 }

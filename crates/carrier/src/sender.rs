@@ -20,7 +20,11 @@ use std::thread;
 #[derive(Debug)]
 pub(crate) enum Order {
     /// Send the pages of `set` within the piece. With `skip_holes`, only those that exist.
-    Piece { piece: Piece, set: Arc<PageSet>, skip_holes: bool },
+    Piece {
+        piece: Piece,
+        set: Arc<PageSet>,
+        skip_holes: bool,
+    },
     /// All of this round that goes by this stream has been sent.
     Barrier { round: u32 },
 }
@@ -28,8 +32,15 @@ pub(crate) enum Order {
 /// What a stream reports.
 #[derive(Debug)]
 pub(crate) enum Report {
-    Sent { piece: Piece, stream: u8, sent: SentPiece },
-    Broken { stream: u8, error: io::Error },
+    Sent {
+        piece: Piece,
+        stream: u8,
+        sent: SentPiece,
+    },
+    Broken {
+        stream: u8,
+        error: io::Error,
+    },
 }
 
 /// What all streams of a migration share.
@@ -53,12 +64,21 @@ pub(crate) fn start(
     report: impl Fn(Report) + Send + 'static,
 ) -> io::Result<Sender<Order>> {
     let (orders, inbox) = channel();
-    thread::Builder::new().name(format!("push-{index}")).spawn(move || {
-        let mut stream = PushStream { index, socket, shared };
-        if let Err(error) = stream.run(&inbox, &report) {
-            report(Report::Broken { stream: index, error });
-        }
-    })?;
+    thread::Builder::new()
+        .name(format!("push-{index}"))
+        .spawn(move || {
+            let mut stream = PushStream {
+                index,
+                socket,
+                shared,
+            };
+            if let Err(error) = stream.run(&inbox, &report) {
+                report(Report::Broken {
+                    stream: index,
+                    error,
+                });
+            }
+        })?;
     Ok(orders)
 }
 
@@ -73,12 +93,21 @@ impl PushStream {
     fn run(&mut self, inbox: &Receiver<Order>, report: &impl Fn(Report)) -> io::Result<()> {
         while let Ok(order) = inbox.recv() {
             match order {
-                Order::Piece { piece, set, skip_holes } => {
+                Order::Piece {
+                    piece,
+                    set,
+                    skip_holes,
+                } => {
                     let sent = self.send_piece(piece, &set, skip_holes)?;
-                    report(Report::Sent { piece, stream: self.index, sent });
+                    report(Report::Sent {
+                        piece,
+                        stream: self.index,
+                        sent,
+                    });
                 }
                 Order::Barrier { round } => {
-                    self.socket.write_all(&PushHeader::Barrier { round }.encode())?;
+                    self.socket
+                        .write_all(&PushHeader::Barrier { round }.encode())?;
                 }
             }
         }
@@ -87,7 +116,10 @@ impl PushStream {
 
     fn send_piece(&self, piece: Piece, set: &PageSet, skip_holes: bool) -> io::Result<SentPiece> {
         let runs = self.runs(piece.range, set, skip_holes)?;
-        let mut sent = SentPiece { resent: self.mark(&runs), ..SentPiece::default() };
+        let mut sent = SentPiece {
+            resent: self.mark(&runs),
+            ..SentPiece::default()
+        };
         let mut batch = Batch::default();
         for run in runs {
             for part in split_by_content(run, |page| self.shared.memory.is_zero(page)) {
@@ -109,7 +141,12 @@ impl PushStream {
     }
 
     /// The runs of pages to send: members of the set, without holes if asked.
-    fn runs(&self, range: PageRange, set: &PageSet, skip_holes: bool) -> io::Result<Vec<PageRange>> {
+    fn runs(
+        &self,
+        range: PageRange,
+        set: &PageSet,
+        skip_holes: bool,
+    ) -> io::Result<Vec<PageRange>> {
         if !skip_holes {
             return Ok(set.runs_in(range).collect());
         }
@@ -122,7 +159,11 @@ impl PushStream {
 
     /// Notes that these pages are sent now; how many of them had been sent before.
     fn mark(&self, runs: &[PageRange]) -> PageCount {
-        let mut ever = self.shared.ever_sent.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut ever = self
+            .shared
+            .ever_sent
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
         let mut again = PageCount::ZERO;
         for &run in runs {
             again = again.saturating_add(ever.count_range(run));
@@ -139,7 +180,9 @@ impl PushStream {
         self.shared.link.take(batch.bytes);
         self.shared.memory.send_parts(&self.socket, &batch.parts)?;
         sent.bytes = sent.bytes.saturating_add(ByteCount::new(batch.bytes));
-        self.shared.pages_out.fetch_add(batch.pages, Ordering::Relaxed);
+        self.shared
+            .pages_out
+            .fetch_add(batch.pages, Ordering::Relaxed);
         *batch = Batch::default();
         Ok(())
     }
@@ -181,7 +224,10 @@ impl Batch {
 const PART_PAGES: u64 = 128;
 
 /// Splits a run into headers: pages with content and ranges of zero pages, each within its limit.
-fn split_by_content(run: PageRange, is_zero: impl Fn(Pfn) -> bool) -> impl Iterator<Item = PushHeader> {
+fn split_by_content(
+    run: PageRange,
+    is_zero: impl Fn(Pfn) -> bool,
+) -> impl Iterator<Item = PushHeader> {
     let end = run.end();
     let mut next = run.first;
     let mut known: Option<bool> = None;
@@ -191,7 +237,11 @@ fn split_by_content(run: PageRange, is_zero: impl Fn(Pfn) -> bool) -> impl Itera
         }
         let first = next;
         let zero = known.take().unwrap_or_else(|| is_zero(first));
-        let most = if zero { u64::from(u32::MAX) } else { PART_PAGES.min(u64::from(PUSH_PAGES_MAX)) };
+        let most = if zero {
+            u64::from(u32::MAX)
+        } else {
+            PART_PAGES.min(u64::from(PUSH_PAGES_MAX))
+        };
         next = first.advance(PageCount::new(1));
         while next != end && next.get() - first.get() < most {
             let next_is_zero = is_zero(next);
@@ -202,7 +252,11 @@ fn split_by_content(run: PageRange, is_zero: impl Fn(Pfn) -> bool) -> impl Itera
             next = next.advance(PageCount::new(1));
         }
         let range = PageRange::new(first, PageCount::new(next.get() - first.get()));
-        Some(if zero { PushHeader::Zeros(range) } else { PushHeader::Pages(range) })
+        Some(if zero {
+            PushHeader::Zeros(range)
+        } else {
+            PushHeader::Pages(range)
+        })
     })
 }
 

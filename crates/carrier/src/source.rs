@@ -171,7 +171,11 @@ impl Migration {
     ) -> Result<Arc<Self>, StartError> {
         let (events, inbox) = channel();
         let id = config.id;
-        let source = if is_recovery { Source::recover(config.clone()) } else { Source::new(config.clone()) };
+        let source = if is_recovery {
+            Source::recover(config.clone())
+        } else {
+            Source::new(config.clone())
+        };
         let shared = Arc::new(Shared {
             engine: Mutex::new(Journaled::new(source)),
             unresolved: Mutex::new(None),
@@ -180,7 +184,14 @@ impl Migration {
             finishing: Condvar::new(),
         });
         let link = Arc::new(Bucket::new(link));
-        let mut driver = Driver::new(guest, config, is_recovery, Arc::clone(&shared), events.clone(), link);
+        let mut driver = Driver::new(
+            guest,
+            config,
+            is_recovery,
+            Arc::clone(&shared),
+            events.clone(),
+            link,
+        );
         let pages = driver.pages();
         let done = Arc::clone(&shared);
         thread::Builder::new()
@@ -194,7 +205,12 @@ impl Migration {
                 done.finishing.notify_all();
             })
             .map_err(|error| StartError::System(error.to_string()))?;
-        Ok(Arc::new(Self { id, shared, pages, events }))
+        Ok(Arc::new(Self {
+            id,
+            shared,
+            pages,
+            events,
+        }))
     }
 
     /// The attempt.
@@ -207,7 +223,12 @@ impl Migration {
         let unresolved = lock(&self.shared.unresolved).clone();
         let pages_out = PageCount::new(self.pages.pages_out.load(Ordering::Relaxed));
         let elapsed = self.shared.begun.elapsed();
-        MigrationStatus::of(lock(&self.shared.engine).machine(), pages_out, elapsed, unresolved)
+        MigrationStatus::of(
+            lock(&self.shared.engine).machine(),
+            pages_out,
+            elapsed,
+            unresolved,
+        )
     }
 
     /// Changes what is allowed from now on.
@@ -226,7 +247,9 @@ impl Migration {
                 self.tell(SourceEvent::Abort);
                 Ok(())
             }
-            Stage::Committed | Stage::Unresolved | Stage::Releasing | Stage::Finished => Err(AbortTooLate),
+            Stage::Committed | Stage::Unresolved | Stage::Releasing | Stage::Finished => {
+                Err(AbortTooLate)
+            }
         }
     }
 

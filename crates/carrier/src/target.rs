@@ -122,7 +122,9 @@ impl Listener {
             closing: AtomicBool::new(false),
         });
         let acceptor = Arc::clone(&shared);
-        thread::Builder::new().name("accept".to_owned()).spawn(move || acceptor.accept(&listener))?;
+        thread::Builder::new()
+            .name("accept".to_owned())
+            .spawn(move || acceptor.accept(&listener))?;
         Ok(Self { shared, address })
     }
 
@@ -133,7 +135,12 @@ impl Listener {
 
     /// Migrations that arrive now.
     pub fn incoming(&self) -> Vec<IncomingStatus> {
-        self.shared.registry().sessions.values().map(|session| session.status()).collect()
+        self.shared
+            .registry()
+            .sessions
+            .values()
+            .map(|session| session.status())
+            .collect()
     }
 
     /// Ends an arriving migration unless it is committed; true if there was one.
@@ -183,24 +190,32 @@ impl Shared {
             return;
         }
         let shared = Arc::clone(self);
-        let spawned = thread::Builder::new().name("greet".to_owned()).spawn(move || {
-            let preamble = connection::read_preamble(&mut stream);
-            shared.handshakes.fetch_sub(1, Ordering::SeqCst);
-            match preamble {
-                Ok(preamble) => shared.serve(stream, from, preamble.migration, preamble.role),
-                Err(error) => {
-                    tracing::warn!(%from, %error, "a connection was refused");
-                    refuse(&mut stream, &error.to_string());
+        let spawned = thread::Builder::new()
+            .name("greet".to_owned())
+            .spawn(move || {
+                let preamble = connection::read_preamble(&mut stream);
+                shared.handshakes.fetch_sub(1, Ordering::SeqCst);
+                match preamble {
+                    Ok(preamble) => shared.serve(stream, from, preamble.migration, preamble.role),
+                    Err(error) => {
+                        tracing::warn!(%from, %error, "a connection was refused");
+                        refuse(&mut stream, &error.to_string());
+                    }
                 }
-            }
-        });
+            });
         if let Err(error) = spawned {
             self.handshakes.fetch_sub(1, Ordering::SeqCst);
             tracing::warn!(%error, "no thread for a connection");
         }
     }
 
-    fn serve(self: &Arc<Self>, mut stream: TcpStream, from: SocketAddr, id: MigrationId, role: Role) {
+    fn serve(
+        self: &Arc<Self>,
+        mut stream: TcpStream,
+        from: SocketAddr,
+        id: MigrationId,
+        role: Role,
+    ) {
         match role {
             Role::Control => match self.open(id, from, &stream) {
                 Ok(session) => self.read_control(&session, stream),
@@ -209,18 +224,21 @@ impl Shared {
                     refuse(&mut stream, &reason);
                 }
             },
-            Role::Push(index) => {
-                match self.wait_for_session(id) {
-                    Some(session) => session.attach(index, stream),
-                    None => tracing::warn!(migration_id = %id, %from, "pages for no migration"),
-                }
-            }
+            Role::Push(index) => match self.wait_for_session(id) {
+                Some(session) => session.attach(index, stream),
+                None => tracing::warn!(migration_id = %id, %from, "pages for no migration"),
+            },
             Role::Resolve => self.answer(id, &mut stream),
         }
     }
 
     /// Makes the session of a new attempt and starts its driver.
-    fn open(self: &Arc<Self>, id: MigrationId, from: SocketAddr, stream: &TcpStream) -> Result<Arc<Session>, String> {
+    fn open(
+        self: &Arc<Self>,
+        id: MigrationId,
+        from: SocketAddr,
+        stream: &TcpStream,
+    ) -> Result<Arc<Session>, String> {
         let writer = stream.try_clone().map_err(|error| error.to_string())?;
         let mut registry = self.registry();
         if registry.sessions.contains_key(&id) || registry.barred.contains(&id) {
@@ -234,10 +252,12 @@ impl Shared {
         drop(registry);
         self.opened.notify_all();
         let shared = Arc::clone(self);
-        let spawned = thread::Builder::new().name("arrive".to_owned()).spawn(move || {
-            driver.run();
-            shared.close(id);
-        });
+        let spawned = thread::Builder::new()
+            .name("arrive".to_owned())
+            .spawn(move || {
+                driver.run();
+                shared.close(id);
+            });
         if let Err(error) = spawned {
             self.close(id);
             return Err(error.to_string());
@@ -251,7 +271,9 @@ impl Shared {
         let unknown = |registry: &mut Registry| {
             !registry.sessions.contains_key(&id) && !registry.barred.contains(&id)
         };
-        let waited = self.opened.wait_timeout_while(registry, HANDSHAKE_MAX, unknown);
+        let waited = self
+            .opened
+            .wait_timeout_while(registry, HANDSHAKE_MAX, unknown);
         let (registry, _) = waited.unwrap_or_else(PoisonError::into_inner);
         registry.sessions.get(&id).cloned()
     }
@@ -327,7 +349,9 @@ impl Registry {
 
 /// Tells a peer why it is not served, as far as it listens.
 fn refuse(stream: &mut TcpStream, reason: &str) {
-    let frame = ControlFrame::Refuse { reason: limosa_engine::wire::clip(reason) };
+    let frame = ControlFrame::Refuse {
+        reason: limosa_engine::wire::clip(reason),
+    };
     if let Err(error) = stream.write_all(&frame.encode()) {
         tracing::debug!(%error, "a refused peer did not listen");
     }

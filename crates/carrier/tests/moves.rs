@@ -26,8 +26,18 @@ fn listen() -> (Arc<ThreadHost>, Listener) {
 }
 
 fn request(peer: SocketAddr, mode: Mode) -> MigrateRequest {
-    let limits = Limits { downtime_max: Duration::from_millis(20), ..Limits::default() };
-    MigrateRequest { peer: peer.to_string(), mode, limits, streams: 2, verify: true, link: None }
+    let limits = Limits {
+        downtime_max: Duration::from_millis(20),
+        ..Limits::default()
+    };
+    MigrateRequest {
+        peer: peer.to_string(),
+        mode,
+        limits,
+        streams: 2,
+        verify: true,
+        link: None,
+    }
 }
 
 fn start(guest: &Arc<ThreadGuest>, request: MigrateRequest) -> Arc<Migration> {
@@ -36,7 +46,9 @@ fn start(guest: &Arc<ThreadGuest>, request: MigrateRequest) -> Arc<Migration> {
 }
 
 fn migrate(guest: &Arc<ThreadGuest>, request: MigrateRequest) -> MigrationReport {
-    start(guest, request).wait(PATIENCE).expect("a migration ends")
+    start(guest, request)
+        .wait(PATIENCE)
+        .expect("a migration ends")
 }
 
 fn wait_until(what: &str, condition: impl Fn() -> bool) {
@@ -74,7 +86,10 @@ fn every_mode_moves_a_busy_guest_whole() {
         assert_eq!(arrived.errors.load(Ordering::SeqCst), 0, "{mode}");
         wait_until("the source said done", || arrived.phase() == Phase::Running);
         // Holes were never sent, and everything else was.
-        assert!((3000..7000).contains(&report.pages_sent().get()), "{report:?}");
+        assert!(
+            (3000..7000).contains(&report.pages_sent().get()),
+            "{report:?}"
+        );
         assert!(report.wire_bytes().get() < 7000 * 4200 + 100_000);
         wait_until("the session is closed", || listener.incoming().is_empty());
     }
@@ -103,13 +118,17 @@ fn an_abort_leaves_the_guest_where_it_was_and_the_next_attempt_works() {
     let mut slow = request(listener.local_addr(), Mode::PreCopy);
     slow.link = Some(BytesPerSecond::new(4_000_000));
     let migration = start(&guest, slow);
-    wait_until("pages flow", || migration.status().round_sent_pages.get() > 0);
+    wait_until("pages flow", || {
+        migration.status().round_sent_pages.get() > 0
+    });
     migration.abort().unwrap();
     let report = migration.wait(PATIENCE).unwrap();
     assert_eq!(report.outcome, Some(Outcome::Aborted));
     assert!(migration.abort().is_err());
     assert_runs_on(&guest);
-    wait_until("the target dropped it", || host.guests.lock().unwrap().is_empty());
+    wait_until("the target dropped it", || {
+        host.guests.lock().unwrap().is_empty()
+    });
     let report = migrate(&guest, request(listener.local_addr(), Mode::PreCopy));
     assert_eq!(report.outcome, Some(Outcome::Completed));
 }
@@ -121,9 +140,14 @@ fn limits_change_in_flight() {
     let mut slow = request(listener.local_addr(), Mode::PreCopy);
     slow.limits.bandwidth_max = Some(BytesPerSecond::new(1_000_000));
     let migration = start(&guest, slow);
-    wait_until("pages flow", || migration.status().round_sent_pages.get() > 0);
+    wait_until("pages flow", || {
+        migration.status().round_sent_pages.get() > 0
+    });
     let begun = Instant::now();
-    migration.set(Limits { bandwidth_max: None, ..migration.status().limits });
+    migration.set(Limits {
+        bandwidth_max: None,
+        ..migration.status().limits
+    });
     let report = migration.wait(PATIENCE).unwrap();
     assert_eq!(report.outcome, Some(Outcome::Completed));
     // At the old limit it would have taken half a minute.
@@ -133,15 +157,24 @@ fn limits_change_in_flight() {
 #[test]
 fn what_cannot_start_is_said_and_the_guest_runs_on() {
     let guest = ThreadGuest::new(1024, 100, true);
-    let closed = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+    let closed = TcpListener::bind("127.0.0.1:0")
+        .unwrap()
+        .local_addr()
+        .unwrap();
     let report = migrate(&guest, request(closed, Mode::PreCopy));
-    assert!(failure(&report).contains("is 'limosa host' running there?"), "{report:?}");
+    assert!(
+        failure(&report).contains("is 'limosa host' running there?"),
+        "{report:?}"
+    );
     assert_runs_on(&guest);
 
     let (host, listener) = listen();
     *host.refuse.lock().unwrap() = Some("a VM of this name exists here already".to_owned());
     let report = migrate(&guest, request(listener.local_addr(), Mode::StopAndCopy));
-    assert_eq!(failure(&report), "the target refused: a VM of this name exists here already");
+    assert_eq!(
+        failure(&report),
+        "the target refused: a VM of this name exists here already"
+    );
     assert_runs_on(&guest);
 }
 
@@ -149,12 +182,19 @@ fn what_cannot_start_is_said_and_the_guest_runs_on() {
 #[test]
 fn bad_targets_end_the_attempt_and_not_the_guest() {
     let guest = ThreadGuest::new(1024, 100, true);
-    let refuse = ControlFrame::Refuse { reason: "no".to_owned() }.encode();
+    let refuse = ControlFrame::Refuse {
+        reason: "no".to_owned(),
+    }
+    .encode();
     let runs = ControlFrame::Commit.encode();
     let peers: [(&str, Vec<u8>, &str); 5] = [
         ("closes", Vec::new(), "broke"),
         ("garbage", vec![0xff; 64], "announced a frame"),
-        ("malformed", [&8u32.to_le_bytes()[..], &[0xee; 8]].concat(), "malformed"),
+        (
+            "malformed",
+            [&8u32.to_le_bytes()[..], &[0xee; 8]].concat(),
+            "malformed",
+        ),
         ("refuses", refuse, "refused: no"),
         ("out of turn", runs, "out of turn"),
     ];
@@ -163,12 +203,15 @@ fn bad_targets_end_the_attempt_and_not_the_guest() {
         let peer = listener.local_addr().unwrap();
         std::thread::spawn(move || {
             // Control and two push streams.
-            let mut streams: Vec<TcpStream> = (0..3).map(|_| listener.accept().unwrap().0).collect();
+            let mut streams: Vec<TcpStream> =
+                (0..3).map(|_| listener.accept().unwrap().0).collect();
             let mut preamble = [0; 32];
             streams[0].read_exact(&mut preamble).unwrap();
             let _gone = streams[0].write_all(&answer);
             // Unread bytes would turn the close into a reset that overtakes the answer.
-            streams[0].set_read_timeout(Some(Duration::from_millis(200))).unwrap();
+            streams[0]
+                .set_read_timeout(Some(Duration::from_millis(200)))
+                .unwrap();
             let _rest = streams[0].read_to_end(&mut Vec::new());
         });
         let report = migrate(&guest, request(peer, Mode::PreCopy));
@@ -208,7 +251,12 @@ fn a_committed_guest_comes_back_when_the_target_bars_it() {
     let peer = listener.local_addr().to_string();
     guest.record(&Phase::Offered { id }).unwrap();
     guest.pause_and_save(false).unwrap();
-    guest.record(&Phase::Committed { id, peer: peer.clone() }).unwrap();
+    guest
+        .record(&Phase::Committed {
+            id,
+            peer: peer.clone(),
+        })
+        .unwrap();
     guest.lose_daemon();
     assert!(!guest.runs() && guest.resume().is_err());
     let migration = Migration::recover(guest.clone(), id, peer, Box::new(|_| {})).unwrap();

@@ -115,7 +115,9 @@ impl TargetAction {
         match self {
             Self::Create(_) => "create",
             Self::Send(frame) => frame.name(),
-            Self::Load { is_rehearsal: true, .. } => "load-rehearsal",
+            Self::Load {
+                is_rehearsal: true, ..
+            } => "load-rehearsal",
             Self::Load { .. } => "load",
             Self::CommitAndRun { .. } => "commit-and-run",
             Self::Digest => "digest",

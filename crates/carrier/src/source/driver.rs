@@ -41,7 +41,10 @@ enum News {
 impl Inbox {
     /// An event that no closed connection makes obsolete.
     pub(super) const fn always(event: SourceEvent) -> Self {
-        Self { generation: None, news: News::Event(event) }
+        Self {
+            generation: None,
+            news: News::Event(event),
+        }
     }
 }
 
@@ -120,7 +123,8 @@ impl Driver {
 
     /// Runs the migration to its end.
     pub(super) fn run(&mut self, inbox: &Receiver<Inbox>) {
-        let span = tracing::info_span!("migration", migration_id = %self.config.id, role = "source");
+        let span =
+            tracing::info_span!("migration", migration_id = %self.config.id, role = "source");
         let _entered = span.enter();
         tracing::info!(mode = %self.config.mode, peer = %self.config.peer, "migration begins");
         self.handle(SourceEvent::Begin);
@@ -139,7 +143,9 @@ impl Driver {
                     }
                     self.handle(SourceEvent::Timer);
                 }
-                Err(RecvTimeoutError::Disconnected) => unreachable!("the driver holds a sender itself"),
+                Err(RecvTimeoutError::Disconnected) => {
+                    unreachable!("the driver holds a sender itself")
+                }
             }
         }
         self.disconnect();
@@ -154,23 +160,35 @@ impl Driver {
     pub(super) fn write_journal(&self, path: Option<&Path>) {
         let Some(path) = path else { return };
         let engine = lock(&self.shared.engine);
-        if let Err(error) = journal_file::write(path, &self.config, self.is_recovery, engine.entries()) {
+        if let Err(error) =
+            journal_file::write(path, &self.config, self.is_recovery, engine.entries())
+        {
             tracing::warn!(%error, path = %path.display(), "the journal was not written");
         }
     }
 
     fn receive(&mut self, inbox: Inbox) {
-        if inbox.generation.is_some_and(|generation| generation != self.generation) {
+        if inbox
+            .generation
+            .is_some_and(|generation| generation != self.generation)
+        {
             return;
         }
         match inbox.news {
             News::Event(event) => self.handle(event),
             News::Links(links) => match self.adopt(links) {
                 Ok(()) => self.handle(SourceEvent::Connected),
-                Err(error) => self.handle(SourceEvent::ConnectionLost { reason: error.to_string() }),
+                Err(error) => self.handle(SourceEvent::ConnectionLost {
+                    reason: error.to_string(),
+                }),
             },
             News::Answer(resolution, control) => {
-                self.links = Some(Links { control, reader: None, streams: Vec::new(), orders: Vec::new() });
+                self.links = Some(Links {
+                    control,
+                    reader: None,
+                    streams: Vec::new(),
+                    orders: Vec::new(),
+                });
                 self.handle(SourceEvent::Resolved(resolution));
             }
         }
@@ -184,7 +202,9 @@ impl Driver {
             for action in actions {
                 match self.carry_out(action) {
                     Ok(answer) => events.extend(answer),
-                    Err(error) => events.push_back(SourceEvent::GuestFailed { reason: error.to_string() }),
+                    Err(error) => events.push_back(SourceEvent::GuestFailed {
+                        reason: error.to_string(),
+                    }),
                 }
             }
         }
@@ -245,53 +265,91 @@ impl Driver {
     /// Dials in a thread of its own: an unreachable host takes seconds to say so.
     fn connect(&mut self) {
         self.generation += 1;
-        let (id, peer, streams) = (self.config.id, self.config.peer.clone(), self.config.streams);
+        let (id, peer, streams) = (
+            self.config.id,
+            self.config.peer.clone(),
+            self.config.streams,
+        );
         let link = Arc::clone(&self.link);
         let report = self.reporter();
         self.spawn("connect", move || {
             let dialled = || -> Result<Links, connection::Dial> {
                 let control = connection::dial(&peer, id, Role::Control)?;
-                let reader = control.try_clone().map_err(|source| connection::Dial::Unreachable { peer: peer.clone(), source })?;
-                let streams = (0..streams).map(|index| connection::dial(&peer, id, Role::Push(index)));
+                let reader =
+                    control
+                        .try_clone()
+                        .map_err(|source| connection::Dial::Unreachable {
+                            peer: peer.clone(),
+                            source,
+                        })?;
+                let streams =
+                    (0..streams).map(|index| connection::dial(&peer, id, Role::Push(index)));
                 let streams = streams.collect::<Result<_, _>>()?;
                 let control = ControlWriter::new(control, link);
-                Ok(Links { control, reader: Some(reader), streams, orders: Vec::new() })
+                Ok(Links {
+                    control,
+                    reader: Some(reader),
+                    streams,
+                    orders: Vec::new(),
+                })
             };
             report(match dialled() {
                 Ok(links) => News::Links(links),
-                Err(error) => News::Event(SourceEvent::ConnectionLost { reason: error.to_string() }),
+                Err(error) => News::Event(SourceEvent::ConnectionLost {
+                    reason: error.to_string(),
+                }),
             });
         });
     }
 
     /// Starts the threads of fresh connections.
     fn adopt(&mut self, mut links: Links) -> io::Result<()> {
-        let mut reader = links.reader.take().expect("a dialled connection has a reading half");
+        let mut reader = links
+            .reader
+            .take()
+            .expect("a dialled connection has a reading half");
         let report = self.reporter();
-        thread::Builder::new().name("control".to_owned()).spawn(move || {
-            loop {
-                match connection::read_frame(&mut reader) {
-                    Ok(frame) => report(News::Event(SourceEvent::Frame(frame))),
-                    Err(error) => {
-                        let reason = match error {
-                            ReadError::Broken(error) => format!("the connection to the target broke: {error}"),
-                            ReadError::Wire(error) => error.to_string(),
-                        };
-                        return report(News::Event(SourceEvent::ConnectionLost { reason }));
+        thread::Builder::new()
+            .name("control".to_owned())
+            .spawn(move || {
+                loop {
+                    match connection::read_frame(&mut reader) {
+                        Ok(frame) => report(News::Event(SourceEvent::Frame(frame))),
+                        Err(error) => {
+                            let reason = match error {
+                                ReadError::Broken(error) => {
+                                    format!("the connection to the target broke: {error}")
+                                }
+                                ReadError::Wire(error) => error.to_string(),
+                            };
+                            return report(News::Event(SourceEvent::ConnectionLost { reason }));
+                        }
                     }
                 }
-            }
-        })?;
+            })?;
         for (index, stream) in (0u8..).zip(&links.streams) {
             let report = self.reporter();
-            let orders = sender::start(index, stream.try_clone()?, Arc::clone(&self.pages), move |news| {
-                report(News::Event(match news {
-                    sender::Report::Sent { piece, stream, sent } => SourceEvent::Sent { piece, stream, sent },
-                    sender::Report::Broken { stream, error } => SourceEvent::ConnectionLost {
-                        reason: format!("page stream {stream} to the target broke: {error}"),
-                    },
-                }));
-            })?;
+            let orders = sender::start(
+                index,
+                stream.try_clone()?,
+                Arc::clone(&self.pages),
+                move |news| {
+                    report(News::Event(match news {
+                        sender::Report::Sent {
+                            piece,
+                            stream,
+                            sent,
+                        } => SourceEvent::Sent {
+                            piece,
+                            stream,
+                            sent,
+                        },
+                        sender::Report::Broken { stream, error } => SourceEvent::ConnectionLost {
+                            reason: format!("page stream {stream} to the target broke: {error}"),
+                        },
+                    }));
+                },
+            )?;
             links.orders.push(orders);
         }
         self.links = Some(links);
@@ -332,14 +390,24 @@ impl Driver {
         self.guest.harvest(&mut set)?;
         // With the log initially set, the first harvest says nothing: all that exists is to be sent.
         self.skip_holes = round == 0;
-        let dirty = if round == 0 { self.existing_pages()? } else { self.counts(&set) };
+        let dirty = if round == 0 {
+            self.existing_pages()?
+        } else {
+            self.counts(&set)
+        };
         self.set = Arc::new(set);
         Ok(SourceEvent::Harvested { round, dirty })
     }
 
     fn pause(&mut self, harvest: bool) -> Result<SourceEvent, GuestError> {
-        let Saved { state, stopped_first, stopped_last, harvested, saved, dirty } =
-            self.guest.pause_and_save(harvest)?;
+        let Saved {
+            state,
+            stopped_first,
+            stopped_last,
+            harvested,
+            saved,
+            dirty,
+        } = self.guest.pause_and_save(harvest)?;
         self.skip_holes = dirty.is_none();
         let counts = match dirty {
             Some(set) => {
@@ -353,21 +421,36 @@ impl Driver {
             }
         };
         self.state.clone_from(&state);
-        let paused = Paused { dirty: counts, state, stopped_first, stopped_last, harvested, saved };
+        let paused = Paused {
+            dirty: counts,
+            state,
+            stopped_first,
+            stopped_last,
+            harvested,
+            saved,
+        };
         Ok(SourceEvent::Paused(paused))
     }
 
     /// Members of `set` in each chunk.
     fn counts(&self, set: &PageSet) -> Vec<u32> {
-        self.chunks().map(|chunk| count(set.count_range(chunk))).collect()
+        self.chunks()
+            .map(|chunk| count(set.count_range(chunk)))
+            .collect()
     }
 
     /// Pages of each chunk that are no holes in the memory file.
     fn existing_pages(&self) -> Result<Vec<u32>, GuestError> {
         let mut set = PageSet::empty(self.config.memory);
         let all = PageRange::new(Pfn::new(0), self.config.memory);
-        let extents = self.pages.memory.data_extents(all).map_err(|error| GuestError(error.to_string()))?;
-        extents.into_iter().for_each(|extent| set.insert_range(extent));
+        let extents = self
+            .pages
+            .memory
+            .data_extents(all)
+            .map_err(|error| GuestError(error.to_string()))?;
+        extents
+            .into_iter()
+            .for_each(|extent| set.insert_range(extent));
         Ok(self.counts(&set))
     }
 
@@ -381,11 +464,21 @@ impl Driver {
 
     fn order_piece(&self, piece: Piece, stream: u8) {
         let (set, skip_holes) = (Arc::clone(&self.set), self.skip_holes);
-        self.order(stream, sender::Order::Piece { piece, set, skip_holes });
+        self.order(
+            stream,
+            sender::Order::Piece {
+                piece,
+                set,
+                skip_holes,
+            },
+        );
     }
 
     fn order(&self, stream: u8, order: sender::Order) {
-        let orders = self.links.as_ref().and_then(|links| links.orders.get(usize::from(stream)));
+        let orders = self
+            .links
+            .as_ref()
+            .and_then(|links| links.orders.get(usize::from(stream)));
         // A stream that broke has reported itself; what it is told after that changes nothing.
         if orders.is_none_or(|orders| orders.send(order).is_err()) {
             tracing::debug!(stream, "a page stream is gone");
@@ -398,7 +491,9 @@ impl Driver {
         let report = self.reporter();
         self.spawn("hash", move || match digest::of_memory(&memory, &state) {
             Ok(digest) => report(News::Event(SourceEvent::Hashed(digest))),
-            Err(error) => report(News::Event(SourceEvent::ConnectionLost { reason: error.to_string() })),
+            Err(error) => report(News::Event(SourceEvent::ConnectionLost {
+                reason: error.to_string(),
+            })),
         });
     }
 
@@ -409,11 +504,16 @@ impl Driver {
         let report = self.reporter();
         self.spawn("resolve", move || {
             let ask = || -> Result<(Resolution, ControlWriter), String> {
-                let mut stream = connection::dial(&peer, id, Role::Resolve).map_err(|error| error.to_string())?;
-                stream.set_read_timeout(Some(Duration::from_secs(10))).map_err(|error| error.to_string())?;
+                let mut stream = connection::dial(&peer, id, Role::Resolve)
+                    .map_err(|error| error.to_string())?;
+                stream
+                    .set_read_timeout(Some(Duration::from_secs(10)))
+                    .map_err(|error| error.to_string())?;
                 let writer = stream.try_clone().map_err(|error| error.to_string())?;
                 let writer = ControlWriter::new(writer, link);
-                writer.send(&ControlFrame::Resolve).map_err(|error| error.to_string())?;
+                writer
+                    .send(&ControlFrame::Resolve)
+                    .map_err(|error| error.to_string())?;
                 match connection::read_frame(&mut stream).map_err(|error| error.to_string())? {
                     ControlFrame::Resolved(resolution) => Ok((resolution, writer)),
                     frame => Err(format!("the target answered with {}", frame.name())),

@@ -55,13 +55,17 @@ impl MigrationStatus {
         let report = source.report().clone();
         let progress = source.progress();
         let (round_pages, _) = source.round_progress();
-        let round_sent_pages = pages_out.saturating_sub(report.pages_sent()).min(round_pages);
+        let round_sent_pages = pages_out
+            .saturating_sub(report.pages_sent())
+            .min(round_pages);
         let remaining_pages = round_pages.saturating_sub(round_sent_pages);
         let dirty_rate = report.rounds.last().and_then(|round| {
             let seconds = round.time.as_secs_f64();
             (seconds > 0.0).then(|| (round.dirty_after.get() as f64 / seconds) as u64)
         });
-        let time_left = progress.bandwidth.and_then(|rate| rate.time_for(remaining_pages.bytes()));
+        let time_left = progress
+            .bandwidth
+            .and_then(|rate| rate.time_for(remaining_pages.bytes()));
         Self {
             id: report.id,
             mode: report.mode,
@@ -73,8 +77,16 @@ impl MigrationStatus {
             dirty_rate,
             bandwidth: progress.bandwidth,
             predicted_downtime: progress.predicted_downtime(),
-            elapsed: if report.outcome.is_some() { report.eviction } else { elapsed },
-            time_left: if report.outcome.is_some() { None } else { time_left },
+            elapsed: if report.outcome.is_some() {
+                report.eviction
+            } else {
+                elapsed
+            },
+            time_left: if report.outcome.is_some() {
+                None
+            } else {
+                time_left
+            },
             unresolved,
             limits: *source.limits(),
             report,

@@ -112,7 +112,9 @@ impl Session {
     }
 
     pub(super) fn lost(&self, reason: &str) {
-        self.tell(TargetEvent::ConnectionLost { reason: reason.to_owned() });
+        self.tell(TargetEvent::ConnectionLost {
+            reason: reason.to_owned(),
+        });
     }
 
     /// Ends it unless it is committed.
@@ -127,7 +129,9 @@ impl Session {
         let inside = self.inside();
         let (inside, _) = self
             .changed
-            .wait_timeout_while(inside, patience, |inside| inside.resolution.is_none() && !inside.over)
+            .wait_timeout_while(inside, patience, |inside| {
+                inside.resolution.is_none() && !inside.over
+            })
             .unwrap_or_else(PoisonError::into_inner);
         inside.resolution
     }
@@ -163,13 +167,17 @@ impl Session {
 impl Driver {
     /// Runs the migration to its end.
     pub(super) fn run(mut self) {
-        let span = tracing::info_span!("migration", migration_id = %self.session.id, role = "target");
+        let span =
+            tracing::info_span!("migration", migration_id = %self.session.id, role = "target");
         let _entered = span.enter();
         // A source that says nothing is ended by its first frame's time-out.
         while !self.finished {
             let event = match self.timer {
                 Some(at) => self.inbox.recv_timeout(at.since(now())),
-                None => self.inbox.recv().map_err(|_| RecvTimeoutError::Disconnected),
+                None => self
+                    .inbox
+                    .recv()
+                    .map_err(|_| RecvTimeoutError::Disconnected),
             };
             match event {
                 Ok(event) => self.handle(event),
@@ -198,7 +206,9 @@ impl Driver {
             let event = self.receive(event);
             let runs = matches!(event, TargetEvent::Running { .. });
             let actions = self.engine.handle(now(), event);
-            self.session.committed.store(self.engine.is_committed(), Ordering::SeqCst);
+            self.session
+                .committed
+                .store(self.engine.is_committed(), Ordering::SeqCst);
             for action in actions {
                 events.extend(self.carry_out(action));
             }
@@ -223,15 +233,27 @@ impl Driver {
     fn carry_out(&mut self, action: TargetAction) -> Option<TargetEvent> {
         hold::at("target", action.name());
         let guest = self.guest.clone();
-        let failed = |error: crate::GuestError| Some(TargetEvent::VmFailed { reason: error.to_string() });
+        let failed = |error: crate::GuestError| {
+            Some(TargetEvent::VmFailed {
+                reason: error.to_string(),
+            })
+        };
         match (action, guest) {
             (TargetAction::Create(start), _) => self.create(start),
             (TargetAction::Send(frame), _) => {
                 if let Err(error) = self.control.send(&frame) {
-                    return Some(TargetEvent::ConnectionLost { reason: error.to_string() });
+                    return Some(TargetEvent::ConnectionLost {
+                        reason: error.to_string(),
+                    });
                 }
             }
-            (TargetAction::Load { state, is_rehearsal }, Some(guest)) => {
+            (
+                TargetAction::Load {
+                    state,
+                    is_rehearsal,
+                },
+                Some(guest),
+            ) => {
                 if !is_rehearsal {
                     self.close_streams();
                 }
@@ -247,7 +269,9 @@ impl Driver {
                 return match guest.commit_and_run(self.session.id, stopped_at) {
                     Ok(running) => {
                         let first_instruction_at = running.first_instruction_at;
-                        Some(TargetEvent::Running { first_instruction_at })
+                        Some(TargetEvent::Running {
+                            first_instruction_at,
+                        })
                     }
                     Err(error) => failed(error),
                 };
@@ -274,7 +298,12 @@ impl Driver {
                 self.host.finished(self.session.id, &outcome);
                 self.finished = true;
             }
-            (TargetAction::Load { .. } | TargetAction::CommitAndRun { .. } | TargetAction::Record(_), None) => {
+            (
+                TargetAction::Load { .. }
+                | TargetAction::CommitAndRun { .. }
+                | TargetAction::Record(_),
+                None,
+            ) => {
                 unreachable!("the engine asks nothing of a guest that was not created")
             }
         }
@@ -284,26 +313,34 @@ impl Driver {
     /// Makes the guest in a thread of its own and starts to receive once all streams have come.
     fn create(&self, start: Start) {
         let (session, host) = (Arc::clone(&self.session), Arc::clone(&self.host));
-        let spawned = thread::Builder::new().name("create".to_owned()).spawn(move || {
-            let event = match session.make(&*host, &start) {
-                Ok(()) => TargetEvent::Created,
-                Err(reason) => TargetEvent::CreateFailed { reason },
-            };
-            session.tell(event);
-        });
+        let spawned = thread::Builder::new()
+            .name("create".to_owned())
+            .spawn(move || {
+                let event = match session.make(&*host, &start) {
+                    Ok(()) => TargetEvent::Created,
+                    Err(reason) => TargetEvent::CreateFailed { reason },
+                };
+                session.tell(event);
+            });
         if let Err(error) = spawned {
-            self.session.tell(TargetEvent::CreateFailed { reason: error.to_string() });
+            self.session.tell(TargetEvent::CreateFailed {
+                reason: error.to_string(),
+            });
         }
     }
 
     fn digest(&self) {
-        let Some(pages) = self.session.inside().pages.clone() else { return };
+        let Some(pages) = self.session.inside().pages.clone() else {
+            return;
+        };
         let (session, state) = (Arc::clone(&self.session), self.state.clone());
-        let spawned = thread::Builder::new().name("digest".to_owned()).spawn(move || {
-            if let Some(hashes) = &pages.hashes {
-                session.tell(TargetEvent::Digested(hashes.digest(&state)));
-            }
-        });
+        let spawned = thread::Builder::new()
+            .name("digest".to_owned())
+            .spawn(move || {
+                if let Some(hashes) = &pages.hashes {
+                    session.tell(TargetEvent::Digested(hashes.digest(&state)));
+                }
+            });
         if let Err(error) = spawned {
             tracing::warn!(%error, "no thread for the digest");
         }
@@ -315,7 +352,10 @@ impl Driver {
         if let Some(pages) = &inside.pages {
             pages.seal();
         }
-        inside.receiving.drain(..).for_each(|stream| connection::close(&stream));
+        inside
+            .receiving
+            .drain(..)
+            .for_each(|stream| connection::close(&stream));
     }
 }
 
@@ -339,8 +379,14 @@ impl Session {
         if memory.page_count() != start.memory_pages {
             return Err("the machine's description and the announced memory differ".to_owned());
         }
-        let streams = self.take_streams(start.streams).ok_or("the page streams did not come")?;
-        let pages = Arc::new(receiver::Shared::new(memory, start.memory_pages, start.verify));
+        let streams = self
+            .take_streams(start.streams)
+            .ok_or("the page streams did not come")?;
+        let pages = Arc::new(receiver::Shared::new(
+            memory,
+            start.memory_pages,
+            start.verify,
+        ));
         let mut handles = Vec::new();
         for stream in &streams {
             handles.push(stream.try_clone().map_err(|error| error.to_string())?);
@@ -353,11 +399,14 @@ impl Session {
             let session = Arc::clone(self);
             let report = move |news| {
                 session.tell(match news {
-                    receiver::Report::Barrier { stream, round } => TargetEvent::Barrier { stream, round },
+                    receiver::Report::Barrier { stream, round } => {
+                        TargetEvent::Barrier { stream, round }
+                    }
                     receiver::Report::Broken { reason } => TargetEvent::ConnectionLost { reason },
                 });
             };
-            receiver::start(index, stream, Arc::clone(&pages), report).map_err(|error| error.to_string())?;
+            receiver::start(index, stream, Arc::clone(&pages), report)
+                .map_err(|error| error.to_string())?;
         }
         Ok(())
     }

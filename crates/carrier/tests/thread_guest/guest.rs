@@ -97,7 +97,9 @@ impl ThreadGuest {
     pub fn sweep(&self) -> u64 {
         let inside = self.lock();
         let pages = 0..inside.versions.len() as u64;
-        pages.filter(|&page| !page_is_right(&self.memory, &inside, page)).count() as u64
+        pages
+            .filter(|&page| !page_is_right(&self.memory, &inside, page))
+            .count() as u64
     }
 
     /// What the VM process would do.
@@ -116,8 +118,19 @@ impl ThreadGuest {
 
     fn save(&self, inside: &Inside, dirty: Option<PageSet>) -> Saved {
         let now = Timestamp::from_nanos(monotonic_nanos());
-        let state = inside.versions.iter().flat_map(|version| version.to_le_bytes()).collect();
-        Saved { state, stopped_first: now, stopped_last: now, harvested: now, saved: now, dirty }
+        let state = inside
+            .versions
+            .iter()
+            .flat_map(|version| version.to_le_bytes())
+            .collect();
+        Saved {
+            state,
+            stopped_first: now,
+            stopped_last: now,
+            harvested: now,
+            saved: now,
+            dirty,
+        }
     }
 }
 
@@ -139,7 +152,11 @@ fn run(
             return;
         }
         // The working set of a guest that arrived is what it had written before.
-        let busy = if working_set > 0 { working_set } else { state.versions[0] >> 32 };
+        let busy = if working_set > 0 {
+            working_set
+        } else {
+            state.versions[0] >> 32
+        };
         for _ in 0..busy.min(8) {
             seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
             let page = (seed >> 33) % busy;
@@ -157,10 +174,13 @@ fn run(
 fn content(page: u64, version: u64) -> [u8; PAGE_SIZE_USIZE] {
     let mut bytes = [0; PAGE_SIZE_USIZE];
     if version > 0 {
-        bytes.chunks_exact_mut(16).enumerate().for_each(|(index, chunk)| {
-            chunk[..8].copy_from_slice(&(page ^ (index as u64) << 40).to_le_bytes());
-            chunk[8..].copy_from_slice(&version.to_le_bytes());
-        });
+        bytes
+            .chunks_exact_mut(16)
+            .enumerate()
+            .for_each(|(index, chunk)| {
+                chunk[..8].copy_from_slice(&(page ^ (index as u64) << 40).to_le_bytes());
+                chunk[8..].copy_from_slice(&version.to_le_bytes());
+            });
     }
     bytes
 }
@@ -168,13 +188,17 @@ fn content(page: u64, version: u64) -> [u8; PAGE_SIZE_USIZE] {
 fn write_page(memory: &SharedMemory, inside: &mut Inside, page: u64) {
     let version = &mut inside.versions[usize::try_from(page).unwrap()];
     *version += 1;
-    memory.write_at(Pfn::new(page).file_offset(), &content(page, *version)).unwrap();
+    memory
+        .write_at(Pfn::new(page).file_offset(), &content(page, *version))
+        .unwrap();
     inside.dirty.insert(Pfn::new(page));
 }
 
 fn page_is_right(memory: &SharedMemory, inside: &Inside, page: u64) -> bool {
     let mut bytes = [0; PAGE_SIZE_USIZE];
-    memory.read_at(Pfn::new(page).file_offset(), &mut bytes).unwrap();
+    memory
+        .read_at(Pfn::new(page).file_offset(), &mut bytes)
+        .unwrap();
     bytes == content(page, inside.versions[usize::try_from(page).unwrap()])
 }
 
@@ -260,12 +284,18 @@ impl Guest for ThreadGuest {
         Ok(Duration::from_micros(1))
     }
 
-    fn commit_and_run(&self, id: MigrationId, _stopped_at: Timestamp) -> Result<Running, GuestError> {
+    fn commit_and_run(
+        &self,
+        id: MigrationId,
+        _stopped_at: Timestamp,
+    ) -> Result<Running, GuestError> {
         let wrong = self.sweep();
         self.errors.fetch_add(wrong, Ordering::SeqCst);
         self.record(&Phase::Arrived { id })?;
         self.resume()?;
-        Ok(Running { first_instruction_at: Timestamp::from_nanos(monotonic_nanos()) })
+        Ok(Running {
+            first_instruction_at: Timestamp::from_nanos(monotonic_nanos()),
+        })
     }
 
     fn stop(&self) -> Result<(), GuestError> {
@@ -293,7 +323,11 @@ impl TargetHost for ThreadHost {
         if start.vm != b"thread" || start.memory_pages.get() > 1 << 20 {
             return Err("not a machine that this host can make".to_owned());
         }
-        let guest = Arc::new(ThreadGuest::empty(start.memory_pages.get(), Phase::Preparing { id }, 0));
+        let guest = Arc::new(ThreadGuest::empty(
+            start.memory_pages.get(),
+            Phase::Preparing { id },
+            0,
+        ));
         self.guests.lock().unwrap().push((id, Arc::clone(&guest)));
         Ok(guest)
     }
@@ -307,12 +341,19 @@ impl TargetHost for ThreadHost {
 
     fn finished(&self, id: MigrationId, outcome: &TargetOutcome) {
         if matches!(outcome, TargetOutcome::Dropped { .. }) {
-            self.guests.lock().unwrap().retain(|(known, guest)| *known != id || !guest.ended());
+            self.guests
+                .lock()
+                .unwrap()
+                .retain(|(known, guest)| *known != id || !guest.ended());
         }
     }
 
     fn resolve(&self, id: MigrationId) -> Resolution {
-        if self.ledger.lock().unwrap().contains(&id) { Resolution::Runs } else { Resolution::Barred }
+        if self.ledger.lock().unwrap().contains(&id) {
+            Resolution::Runs
+        } else {
+            Resolution::Barred
+        }
     }
 
     fn confirmed(&self, id: MigrationId) {

@@ -1,0 +1,178 @@
+//! Rounds of pages: harvest, decide, clear, send, confirm; the last one with the guest paused.
+
+use super::rounds::{Round, Step};
+use super::{
+    BANDWIDTH_SAMPLE_MIN, Paused, Piece, SentPiece, Source, SourceAction, SourceFault, State,
+};
+use crate::policy::{PauseReason, Verdict};
+use crate::time::Timestamp;
+use crate::wire::ControlFrame;
+use alloc::string::String;
+use alloc::vec;
+use alloc::vec::Vec;
+use limosa_pages::{ByteCount, BytesPerSecond};
+
+impl Source {
+    /// Asks the policy about the pages that wait; they are in `round` already or still unknown.
+    pub(super) fn decide(&mut self, now: Timestamp) -> Vec<SourceAction> {
+        self.progress.elapsed = now.since(self.begun);
+        match self
+            .config
+            .mode
+            .policy()
+            .verdict(&self.progress, &self.config.limits)
+        {
+            Verdict::AnotherRound => self.next_pieces(),
+            Verdict::PauseAndCopy(reason) => self.pause(reason),
+        }
+    }
+
+    pub(super) fn pause(&mut self, reason: PauseReason) -> Vec<SourceAction> {
+        self.state = State::Pausing;
+        self.paused = true;
+        self.report.pause_reason = Some(reason);
+        self.report.predicted_downtime = self.progress.predicted_downtime();
+        let harvest = self.tracking && self.fault != Some(SourceFault::NoHarvestAfterPause);
+        vec![SourceAction::Pause {
+            round: self.progress.rounds,
+            harvest,
+        }]
+    }
+
+    pub(super) fn harvested(
+        &mut self,
+        now: Timestamp,
+        round: u32,
+        dirty: &[u32],
+    ) -> Vec<SourceAction> {
+        if self.state != State::Rounds || round != self.progress.rounds {
+            return Vec::new();
+        }
+        let round = Round::live(round, dirty, &self.config, now);
+        self.progress.remaining = round.progress().0;
+        if let Some(last) = self.report.rounds.last_mut() {
+            last.dirty_after = self.progress.remaining;
+        }
+        if let Some(previous) = self.previous_remaining {
+            let shrank = self.progress.remaining.get() < previous.get().saturating_mul(9) / 10;
+            self.progress.rounds_without_progress = if shrank {
+                0
+            } else {
+                self.progress.rounds_without_progress + 1
+            };
+        }
+        // The bulk round's size says nothing about the guest's dirty rate.
+        if self.progress.rounds > 0 {
+            self.previous_remaining = Some(self.progress.remaining);
+        }
+        self.round = Some(round.with_fault(self.fault));
+        self.decide(now)
+    }
+
+    pub(super) fn paused(&mut self, now: Timestamp, paused: Paused) -> Vec<SourceAction> {
+        if let State::Returning { .. } = self.state {
+            return Vec::new();
+        }
+        if self.state != State::Pausing {
+            return Vec::new();
+        }
+        self.moved = now;
+        self.state = State::LastRound { prepared: false };
+        if !ControlFrame::fits(paused.state.len()) {
+            return self.fail(
+                now,
+                String::from("the guest's state is too large to be sent"),
+            );
+        }
+        self.report.state_bytes = ByteCount::new(paused.state.len() as u64);
+        let round = Round::last(self.progress.rounds, &paused.dirty, &self.config, now);
+        self.progress.remaining = round.progress().0;
+        if self.report.predicted_downtime.is_none() {
+            self.report.predicted_downtime = self.progress.predicted_downtime();
+        }
+        self.round = Some(round.with_fault(self.fault));
+        let stopped_at = paused.stopped_first.shift(self.report.clock.nanos);
+        let state = paused.state.clone();
+        let frame = ControlFrame::State {
+            round: self.progress.rounds,
+            stopped_at,
+            state,
+        };
+        self.stopped = Some(paused);
+        let mut actions = self.next_pieces();
+        // The state may overtake the pages on the wire: the target waits for every barrier.
+        actions.push(SourceAction::Send(frame));
+        actions
+    }
+
+    /// Turns what the round wants into actions.
+    pub(super) fn next_pieces(&mut self) -> Vec<SourceAction> {
+        let Some(round) = &mut self.round else {
+            return Vec::new();
+        };
+        let steps = round.advance();
+        steps.into_iter().map(Step::into_action).collect()
+    }
+
+    pub(super) fn cleared(&mut self, now: Timestamp, piece: Piece) -> Vec<SourceAction> {
+        if self.state != State::Rounds {
+            return Vec::new();
+        }
+        self.moved = now;
+        if let Some(round) = &mut self.round {
+            round.cleared(piece);
+        }
+        self.next_pieces()
+    }
+
+    pub(super) fn sent(
+        &mut self,
+        now: Timestamp,
+        piece: Piece,
+        stream: u8,
+        sent: SentPiece,
+    ) -> Vec<SourceAction> {
+        if !matches!(self.state, State::Rounds | State::LastRound { .. }) {
+            return Vec::new();
+        }
+        self.moved = now;
+        if let Some(round) = &mut self.round {
+            round.sent(piece, stream, sent);
+        }
+        let mut actions = self.next_pieces();
+        actions.extend(self.commit_if_ready(now));
+        actions
+    }
+
+    pub(super) fn round_received(&mut self, now: Timestamp, number: u32) -> Vec<SourceAction> {
+        let is_current = self
+            .round
+            .as_ref()
+            .is_some_and(|round| round.is_complete(number));
+        if !is_current {
+            return self.lost(
+                now,
+                String::from("the target confirmed a round that was not sent"),
+            );
+        }
+        self.close_round(now);
+        self.progress.rounds += 1;
+        vec![SourceAction::Harvest {
+            round: self.progress.rounds,
+        }]
+    }
+
+    /// Moves the round into the report and takes its bandwidth.
+    pub(super) fn close_round(&mut self, now: Timestamp) {
+        let Some(round) = self.round.take() else {
+            return;
+        };
+        self.moved = now;
+        let report = round.report(now);
+        if report.bytes >= BANDWIDTH_SAMPLE_MIN || self.progress.bandwidth.is_none() {
+            let measured = BytesPerSecond::measured(report.bytes, report.time);
+            self.progress.bandwidth = measured.or(self.progress.bandwidth);
+        }
+        self.report.rounds.push(report);
+    }
+}
