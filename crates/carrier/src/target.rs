@@ -44,13 +44,8 @@ pub trait TargetHost: Send + Sync {
     /// One line for the operator at the source: why the guest cannot come here.
     fn create(&self, id: MigrationId, start: &Start) -> Result<Arc<dyn Guest>, String>;
 
-    /// Notes durably that the guest of this attempt is about to run here.
-    ///
-    /// # Errors
-    /// It cannot be noted; the guest will not run here.
-    fn committing(&self, id: MigrationId) -> Result<(), String>;
-
-    /// The guest runs here.
+    /// The guest runs here, as its VM process has recorded: from now on [`TargetHost::resolve`] answers
+    /// so, even when the guest has moved on or ended.
     fn running(&self, id: MigrationId);
 
     /// The migration is over here.

@@ -110,3 +110,45 @@ fn hash<A: Serialize>(actions: &Vec<A>) -> u64 {
     let bytes = postcard::to_allocvec(actions).expect("actions of plain data serialize");
     xxh3_64(&bytes)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Answers with the sum of what it was told.
+    #[derive(Default)]
+    struct Sum(u64);
+
+    impl Machine for Sum {
+        type Event = u64;
+        type Action = u64;
+
+        fn handle(&mut self, now: Timestamp, event: u64) -> Vec<u64> {
+            self.0 += event + now.as_nanos();
+            alloc::vec![self.0]
+        }
+    }
+
+    fn journal() -> Vec<Entry<u64>> {
+        let mut machine = Journaled::new(Sum::default());
+        for number in 0..5 {
+            machine.handle(Timestamp::from_nanos(number), number);
+        }
+        machine.entries().to_vec()
+    }
+
+    #[test]
+    fn a_journal_replays_to_the_same_actions() {
+        assert_eq!(replay(&mut Sum::default(), journal()), Ok(5));
+    }
+
+    #[test]
+    fn a_lost_or_altered_event_is_found_where_it_matters() {
+        let mut lost = journal();
+        lost.remove(2);
+        assert_eq!(replay(&mut Sum::default(), lost), Err(Divergence { step: 2 }));
+        let mut altered = journal();
+        altered[3].event += 1;
+        assert_eq!(replay(&mut Sum::default(), altered), Err(Divergence { step: 3 }));
+    }
+}

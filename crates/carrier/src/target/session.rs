@@ -263,9 +263,6 @@ impl Driver {
                 };
             }
             (TargetAction::CommitAndRun { stopped_at }, Some(guest)) => {
-                if let Err(reason) = self.host.committing(self.session.id) {
-                    return Some(TargetEvent::VmFailed { reason });
-                }
                 return match guest.commit_and_run(self.session.id, stopped_at) {
                     Ok(running) => {
                         let first_instruction_at = running.first_instruction_at;

@@ -332,12 +332,9 @@ impl TargetHost for ThreadHost {
         Ok(guest)
     }
 
-    fn committing(&self, id: MigrationId) -> Result<(), String> {
+    fn running(&self, id: MigrationId) {
         self.ledger.lock().unwrap().insert(id);
-        Ok(())
     }
-
-    fn running(&self, _id: MigrationId) {}
 
     fn finished(&self, id: MigrationId, outcome: &TargetOutcome) {
         if matches!(outcome, TargetOutcome::Dropped { .. }) {

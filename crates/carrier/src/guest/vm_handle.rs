@@ -1,0 +1,93 @@
+//! The guest of a VM process, over its socket.
+
+use super::{Guest, GuestError, Running, Saved};
+use limosa_engine::Timestamp;
+use limosa_engine::handover::{MigrationId, Phase};
+use limosa_os::SharedMemory;
+use limosa_pages::{PageRange, PageSet};
+use limosa_vmm::client::{VmError, VmHandle};
+use std::sync::Arc;
+use std::time::Duration;
+
+impl From<VmError> for GuestError {
+    /// The whole chain in one line, as it is sent to the other host.
+    fn from(error: VmError) -> Self {
+        let mut text = error.to_string();
+        let mut cause = std::error::Error::source(&error);
+        while let Some(error) = cause {
+            text.push_str(": ");
+            text.push_str(&error.to_string());
+            cause = error.source();
+        }
+        Self(text)
+    }
+}
+
+impl From<limosa_vmm::client::Saved> for Saved {
+    fn from(saved: limosa_vmm::client::Saved) -> Self {
+        Self {
+            state: saved.sections,
+            stopped_first: saved.stopped_first,
+            stopped_last: saved.stopped_last,
+            harvested: saved.harvested,
+            saved: saved.saved,
+            dirty: saved.dirty,
+        }
+    }
+}
+
+impl Guest for VmHandle {
+    fn description(&self) -> Result<Vec<u8>, GuestError> {
+        Ok(self.description()?)
+    }
+
+    fn memory(&self) -> Arc<SharedMemory> {
+        Arc::clone(self.memory())
+    }
+
+    fn start_tracking(&self) -> Result<(), GuestError> {
+        Ok(self.start_tracking()?)
+    }
+
+    fn stop_tracking(&self) -> Result<(), GuestError> {
+        Ok(self.stop_tracking()?)
+    }
+
+    fn harvest(&self, into: &mut PageSet) -> Result<(), GuestError> {
+        Ok(self.harvest(into)?)
+    }
+
+    fn clear(&self, range: PageRange) -> Result<(), GuestError> {
+        Ok(self.clear(range)?)
+    }
+
+    fn rehearse(&self) -> Result<Saved, GuestError> {
+        Ok(self.rehearse()?.into())
+    }
+
+    fn pause_and_save(&self, harvest: bool) -> Result<Saved, GuestError> {
+        Ok(self.pause_and_save(harvest)?.into())
+    }
+
+    fn resume(&self) -> Result<(), GuestError> {
+        self.resume()?;
+        Ok(())
+    }
+
+    fn record(&self, phase: &Phase) -> Result<(), GuestError> {
+        Ok(self.record(phase)?)
+    }
+
+    fn load(&self, state: &[u8], is_rehearsal: bool) -> Result<Duration, GuestError> {
+        Ok(self.load(state, is_rehearsal)?.took)
+    }
+
+    fn commit_and_run(&self, id: MigrationId, stopped_at: Timestamp) -> Result<Running, GuestError> {
+        let running = self.commit_and_run(id, stopped_at)?;
+        Ok(Running { first_instruction_at: running.last_entered_at })
+    }
+
+    fn stop(&self) -> Result<(), GuestError> {
+        Ok(self.stop()?)
+    }
+}
