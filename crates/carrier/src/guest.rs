@@ -15,6 +15,17 @@ use std::time::Duration;
 #[error("{0}")]
 pub struct GuestError(pub String);
 
+/// Why a guest was not run after its commit.
+#[derive(Debug, thiserror::Error)]
+pub enum CommitError {
+    /// It has not run and never will: the VM process said so, or was gone before it was asked.
+    #[error("{0}")]
+    Refused(GuestError),
+    /// The VM process was asked and did not answer: it may have run.
+    #[error("{0}")]
+    Unknown(GuestError),
+}
+
 /// A guest that is paused and saved.
 #[derive(Debug)]
 pub struct Saved {
@@ -112,9 +123,12 @@ pub trait Guest: Send + Sync {
     /// source, on this host's clock.
     ///
     /// # Errors
-    /// As [`Guest::resume`].
-    fn commit_and_run(&self, id: MigrationId, stopped_at: Timestamp)
-    -> Result<Running, GuestError>;
+    /// Whether it is certain that the guest has not run.
+    fn commit_and_run(
+        &self,
+        id: MigrationId,
+        stopped_at: Timestamp,
+    ) -> Result<Running, CommitError>;
 
     /// Ends the VM process.
     ///

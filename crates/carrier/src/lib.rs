@@ -20,7 +20,7 @@ mod source;
 mod target;
 
 pub use connection::Dial;
-pub use guest::{Guest, GuestError, Running, Saved};
+pub use guest::{CommitError, Guest, GuestError, Running, Saved};
 pub use journal_file::{JournalError, replay_file};
 pub use source::{AbortTooLate, MigrateRequest, Migration, MigrationStatus, StartError};
 pub use target::{IncomingStatus, Listener, TargetHost};

@@ -55,7 +55,8 @@ pub const STALL_MAX: Duration = Duration::from_secs(30);
 pub const CLOCK_PROBES: u32 = 8;
 /// First and longest wait between two questions about an unresolved outcome.
 const RESOLVE_BACKOFF: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(2));
-/// Bytes below which a round says nothing about bandwidth: it is all latency.
+/// Bytes from which on every round says something about bandwidth. A smaller one is mostly latency
+/// and counts only if no larger one was seen.
 const BANDWIDTH_SAMPLE_MIN: ByteCount = ByteCount::new(4 << 20);
 
 /// A fault that a test plants to see that the simulator's checker catches it.
@@ -148,6 +149,8 @@ pub struct Source {
     round: Option<Round>,
     progress: Progress,
     previous_remaining: Option<PageCount>,
+    /// Bytes of the round that gave the bandwidth.
+    bandwidth_sample: ByteCount,
     best_probe: Option<Duration>,
     record_cost: Duration,
     save_cost: Duration,
@@ -207,6 +210,8 @@ impl Source {
             round: None,
             progress,
             previous_remaining: None,
+            // A round of zero pages sends next to nothing and says nothing.
+            bandwidth_sample: PageCount::new(1).bytes(),
             best_probe: None,
             record_cost: Duration::ZERO,
             save_cost: Duration::ZERO,

@@ -55,8 +55,15 @@ pub enum TargetEvent {
     Digested(Digest),
     /// The phase was recorded by the VM process.
     Recorded(Phase),
-    /// The VM process failed or refused.
+    /// The VM process failed or refused. In answer to [`TargetAction::CommitAndRun`] it means that
+    /// nobody can say whether the guest ran: the process died, or its answer was lost.
     VmFailed {
+        /// One line for the operator.
+        reason: String,
+    },
+    /// The VM process did not record the commit, and it is certain that it never will: it said so,
+    /// or it is dead and left no record.
+    CommitRefused {
         /// One line for the operator.
         reason: String,
     },
@@ -90,7 +97,8 @@ pub enum TargetAction {
         /// It will be overwritten by the real one.
         is_rehearsal: bool,
     },
-    /// Record [`Phase::Arrived`], then run: one request. Answer: `Running` or `VmFailed`.
+    /// Record [`Phase::Arrived`], then run: one request. Answer: `Running`, `CommitRefused` or
+    /// `VmFailed`.
     CommitAndRun {
         /// When the guest stopped at the source, on this host's clock, to advance its time.
         stopped_at: Timestamp,
@@ -135,8 +143,8 @@ impl TargetAction {
 pub enum TargetOutcome {
     /// The guest runs here and the source said that it is done.
     Completed,
-    /// The guest runs here; the source did not say that it is done, so the attempt stays recorded
-    /// until it asks.
+    /// The guest runs here, or ran; the source did not say that it is done, so the attempt stays
+    /// recorded until it asks.
     Unconfirmed,
     /// The guest never ran here and its memory is gone.
     Dropped {
@@ -482,15 +490,27 @@ impl Target {
 
     fn vm_failed(&mut self, reason: String) -> Vec<TargetAction> {
         match self.state {
-            // The guest did not get to its first instruction as far as anyone was told: the source
-            // may have it back.
+            // It may have run, and what it did may have been seen: a source that resumed it would
+            // set it back in time. So the attempt counts as one that runs, here or no more.
             State::Committing { .. } => {
-                self.state = State::Destroying { reason };
-                vec![TargetAction::Destroy]
+                let mut actions = Vec::new();
+                if self.resolve_asked {
+                    actions.push(TargetAction::AnswerResolve(Resolution::Runs));
+                }
+                actions.extend(self.finish_unconfirmed());
+                actions
             }
             State::Running { .. } | State::Confirming => self.finish_unconfirmed(),
             _ => self.lost(reason),
         }
+    }
+
+    fn commit_refused(&mut self, reason: String) -> Vec<TargetAction> {
+        let State::Committing { .. } = self.state else {
+            return self.vm_failed(reason);
+        };
+        self.state = State::Destroying { reason };
+        vec![TargetAction::Destroy]
     }
 
     fn destroyed(&mut self) -> Vec<TargetAction> {
@@ -556,6 +576,7 @@ impl Machine for Target {
             TargetEvent::Digested(digest) => self.digested(digest),
             TargetEvent::Recorded(phase) => self.recorded(&phase),
             TargetEvent::VmFailed { reason } => self.vm_failed(reason),
+            TargetEvent::CommitRefused { reason } => self.commit_refused(reason),
             TargetEvent::Destroyed => self.destroyed(),
             TargetEvent::ConnectionLost { reason } => self.lost(reason),
             TargetEvent::Resolve => self.resolve(),

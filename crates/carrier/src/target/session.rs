@@ -3,7 +3,7 @@
 use super::{IncomingStatus, TargetHost};
 use crate::bucket::Bucket;
 use crate::connection::{self, ControlWriter, HANDSHAKE_MAX};
-use crate::guest::Guest;
+use crate::guest::{CommitError, Guest};
 use crate::{hold, receiver};
 use limosa_engine::Timestamp;
 use limosa_engine::handover::{MigrationId, Resolution};
@@ -263,15 +263,7 @@ impl Driver {
                 };
             }
             (TargetAction::CommitAndRun { stopped_at }, Some(guest)) => {
-                return match guest.commit_and_run(self.session.id, stopped_at) {
-                    Ok(running) => {
-                        let first_instruction_at = running.first_instruction_at;
-                        Some(TargetEvent::Running {
-                            first_instruction_at,
-                        })
-                    }
-                    Err(error) => failed(error),
-                };
+                return Some(self.commit_and_run(&*guest, stopped_at));
             }
             (TargetAction::Digest, _) => self.digest(),
             (TargetAction::Record(phase), Some(guest)) => {
@@ -323,6 +315,24 @@ impl Driver {
             self.session.tell(TargetEvent::CreateFailed {
                 reason: error.to_string(),
             });
+        }
+    }
+
+    fn commit_and_run(&self, guest: &dyn Guest, stopped_at: Timestamp) -> TargetEvent {
+        match guest.commit_and_run(self.session.id, stopped_at) {
+            Ok(running) => TargetEvent::Running {
+                first_instruction_at: running.first_instruction_at,
+            },
+            Err(CommitError::Refused(error)) => TargetEvent::CommitRefused {
+                reason: error.to_string(),
+            },
+            Err(CommitError::Unknown(error)) => {
+                // The host has to remember it like one that runs: it may have been seen running.
+                self.host.running(self.session.id);
+                TargetEvent::VmFailed {
+                    reason: error.to_string(),
+                }
+            }
         }
     }
 

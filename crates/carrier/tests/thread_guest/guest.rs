@@ -2,7 +2,7 @@
 //! makes such guests. Its dirty log behaves as KVM's with manual protection does: reading does not
 //! clear, and everything is dirty until it is cleared.
 
-use limosa_carrier::{Guest, GuestError, Running, Saved, TargetHost};
+use limosa_carrier::{CommitError, Guest, GuestError, Running, Saved, TargetHost};
 use limosa_engine::Timestamp;
 use limosa_engine::handover::{MigrationId, OnDaemonLost, Phase, Resolution};
 use limosa_engine::target::TargetOutcome;
@@ -288,11 +288,12 @@ impl Guest for ThreadGuest {
         &self,
         id: MigrationId,
         _stopped_at: Timestamp,
-    ) -> Result<Running, GuestError> {
+    ) -> Result<Running, CommitError> {
         let wrong = self.sweep();
         self.errors.fetch_add(wrong, Ordering::SeqCst);
-        self.record(&Phase::Arrived { id })?;
-        self.resume()?;
+        self.record(&Phase::Arrived { id })
+            .and_then(|()| self.resume())
+            .map_err(CommitError::Refused)?;
         Ok(Running {
             first_instruction_at: Timestamp::from_nanos(monotonic_nanos()),
         })

@@ -169,9 +169,11 @@ impl Source {
         };
         self.moved = now;
         let report = round.report(now);
-        if report.bytes >= BANDWIDTH_SAMPLE_MIN || self.progress.bandwidth.is_none() {
-            let measured = BytesPerSecond::measured(report.bytes, report.time);
-            self.progress.bandwidth = measured.or(self.progress.bandwidth);
+        if report.bytes >= BANDWIDTH_SAMPLE_MIN.min(self.bandwidth_sample)
+            && let Some(measured) = BytesPerSecond::measured(report.bytes, report.time)
+        {
+            self.bandwidth_sample = report.bytes;
+            self.progress.bandwidth = Some(measured);
         }
         self.report.rounds.push(report);
     }

@@ -280,6 +280,15 @@ impl Source {
             // The target may have it; the answer decides what is to be said.
             State::AwaitRuns => self.resolve(now, reason),
             State::Resolving { .. } => Vec::new(),
+            // Nothing had been asked of it yet that it could have refused: it died by itself.
+            State::Idle | State::Connecting | State::Offering | State::Probing { .. } => {
+                let abort = SourceAction::Send(ControlFrame::Abort {
+                    reason: clip(&reason),
+                });
+                let mut actions = vec![abort, SourceAction::Disconnect];
+                actions.extend(self.finish(now, Outcome::GuestLost { reason }));
+                actions
+            }
             State::Returning { .. } => {
                 let mut actions = vec![SourceAction::Disconnect];
                 actions.extend(self.finish(now, Outcome::GuestLost { reason }));

@@ -1,0 +1,379 @@
+//! KVM: the machine's side. A vCPU is in [`vcpu`].
+//!
+//! State is read and written as the bytes of KVM's own structures, whose layout is a stable
+//! interface of the kernel: a part has a kind and a size, and what is in it is nobody's business
+//! here. So nothing is lost that this file does not know, and a save is one copy by the kernel into
+//! its final place.
+//!
+//! Memory: one slot a region; the memory lives as long as the machine. Dirty tracking is KVM's
+//! bitmap with manual protection and all pages initially set: reading the log clears nothing,
+//! clearing names the pages and write-protects them again. Whoever copies a page clears it first.
+//!
+//! Deliberately absent: the dirty ring, split interrupt controllers, nested virtualisation.
+
+mod request;
+pub mod vcpu;
+
+use crate::bitmap::SharedBitmap;
+use crate::memory::SharedMemory;
+use kvm_bindings as abi;
+use kvm_ioctls::{Cap, VmFd};
+use limosa_pages::{Gpa, PageRange, Pfn};
+use std::fmt;
+use std::io;
+use std::os::fd::AsRawFd;
+use std::sync::Arc;
+
+pub use request::{VcpuPart, VmPart};
+pub use vcpu::{Exit, Kicker, Vcpu};
+
+/// The structures in which a vCPU's CPUID table, general and special registers are written.
+pub use kvm_bindings::{kvm_cpuid_entry2, kvm_regs, kvm_segment, kvm_sregs};
+
+/// Pages in a word of the dirty log; slots begin and end at multiples of it.
+const LOG_ALIGNMENT: u64 = 64;
+
+/// Most entries of a CPUID table that KVM takes.
+pub const CPUID_ENTRIES_MAX: usize = abi::KVM_MAX_CPUID_ENTRIES;
+
+/// What KVM refused.
+#[derive(Debug, thiserror::Error)]
+pub enum KvmError {
+    /// There is no KVM to use.
+    #[error("cannot open /dev/kvm: load the kvm module, or let this user read and write the device")]
+    Unavailable {
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// The kernel lacks something that we need.
+    #[error("this kernel's KVM lacks {what}")]
+    Lacks {
+        /// The capability.
+        what: &'static str,
+    },
+    /// A call failed.
+    #[error("KVM cannot {what}")]
+    Call {
+        /// What was asked.
+        what: &'static str,
+        /// Why it failed.
+        #[source]
+        source: io::Error,
+    },
+}
+
+/// Turns the error number of a call into an error that says what was tried.
+fn failed(what: &'static str) -> impl FnOnce(kvm_ioctls::Error) -> KvmError {
+    move |error| KvmError::Call { what, source: io::Error::from_raw_os_error(error.errno()) }
+}
+
+/// The host's KVM.
+#[derive(Debug)]
+pub struct Kvm(kvm_ioctls::Kvm);
+
+impl Kvm {
+    /// Opens `/dev/kvm`.
+    ///
+    /// # Errors
+    /// There is none, or it may not be opened.
+    pub fn open() -> Result<Self, KvmError> {
+        let kvm = kvm_ioctls::Kvm::new()
+            .map_err(|error| KvmError::Unavailable { source: io::Error::from_raw_os_error(error.errno()) })?;
+        vcpu::permit_large_vector_state();
+        Ok(Self(kvm))
+    }
+
+    /// The CPUID table that this host can offer.
+    ///
+    /// # Errors
+    /// KVM refuses.
+    pub fn supported_cpuid(&self) -> Result<Vec<kvm_cpuid_entry2>, KvmError> {
+        let table = self.0.get_supported_cpuid(CPUID_ENTRIES_MAX).map_err(failed("tell the CPU's features"))?;
+        Ok(table.as_slice().to_vec())
+    }
+
+    /// The model-specific registers that hold state.
+    ///
+    /// # Errors
+    /// KVM refuses.
+    pub fn state_msrs(&self) -> Result<Vec<u32>, KvmError> {
+        let list = self.0.get_msr_index_list().map_err(failed("list the model-specific registers"))?;
+        Ok(list.as_slice().to_vec())
+    }
+
+    /// True if a guest's time stamp counter can run at a rate other than the host's.
+    pub fn scales_tsc(&self) -> bool {
+        self.0.check_extension(Cap::TscControl)
+    }
+
+    /// Makes a machine without memory and vCPUs.
+    ///
+    /// # Errors
+    /// KVM refuses or lacks what dirty tracking needs.
+    pub fn create_vm(&self) -> Result<Vm, KvmError> {
+        let vm = self.0.create_vm().map_err(failed("make a virtual machine"))?;
+        let wanted = abi::KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE | abi::KVM_DIRTY_LOG_INITIALLY_SET;
+        let offered = vm.check_extension_raw(u64::from(abi::KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2));
+        if offered & wanted.cast_signed() != wanted.cast_signed() {
+            return Err(KvmError::Lacks { what: "the manually cleared dirty log (Linux 5.7 has it)" });
+        }
+        let capability = abi::kvm_enable_cap {
+            cap: abi::KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2,
+            args: [u64::from(wanted), 0, 0, 0],
+            ..Default::default()
+        };
+        vm.enable_cap(&capability).map_err(failed("clear the dirty log manually"))?;
+        if vm.check_extension_raw(u64::from(abi::KVM_CAP_SREGS2)) <= 0 {
+            return Err(KvmError::Lacks { what: "page directory pointers as state (Linux 5.14 has them)" });
+        }
+        let features = Features {
+            xsave_bytes: vm.check_extension_raw(u64::from(abi::KVM_CAP_XSAVE2)).try_into().unwrap_or(0),
+        };
+        Ok(Vm { vm, features, regions: Vec::new(), memory: None, is_tracking: false })
+    }
+}
+
+/// What of the interface this kernel has.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Features {
+    /// Size of the extended state, zero if only the old fixed size is known.
+    pub(crate) xsave_bytes: usize,
+}
+
+/// Guest-physical memory that is one run of the memory file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Region {
+    /// Where the guest sees it.
+    pub start: Gpa,
+    /// Which pages of the file it shows.
+    pub pages: PageRange,
+}
+
+/// A virtual machine.
+pub struct Vm {
+    vm: VmFd,
+    features: Features,
+    regions: Vec<Region>,
+    /// Keeps the memory mapped as long as KVM may write it.
+    memory: Option<Arc<SharedMemory>>,
+    is_tracking: bool,
+}
+
+impl fmt::Debug for Vm {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Vm").field("regions", &self.regions).field("is_tracking", &self.is_tracking).finish()
+    }
+}
+
+impl Vm {
+    /// Gives the machine its memory, once.
+    ///
+    /// # Errors
+    /// KVM refuses.
+    ///
+    /// # Panics
+    /// If it has memory, or a region is not within the memory, not a multiple of 64 pages, or not
+    /// right behind its predecessor in the file.
+    pub fn set_memory(&mut self, memory: Arc<SharedMemory>, regions: &[Region]) -> Result<(), KvmError> {
+        assert!(self.memory.is_none(), "a machine gets its memory once");
+        let mut next = Pfn::new(0);
+        for region in regions {
+            assert!(region.pages.first == next, "regions are dense in the file");
+            assert!(region.pages.count.get().is_multiple_of(LOG_ALIGNMENT), "regions are whole words of the log");
+            next = region.pages.end();
+        }
+        assert!(next.get() <= memory.page_count().get(), "regions lie within the memory");
+        self.memory = Some(memory);
+        self.regions = regions.to_vec();
+        self.set_slots(0)
+    }
+
+    /// Interrupt controllers and timer in the kernel, before the first vCPU.
+    ///
+    /// # Errors
+    /// KVM refuses.
+    pub fn create_irqchip(&self) -> Result<(), KvmError> {
+        /// Three pages at the end of the hole below 4 GiB, used on old Intel processors only.
+        const TSS_ADDRESS: usize = 0xfffb_d000;
+        self.vm.set_tss_address(TSS_ADDRESS).map_err(failed("place the task state segment"))?;
+        self.vm.create_irq_chip().map_err(failed("make interrupt controllers"))?;
+        let timer = abi::kvm_pit_config { flags: abi::KVM_PIT_SPEAKER_DUMMY, ..Default::default() };
+        self.vm.create_pit2(timer).map_err(failed("make an interval timer"))
+    }
+
+    /// Makes the vCPU with that index.
+    ///
+    /// # Errors
+    /// KVM refuses.
+    pub fn create_vcpu(&self, index: u8) -> Result<Vcpu, KvmError> {
+        let vcpu = self.vm.create_vcpu(u64::from(index)).map_err(failed("make a vCPU"))?;
+        Vcpu::new(vcpu, self.features, self.vm.run_size())
+    }
+
+    /// Bytes of a part of the machine's state.
+    pub const fn part_bytes(&self, part: VmPart) -> usize {
+        part.bytes()
+    }
+
+    /// Reads a part of the machine's state into `into`, which has exactly its size.
+    ///
+    /// # Errors
+    /// KVM refuses, for one because the machine has no such part.
+    ///
+    /// # Panics
+    /// If the size differs.
+    pub fn read_part(&self, part: VmPart, into: &mut [u8]) -> Result<(), KvmError> {
+        assert_eq!(into.len(), part.bytes(), "a part is read into a place of its size");
+        part.prepare_read(into);
+        // SAFETY: the request writes exactly as many bytes as the place has.
+        check("read the machine's state", unsafe {
+            libc::ioctl(self.vm.as_raw_fd(), part.read_request(), into.as_mut_ptr())
+        })
+    }
+
+    /// Writes a part of the machine's state from its bytes.
+    ///
+    /// # Errors
+    /// KVM refuses the content, or the machine has no such part.
+    ///
+    /// # Panics
+    /// If the size differs.
+    pub fn write_part(&self, part: VmPart, from: &[u8]) -> Result<(), KvmError> {
+        assert_eq!(from.len(), part.bytes(), "a part is written from a place of its size");
+        // SAFETY: the request reads exactly as many bytes as the place has.
+        check("write the machine's state", unsafe {
+            libc::ioctl(self.vm.as_raw_fd(), part.write_request(), from.as_ptr())
+        })
+    }
+
+    /// The clock that paravirtualised guests read, in nanoseconds.
+    ///
+    /// # Errors
+    /// KVM refuses.
+    pub fn clock_nanos(&self) -> Result<u64, KvmError> {
+        Ok(self.vm.get_clock().map_err(failed("read its clock"))?.clock)
+    }
+
+    /// Sets that clock.
+    ///
+    /// # Errors
+    /// KVM refuses.
+    pub fn set_clock_nanos(&self, nanos: u64) -> Result<(), KvmError> {
+        let clock = abi::kvm_clock_data { clock: nanos, ..Default::default() };
+        self.vm.set_clock(&clock).map_err(failed("set its clock"))
+    }
+
+    /// Dirty tracking on: every page counts as dirty until it is cleared.
+    ///
+    /// # Errors
+    /// KVM refuses.
+    pub fn start_tracking(&mut self) -> Result<(), KvmError> {
+        if !self.is_tracking {
+            self.set_slots(abi::KVM_MEM_LOG_DIRTY_PAGES)?;
+            self.is_tracking = true;
+        }
+        Ok(())
+    }
+
+    /// Dirty tracking off; the log is forgotten.
+    ///
+    /// # Errors
+    /// KVM refuses.
+    pub fn stop_tracking(&mut self) -> Result<(), KvmError> {
+        if self.is_tracking {
+            self.set_slots(0)?;
+            self.is_tracking = false;
+        }
+        Ok(())
+    }
+
+    /// True while writes are logged.
+    pub const fn is_tracking(&self) -> bool {
+        self.is_tracking
+    }
+
+    /// Overwrites the bitmap with the log: what was written since it was cleared.
+    ///
+    /// # Errors
+    /// Tracking is off, or KVM refuses.
+    ///
+    /// # Panics
+    /// If the bitmap is of another machine.
+    pub fn read_dirty_log(&self, bitmap: &SharedBitmap) -> Result<(), KvmError> {
+        for (slot, region) in (0..).zip(&self.regions) {
+            let mut log = abi::kvm_dirty_log { slot, ..Default::default() };
+            let place = bitmap.kernel_address(region.pages.first.get(), region.pages.count.get());
+            log.__bindgen_anon_1.dirty_bitmap = place.cast();
+            // SAFETY: KVM writes one bit for each page of the slot, rounded up to whole words, and
+            // the bitmap has that many at this place.
+            check("read the dirty log", unsafe {
+                libc::ioctl(self.vm.as_raw_fd(), request::GET_DIRTY_LOG, &raw const log)
+            })?;
+        }
+        Ok(())
+    }
+
+    /// Clears, of the pages in `range`, those that are set in the bitmap, and tracks them anew.
+    /// `range` begins at a multiple of 64 pages and ends at one or at the end of the memory.
+    ///
+    /// # Errors
+    /// Tracking is off, the range is no such one, or KVM refuses.
+    pub fn clear_dirty_log(&self, bitmap: &SharedBitmap, range: PageRange) -> Result<(), KvmError> {
+        let (from, to) = (range.first.get(), range.end().get());
+        for (slot, region) in (0..).zip(&self.regions) {
+            let (start, end) = (region.pages.first.get(), region.pages.end().get());
+            let (first, stop) = (from.max(start), to.min(end));
+            if first >= stop {
+                continue;
+            }
+            if !first.is_multiple_of(LOG_ALIGNMENT) || !(stop.is_multiple_of(LOG_ALIGNMENT) || stop == end) {
+                return Err(KvmError::Call {
+                    what: "clear a part of the dirty log that is not whole words of it",
+                    source: io::ErrorKind::InvalidInput.into(),
+                });
+            }
+            let count = u32::try_from(stop - first)
+                .map_err(|_| KvmError::Call { what: "clear so much of the dirty log", source: io::ErrorKind::InvalidInput.into() })?;
+            let mut clear = abi::kvm_clear_dirty_log {
+                slot,
+                num_pages: count,
+                first_page: first - start,
+                ..Default::default()
+            };
+            clear.__bindgen_anon_1.dirty_bitmap = bitmap.kernel_address(first, stop - first).cast();
+            // SAFETY: KVM reads one bit for each of the pages, and the bitmap has them there.
+            check("clear the dirty log", unsafe {
+                libc::ioctl(self.vm.as_raw_fd(), request::CLEAR_DIRTY_LOG, &raw const clear)
+            })?;
+        }
+        Ok(())
+    }
+
+    fn set_slots(&self, flags: u32) -> Result<(), KvmError> {
+        let memory = self.memory.as_ref().expect("slots are set after the memory");
+        for (slot, region) in (0..).zip(&self.regions) {
+            let bytes = region.pages.bytes().get();
+            let len = usize::try_from(bytes).expect("mapped here");
+            let host = memory.host_address(region.pages.first.file_offset(), len).expect("checked when set");
+            let description = abi::kvm_userspace_memory_region {
+                slot,
+                flags,
+                guest_phys_addr: region.start.get(),
+                memory_size: bytes,
+                userspace_addr: host,
+            };
+            // SAFETY: the range is mapped, and stays so as long as the machine, which owns a
+            // reference to it; nobody in this process holds a Rust reference into it.
+            unsafe { self.vm.set_user_memory_region(description) }.map_err(failed("use the guest's memory"))?;
+        }
+        Ok(())
+    }
+}
+
+fn check(what: &'static str, result: libc::c_int) -> Result<(), KvmError> {
+    if result < 0 {
+        return Err(KvmError::Call { what, source: io::Error::last_os_error() });
+    }
+    Ok(())
+}

@@ -1,0 +1,73 @@
+//! A shared mapping of a file that is unmapped when dropped. Bounds are checked here, once.
+
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd};
+use std::ptr::{self, NonNull};
+
+/// Bytes of a file in this process's address space.
+#[derive(Debug)]
+pub(crate) struct Mapping {
+    start: NonNull<u8>,
+    len: usize,
+}
+
+/// How a mapping may be used.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Access {
+    Read,
+    ReadWrite,
+}
+
+impl Mapping {
+    /// Maps the first `len` bytes of a file. `flags` are added to `MAP_SHARED`.
+    pub(crate) fn new(file: BorrowedFd<'_>, len: usize, access: Access, flags: i32) -> io::Result<Self> {
+        let protection = match access {
+            Access::Read => libc::PROT_READ,
+            Access::ReadWrite => libc::PROT_READ | libc::PROT_WRITE,
+        };
+        // SAFETY: a new mapping at an address that the kernel chooses touches no memory that anyone
+        // uses.
+        let start = unsafe {
+            libc::mmap(ptr::null_mut(), len, protection, libc::MAP_SHARED | flags, file.as_raw_fd(), 0)
+        };
+        if start == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error());
+        }
+        let start = NonNull::new(start.cast()).expect("the kernel never maps at zero by itself");
+        Ok(Self { start, len })
+    }
+
+    pub(crate) const fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Address of `len` bytes at `offset`.
+    ///
+    /// # Errors
+    /// `InvalidInput` if they do not all lie within the mapping.
+    pub(crate) fn at(&self, offset: u64, len: usize) -> io::Result<*mut u8> {
+        let fits = usize::try_from(offset)
+            .ok()
+            .filter(|start| start.checked_add(len).is_some_and(|end| end <= self.len));
+        let Some(offset) = fits else {
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, "beyond the end of the memory"));
+        };
+        // SAFETY: `offset` lies within the mapping, as was just checked.
+        Ok(unsafe { self.start.as_ptr().add(offset) })
+    }
+}
+
+impl Drop for Mapping {
+    fn drop(&mut self) {
+        // SAFETY: the range was mapped by `new`, and nobody can hold an address in it any more:
+        // addresses are only used while `self` is borrowed.
+        let failed = unsafe { libc::munmap(self.start.as_ptr().cast(), self.len) } != 0;
+        debug_assert!(!failed, "the range was mapped");
+    }
+}
+
+// SAFETY: the mapping is plain memory, valid in all threads; whoever accesses it through the
+// addresses answers for data races there.
+unsafe impl Send for Mapping {}
+// SAFETY: as above.
+unsafe impl Sync for Mapping {}

@@ -1,0 +1,217 @@
+//! Which parts of a memory file were ever touched.
+//!
+//! Small pages: the file system knows (`SEEK_DATA`, `SEEK_HOLE`). Huge pages: hugetlbfs knows no
+//! holes, but UFFDIO_CONTINUE on a mapping that is registered for minor faults maps a page that
+//! exists and fails with `EFAULT` on one that does not, without making it. So a second mapping, made
+//! for the question and never read, answers it. Where the kernel offers no such thing, all is data,
+//! which is right and slow.
+
+use super::{HUGE_PAGE_BYTES, PageKind, SharedMemory};
+use crate::mapping::{Access, Mapping};
+use limosa_pages::{PAGE_SIZE, PageCount, PageRange, Pfn};
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
+
+const UFFD_USER_MODE_ONLY: libc::c_int = 1;
+const UFFD_API: u64 = 0xaa;
+const UFFD_FEATURE_MINOR_HUGETLBFS: u64 = 1 << 9;
+const UFFDIO_REGISTER_MODE_MINOR: u64 = 1 << 2;
+const UFFDIO_API: libc::Ioctl = request(0x3f, size_of::<ApiAnswer>());
+const UFFDIO_REGISTER: libc::Ioctl = request(0x00, size_of::<Register>());
+const UFFDIO_CONTINUE: libc::Ioctl = request(0x07, size_of::<Continue>());
+
+#[repr(C)]
+struct ApiAnswer {
+    api: u64,
+    features: u64,
+    ioctls: u64,
+}
+
+#[repr(C)]
+struct Register {
+    start: u64,
+    len: u64,
+    mode: u64,
+    ioctls: u64,
+}
+
+#[repr(C)]
+struct Continue {
+    start: u64,
+    len: u64,
+    mode: u64,
+    mapped: i64,
+}
+
+/// Number of a userfaultfd request that reads and writes a structure of `size` bytes.
+const fn request(number: u64, size: usize) -> libc::Ioctl {
+    const READ_AND_WRITE: u64 = 3;
+    (READ_AND_WRITE << 30 | (size as u64) << 16 | UFFD_API << 8 | number) as libc::Ioctl
+}
+
+impl SharedMemory {
+    /// The runs of pages within `range` that exist, ascending. All other pages are zero and were
+    /// never touched. Pages that come into being meanwhile may be missing.
+    ///
+    /// # Errors
+    /// The range is not within the memory, or the kernel refuses.
+    pub fn data_extents(&self, range: PageRange) -> io::Result<Vec<PageRange>> {
+        if range.end() > Pfn::new(self.page_count().get()) {
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, "beyond the end of the memory"));
+        }
+        match self.kind() {
+            PageKind::Small => self.seek_extents(range),
+            PageKind::Huge => Ok(self.huge_extents(range).unwrap_or_else(|_| vec![range])),
+        }
+    }
+
+    fn seek_extents(&self, range: PageRange) -> io::Result<Vec<PageRange>> {
+        let end = range.end().file_offset();
+        let mut extents = Vec::new();
+        let mut next = range.first.file_offset();
+        while next < end {
+            let Some(data) = self.seek(next, libc::SEEK_DATA)?.filter(|&data| data < end) else {
+                break;
+            };
+            let hole = self.seek(data, libc::SEEK_HOLE)?.unwrap_or(end).min(end);
+            let (first, stop) = (data / PAGE_SIZE, hole.div_ceil(PAGE_SIZE));
+            extents.push(PageRange::new(Pfn::new(first), PageCount::new(stop - first)));
+            next = hole;
+        }
+        Ok(extents)
+    }
+
+    /// Asks the file system; `None` if there is no more of it. The file's position, which this
+    /// moves, is used by nobody.
+    fn seek(&self, offset: u64, whence: libc::c_int) -> io::Result<Option<u64>> {
+        let offset = libc::off_t::try_from(offset).map_err(|_| io::ErrorKind::InvalidInput)?;
+        // SAFETY: the descriptor is open; the call touches no memory of this process.
+        let found = unsafe { libc::lseek(self.file().as_raw_fd(), offset, whence) };
+        match u64::try_from(found) {
+            Ok(found) => Ok(Some(found)),
+            Err(_) => match io::Error::last_os_error() {
+                error if error.raw_os_error() == Some(libc::ENXIO) => Ok(None),
+                error => Err(error),
+            },
+        }
+    }
+
+    fn huge_extents(&self, range: PageRange) -> io::Result<Vec<PageRange>> {
+        const PAGES: u64 = HUGE_PAGE_BYTES / PAGE_SIZE;
+        let probe = Probe::new(self)?;
+        let mut extents: Vec<PageRange> = Vec::new();
+        let (from, to) = (range.first.get(), range.end().get());
+        for huge in from / PAGES..to.div_ceil(PAGES) {
+            if !probe.exists(huge * HUGE_PAGE_BYTES)? {
+                continue;
+            }
+            let (first, stop) = ((huge * PAGES).max(from), ((huge + 1) * PAGES).min(to));
+            match extents.last_mut().filter(|last| last.end().get() == first) {
+                Some(last) => last.count = PageCount::new(stop - last.first.get()),
+                None => extents.push(PageRange::new(Pfn::new(first), PageCount::new(stop - first))),
+            }
+        }
+        Ok(extents)
+    }
+}
+
+/// A second mapping of huge-page memory, registered for minor faults.
+struct Probe {
+    mapping: Mapping,
+    faults: OwnedFd,
+}
+
+impl Probe {
+    fn new(memory: &SharedMemory) -> io::Result<Self> {
+        let mapping = Mapping::new(memory.file(), memory.mapping.len(), Access::ReadWrite, 0)?;
+        let flags = libc::O_CLOEXEC | libc::O_NONBLOCK | UFFD_USER_MODE_ONLY;
+        // SAFETY: the call takes flags and makes a descriptor.
+        let faults = unsafe { libc::syscall(libc::SYS_userfaultfd, flags) };
+        let faults = i32::try_from(faults).ok().filter(|&faults| faults >= 0);
+        let faults = faults.ok_or_else(io::Error::last_os_error)?;
+        // SAFETY: the kernel has just made this descriptor for us alone.
+        let faults = unsafe { OwnedFd::from_raw_fd(faults) };
+        let mut api = ApiAnswer { api: UFFD_API, features: UFFD_FEATURE_MINOR_HUGETLBFS, ioctls: 0 };
+        let mut register = Register {
+            start: mapping.at(0, 0)?.addr() as u64,
+            len: mapping.len() as u64,
+            mode: UFFDIO_REGISTER_MODE_MINOR,
+            ioctls: 0,
+        };
+        // SAFETY: each structure is the one that its request reads and writes; registering the
+        // mapping changes how faults on it are handled, and nobody ever touches it.
+        let failed = unsafe {
+            libc::ioctl(faults.as_raw_fd(), UFFDIO_API, &raw mut api) != 0
+                || libc::ioctl(faults.as_raw_fd(), UFFDIO_REGISTER, &raw mut register) != 0
+        };
+        if failed {
+            return Err(io::Error::last_os_error());
+        }
+        Ok(Self { mapping, faults })
+    }
+
+    fn exists(&self, offset: u64) -> io::Result<bool> {
+        let start = self.mapping.at(offset, HUGE_PAGE_BYTES as usize)?.addr() as u64;
+        let mut page = Continue { start, len: HUGE_PAGE_BYTES, mode: 0, mapped: 0 };
+        loop {
+            // SAFETY: the structure is the one of this request, the range lies within the mapping,
+            // and mapping an existing page changes no content.
+            if unsafe { libc::ioctl(self.faults.as_fd().as_raw_fd(), UFFDIO_CONTINUE, &raw mut page) } == 0 {
+                return Ok(true);
+            }
+            match io::Error::last_os_error() {
+                error if error.raw_os_error() == Some(libc::EFAULT) => return Ok(false),
+                error if error.raw_os_error() == Some(libc::EAGAIN) => {}
+                error => return Err(error),
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use limosa_pages::ByteCount;
+
+    fn check(memory: &SharedMemory, from: u64, to: u64, expect: &str) {
+        let range = PageRange::new(Pfn::new(from), PageCount::new(to - from));
+        let extents = memory.data_extents(range).unwrap();
+        let text: Vec<String> =
+            extents.iter().map(|extent| format!("{}+{}", extent.first.get(), extent.count.get())).collect();
+        assert_eq!(text.join(" "), expect);
+    }
+
+    #[test]
+    fn only_touched_pages_exist() {
+        let memory = SharedMemory::create(ByteCount::new(64 << 20), PageKind::Small).unwrap();
+        let last = memory.page_count().get();
+        check(&memory, 0, last, "");
+        for page in [3, 4, 5, 100, last - 1] {
+            memory.write_at(page * PAGE_SIZE, b"x").unwrap();
+        }
+        check(&memory, 0, last, "3+3 100+1 16383+1");
+        check(&memory, 4, 101, "4+2 100+1");
+        check(&memory, 5, 5, "");
+        check(&memory, 6, 100, "");
+        let beyond = PageRange::new(Pfn::new(1), PageCount::new(last));
+        assert!(memory.data_extents(beyond).is_err());
+    }
+
+    /// Needs some reserved huge pages, which only root can see to.
+    #[test]
+    fn only_touched_huge_pages_exist() {
+        let memory = match SharedMemory::create(ByteCount::new(8 << 20), PageKind::Huge) {
+            Ok(memory) => memory,
+            Err(error) => return println!("skipped: {error}"),
+        };
+        assert_eq!(memory.kind(), PageKind::Huge);
+        memory.write_at(3 * HUGE_PAGE_BYTES + 5, b"x").unwrap();
+        memory.write_at(HUGE_PAGE_BYTES, b"x").unwrap();
+        check(&memory, 0, 2048, "512+512 1536+512");
+        check(&memory, 600, 1600, "600+424 1536+64");
+        memory.write_at(2 * HUGE_PAGE_BYTES, b"x").unwrap();
+        check(&memory, 0, 2048, "512+1536");
+        memory.populate(PageRange::new(Pfn::new(5), PageCount::new(1))).unwrap();
+        check(&memory, 0, 2048, "0+2048");
+    }
+}

@@ -1,0 +1,137 @@
+//! Socket options that the standard library does not offer.
+
+use std::fs;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd};
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::Path;
+
+/// Asks for a send buffer of about `bytes`. A small one keeps what is queued behind it young.
+///
+/// # Errors
+/// It is no socket.
+pub fn set_send_buffer(socket: &impl AsFd, bytes: usize) -> io::Result<()> {
+    set_buffer(socket, libc::SO_SNDBUF, bytes)
+}
+
+/// Asks for a receive buffer of about `bytes`.
+///
+/// # Errors
+/// It is no socket.
+pub fn set_receive_buffer(socket: &impl AsFd, bytes: usize) -> io::Result<()> {
+    set_buffer(socket, libc::SO_RCVBUF, bytes)
+}
+
+fn set_buffer(socket: &impl AsFd, option: libc::c_int, bytes: usize) -> io::Result<()> {
+    let value = libc::c_int::try_from(bytes).unwrap_or(libc::c_int::MAX);
+    // SAFETY: the option takes a number, whose address and size are given.
+    let failed = unsafe {
+        libc::setsockopt(
+            socket.as_fd().as_raw_fd(),
+            libc::SOL_SOCKET,
+            option,
+            (&raw const value).cast(),
+            size_of_val(&value) as libc::socklen_t,
+        )
+    } != 0;
+    if failed { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+/// Process number of the peer of a Unix socket, as the kernel knows it.
+///
+/// # Errors
+/// It is not connected.
+pub fn peer_pid(socket: &UnixStream) -> io::Result<u32> {
+    let mut peer = libc::ucred { pid: 0, uid: 0, gid: 0 };
+    let mut len = size_of_val(&peer) as libc::socklen_t;
+    // SAFETY: the option writes this structure, whose address and size are given.
+    let failed = unsafe {
+        libc::getsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_PEERCRED,
+            (&raw mut peer).cast(),
+            &raw mut len,
+        )
+    } != 0;
+    if failed {
+        return Err(io::Error::last_os_error());
+    }
+    u32::try_from(peer.pid).map_err(|_| io::ErrorKind::NotFound.into())
+}
+
+/// Listens at `path` for this user only. A socket that a dead process left there is replaced; one
+/// that somebody listens at is not.
+///
+/// # Errors
+/// Somebody listens there, or the place cannot be written.
+pub fn listen_privately(path: &Path) -> io::Result<UnixListener> {
+    let listener = match UnixListener::bind(path) {
+        Err(error) if error.kind() == io::ErrorKind::AddrInUse => {
+            if UnixStream::connect(path).is_ok() {
+                return Err(error);
+            }
+            fs::remove_file(path)?;
+            UnixListener::bind(path)?
+        }
+        other => other?,
+    };
+    fs::set_permissions(path, fs::Permissions::from_mode(0o600))?;
+    Ok(listener)
+}
+
+/// Which of some descriptors have something to read or are closed. Waits until one has, or for the
+/// time given.
+///
+/// # Errors
+/// The kernel refuses.
+pub fn wait_readable<const N: usize>(
+    sources: [Option<&dyn AsFd>; N],
+    milliseconds: Option<u32>,
+) -> io::Result<[bool; N]> {
+    let mut polled = sources.map(|source| libc::pollfd {
+        fd: source.map_or(-1, |source| source.as_fd().as_raw_fd()),
+        events: libc::POLLIN,
+        revents: 0,
+    });
+    let timeout = milliseconds.map_or(-1, |time| libc::c_int::try_from(time).unwrap_or(libc::c_int::MAX));
+    // SAFETY: the array is valid for its length; descriptors are borrowed for the call.
+    if unsafe { libc::poll(polled.as_mut_ptr(), N as libc::nfds_t, timeout) } < 0 {
+        let error = io::Error::last_os_error();
+        if error.kind() != io::ErrorKind::Interrupted {
+            return Err(error);
+        }
+    }
+    Ok(polled.map(|polled| polled.revents != 0))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::Write;
+
+    #[test]
+    fn a_stale_socket_is_replaced_and_a_live_one_is_not() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("s");
+        let first = listen_privately(&path).unwrap();
+        assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
+        assert_eq!(listen_privately(&path).unwrap_err().kind(), io::ErrorKind::AddrInUse);
+        drop(first);
+        let second = listen_privately(&path).unwrap();
+        let client = UnixStream::connect(&path).unwrap();
+        let (server, _) = second.accept().unwrap();
+        assert_eq!(peer_pid(&server).unwrap(), std::process::id());
+        drop(client);
+    }
+
+    #[test]
+    fn waiting_tells_who_is_ready() {
+        let (mut near, far) = UnixStream::pair().unwrap();
+        set_receive_buffer(&far, 64 << 10).unwrap();
+        assert_eq!(wait_readable([Some(&far), None], Some(0)).unwrap(), [false, false]);
+        near.write_all(b"x").unwrap();
+        assert_eq!(wait_readable([None, Some(&far)], None).unwrap(), [false, true]);
+    }
+}

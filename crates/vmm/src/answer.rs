@@ -1,0 +1,140 @@
+//! What a machine answers: where it is in its life, what a pause found, what a load refused.
+
+use limosa_engine::Timestamp;
+use limosa_pages::PageSet;
+use serde::{Deserialize, Serialize};
+use std::fmt;
+use std::time::Duration;
+
+/// Where a machine is in its life.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum RunState {
+    /// It has memory and vCPUs, and waits for state.
+    Empty,
+    /// It could run and does not.
+    Paused,
+    /// Its vCPUs run.
+    Running,
+    /// It has ended and cannot run again.
+    Exited(ExitReason),
+}
+
+/// Why a machine has ended.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum ExitReason {
+    /// The guest said that it is finished.
+    Finished {
+        /// What it said; zero is success.
+        status: u32,
+    },
+    /// A fault in a fault handler, or without one.
+    TripleFault {
+        /// Which vCPU.
+        vcpu: u8,
+    },
+    /// It waits for an interrupt that cannot come.
+    Halted {
+        /// Which vCPU.
+        vcpu: u8,
+    },
+    /// KVM could not go on.
+    Failed {
+        /// Which vCPU.
+        vcpu: u8,
+        /// What KVM said.
+        what: String,
+    },
+}
+
+impl fmt::Display for RunState {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Empty => write!(f, "empty"),
+            Self::Paused => write!(f, "paused"),
+            Self::Running => write!(f, "running"),
+            Self::Exited(reason) => write!(f, "exited: {reason}"),
+        }
+    }
+}
+
+impl fmt::Display for ExitReason {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Finished { status } => write!(f, "the guest finished with status {status}"),
+            Self::TripleFault { vcpu } => write!(f, "triple fault on vCPU {vcpu}"),
+            Self::Halted { vcpu } => write!(f, "vCPU {vcpu} halted with nothing to wake it"),
+            Self::Failed { vcpu, what } => write!(f, "vCPU {vcpu}: {what}"),
+        }
+    }
+}
+
+/// A machine that is paused and saved.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Saved {
+    /// The state, as [`crate::state`] has it.
+    pub sections: Vec<u8>,
+    /// What was written since the log was last cleared, if that was asked for.
+    pub dirty: Option<PageSet>,
+    /// When.
+    pub times: SaveTimes,
+}
+
+/// When a pause did what. vCPUs save themselves as soon as they have left the guest, and the dirty
+/// log is read last, so that what saving itself writes is in it; the times put the reading right
+/// after the stop, so that each part has its true length and the sum is right.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SaveTimes {
+    /// When the first vCPU left the guest.
+    pub stopped_first: Timestamp,
+    /// When the last one did.
+    pub stopped_last: Timestamp,
+    /// [`SaveTimes::stopped_last`] and the time that reading the dirty log took.
+    pub harvested: Timestamp,
+    /// When all was saved.
+    pub saved: Timestamp,
+    /// The guest's time stamp counter, on vCPU 0, at [`SaveTimes::stopped_first`].
+    pub stopped_guest_tsc: u64,
+}
+
+/// A machine that has just begun to run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Running {
+    /// When the first vCPU entered the guest.
+    pub first_instruction_at: Timestamp,
+    /// When the last one did.
+    pub last_entered_at: Timestamp,
+}
+
+/// A machine that has been given a state.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Loaded {
+    /// How long that took within the VM process.
+    pub took: Duration,
+    /// Model-specific registers whose value this host's KVM did not take, none of which the guest
+    /// depends on.
+    pub refused_msrs: Vec<RefusedMsr>,
+}
+
+/// A model-specific register that lost its value.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RefusedMsr {
+    /// Of which vCPU.
+    pub vcpu: u8,
+    /// The register.
+    pub index: u32,
+    /// The value that it should have had.
+    pub value: u64,
+}
+
+/// A part of the state that moves.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SectionInfo {
+    /// What it is.
+    pub name: String,
+    /// Of which vCPU, or which of several.
+    pub instance: u16,
+    /// Version of its layout.
+    pub version: u16,
+    /// Its size.
+    pub bytes: u32,
+}

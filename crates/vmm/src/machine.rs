@@ -1,0 +1,440 @@
+//! One virtual machine: made, booted or loaded, run, paused, saved.
+//!
+//! Each vCPU has a thread that lives as long as the machine and waits for orders; the thread that
+//! owns the [`Machine`] gives them and collects the replies. A pause is one order with one reply: a
+//! vCPU that has left the guest completes a pending port or memory access and saves itself at once,
+//! all vCPUs at the same time. What takes long (threads, CPU features, which registers this kernel
+//! can read and write) is done when the machine is made.
+//!
+//! ```text
+//!            boot                 run, resume
+//!  Empty ───────────▶ Paused ◀──────────────────▶ Running ──▶ Exited (for good)
+//!        ───────────▶         pause_and_save
+//!            load
+//! ```
+//!
+//! Invariants: after a pause nothing writes the guest's memory: vCPUs are out of the guest, and ports
+//! are handled on their threads and write no memory. The dirty log is read after the vCPUs were
+//! saved, so whatever saving writes is in it.
+//!
+//! Deliberately absent: who may run the machine. That is the process's record.
+
+mod msrs;
+mod seat;
+mod snapshot;
+mod time;
+mod vcpu_state;
+mod vcpu_thread;
+
+use crate::answer::{ExitReason, Loaded, RunState, Running, SaveTimes};
+use crate::boot::{self, BootError};
+use crate::config::{ConfigError, VmConfig, is_same_rate};
+use crate::cpu;
+use crate::layout;
+use crate::ports::{MicroDevice, Ports};
+use crate::state::{StateError, Writer};
+use limosa_engine::Timestamp;
+use limosa_micro_abi::CommandKind;
+use limosa_os::bitmap::BitmapError;
+use limosa_os::kvm::{Kvm, KvmError, Vcpu, Vm};
+use limosa_os::{MemoryError, SharedBitmap, SharedMemory};
+use limosa_pages::PageRange;
+use msrs::MsrPlan;
+use seat::{Seats, Shared};
+use snapshot::{MachineSections, MachineState};
+use std::io;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+use time::ClockPair;
+use vcpu_thread::{Order, Reply, StartAt, VcpuThread};
+
+/// Why a machine did not do what was asked.
+#[derive(Debug, thiserror::Error)]
+pub enum MachineError {
+    /// Its configuration is not possible, or not here.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// KVM refused.
+    #[error(transparent)]
+    Kvm(#[from] KvmError),
+    /// There is no memory for it.
+    #[error(transparent)]
+    Memory(#[from] MemoryError),
+    /// There is no dirty bitmap for it.
+    #[error(transparent)]
+    Bitmap(#[from] BitmapError),
+    /// The guest cannot be put into its memory.
+    #[error(transparent)]
+    Boot(#[from] BootError),
+    /// The state cannot be loaded.
+    #[error(transparent)]
+    State(#[from] StateError),
+    /// A register without which the guest would break does not take its value.
+    #[error("this host's KVM does not take {value:#x} in model-specific register {index:#x} of vCPU {vcpu}, on which the guest depends")]
+    LostMsr {
+        /// Of which vCPU.
+        vcpu: u8,
+        /// Which.
+        index: u32,
+        /// What it should have had.
+        value: u64,
+    },
+    /// A thread could not be started, or a socket not be made.
+    #[error("cannot {action}")]
+    Io {
+        /// What was tried.
+        action: &'static str,
+        /// Why it failed.
+        #[source]
+        source: io::Error,
+    },
+    /// The machine has ended.
+    #[error("the machine has exited: {0}")]
+    Exited(ExitReason),
+    /// The machine is not in a state for that.
+    #[error("the machine is {state}, it has to be {wanted}")]
+    WrongState {
+        /// What it is.
+        state: RunState,
+        /// What it would have to be.
+        wanted: &'static str,
+    },
+    /// A vCPU does not come out of the guest.
+    #[error("a vCPU did not answer within {} s", LIMIT.as_secs())]
+    Stuck,
+    /// A vCPU has an access that never ends.
+    #[error("vCPU {vcpu} does not complete its pending access")]
+    Endless {
+        /// Which.
+        vcpu: u8,
+    },
+}
+
+/// How long a vCPU may take to answer. A kick takes microseconds; on a machine whose processors are
+/// all busy, some scheduler slices.
+const LIMIT: Duration = Duration::from_secs(5);
+
+/// A machine's state and when it was taken. The dirty log is in the machine's bitmap.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Snapshot {
+    /// The state, as [`crate::state`] has it.
+    pub sections: Vec<u8>,
+    /// When what happened.
+    pub times: SaveTimes,
+}
+
+/// A virtual machine.
+#[derive(Debug)]
+pub struct Machine {
+    // Dropped first, which ends and joins the threads that use all the rest.
+    seats: Seats,
+    vm: Vm,
+    config: VmConfig,
+    memory: Arc<SharedMemory>,
+    bitmap: SharedBitmap,
+    device: Arc<MicroDevice>,
+    shared: Arc<Shared>,
+    host_khz: u32,
+    life: Life,
+}
+
+/// Where it is in its life, as long as the guest has not ended it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Life {
+    Empty,
+    Paused,
+    Running,
+}
+
+impl Machine {
+    /// Makes a machine: all its vCPUs exist and wait, its memory is all zero and untouched. `host`
+    /// is what this host is called in heartbeats.
+    ///
+    /// # Errors
+    /// The configuration is not possible, or this host lacks something for it.
+    pub fn create(mut config: VmConfig, host: &str) -> Result<Self, MachineError> {
+        config.check()?;
+        let kvm = Kvm::open()?;
+        config.check_features(&kvm)?;
+        let memory = Arc::new(SharedMemory::create(config.memory, config.page_kind())?);
+        let bitmap = SharedBitmap::create(memory.page_count())?;
+        let mut vm = kvm.create_vm()?;
+        vm.set_memory(Arc::clone(&memory), &layout::regions(config.memory))?;
+        if config.irqchip {
+            vm.create_irqchip()?;
+        }
+        let neutral = match config.cpuid.take() {
+            Some(table) => table,
+            None => cpu::neutral_table(&kvm)?,
+        };
+        let vcpus = (0..config.vcpus).map(|index| vm.create_vcpu(index)).collect::<Result<Vec<_>, _>>()?;
+        let host_khz = vcpus.first().expect("a machine has a vCPU").tsc_khz()?;
+        let guest_khz = config.tsc_khz.unwrap_or(host_khz);
+        config.check_clock(&kvm, host_khz, guest_khz)?;
+        config.tsc_khz = Some(guest_khz);
+        config.cpuid = Some(neutral);
+        let device =
+            Arc::new(MicroDevice::new(&config.name, host, config.vcpus, Arc::clone(&memory)));
+        let no_observer = |source| MachineError::Io { action: "send heartbeats to the observer", source };
+        device.set_observer(config.observer).map_err(no_observer)?;
+        let shared = Arc::new(Shared::default());
+        let threads = make_threads(&kvm, &config, host_khz, vcpus, &device, &shared)?;
+        let seats = Seats::start(threads, Arc::clone(&shared))?;
+        Ok(Self { seats, vm, config, memory, bitmap, device, shared, host_khz, life: Life::Empty })
+    }
+
+    /// Puts a micro guest into the empty machine.
+    ///
+    /// # Errors
+    /// The image is no micro guest's or does not fit.
+    pub fn boot(&mut self, elf: &[u8]) -> Result<(), MachineError> {
+        self.need(Life::Empty, "empty")?;
+        let khz = self.config.tsc_khz.expect("set when the machine was made");
+        let entry = boot::fill_memory(&self.memory, elf, self.config.vcpus, khz, &self.config.args)?;
+        for reply in self.seats.ask(|_| Order::Boot { entry })? {
+            reply.into_done()?;
+        }
+        self.life = Life::Paused;
+        Ok(())
+    }
+
+    /// What machine it is; [`VmConfig::cpuid`] and [`VmConfig::tsc_khz`] are set.
+    pub const fn config(&self) -> &VmConfig {
+        &self.config
+    }
+
+    /// The guest's memory.
+    pub const fn memory(&self) -> &Arc<SharedMemory> {
+        &self.memory
+    }
+
+    /// Where the dirty log is read to.
+    pub const fn bitmap(&self) -> &SharedBitmap {
+        &self.bitmap
+    }
+
+    /// Where it is in its life.
+    pub fn run_state(&self) -> RunState {
+        match (self.shared.exit(), self.life) {
+            (Some(reason), _) => RunState::Exited(reason),
+            (None, Life::Empty) => RunState::Empty,
+            (None, Life::Paused) => RunState::Paused,
+            (None, Life::Running) => RunState::Running,
+        }
+    }
+
+    /// Runs the paused machine, or runs it on.
+    ///
+    /// # Errors
+    /// It is not paused, or a vCPU does not start.
+    pub fn run(&mut self) -> Result<Running, MachineError> {
+        self.need(Life::Paused, "paused")?;
+        self.start(None)
+    }
+
+    /// Runs the machine with a state that was loaded: its clocks go on as if it had not been
+    /// stopped. `stopped_at` is [`SaveTimes::stopped_first`] on this host's clock.
+    ///
+    /// # Errors
+    /// It is not paused, or a vCPU does not start.
+    pub fn run_from(&mut self, stopped_at: Timestamp) -> Result<Running, MachineError> {
+        self.need(Life::Paused, "paused")?;
+        let pair = ClockPair::sample();
+        let elapsed = Timestamp::from_nanos(pair.nanos).since(stopped_at);
+        if let Some(clock) = self.shared.take_clock() {
+            let elapsed = u64::try_from(elapsed.as_nanos()).unwrap_or(u64::MAX);
+            self.vm.set_clock_nanos(clock.saturating_add(elapsed))?;
+        }
+        self.start(Some(StartAt { stopped_at: stopped_at.as_nanos(), pair }))
+    }
+
+    fn start(&mut self, at: Option<StartAt>) -> Result<Running, MachineError> {
+        let running = self.seats.run(at)?;
+        self.life = Life::Running;
+        Ok(running)
+    }
+
+    /// Pauses if it runs, saves, and reads the dirty log if asked. A machine that ran stays paused.
+    ///
+    /// # Errors
+    /// It has no state yet, has ended, or a part of it cannot be saved. It is paused then, too.
+    pub fn pause_and_save(&mut self, harvest: bool) -> Result<Snapshot, MachineError> {
+        if self.life == Life::Empty {
+            return Err(self.wrong_state("running or paused"));
+        }
+        let vcpus = self.seats.pause(|| Order::Save)?;
+        self.life = Life::Paused;
+        if let Some(reason) = self.shared.exit() {
+            return Err(MachineError::Exited(reason));
+        }
+        let vcpus = vcpus.into_iter().map(Reply::into_saved).collect::<Result<Vec<_>, _>>()?;
+        let pair = ClockPair::sample();
+        let stops = || vcpus.iter().map(|vcpu| vcpu.stopped_at);
+        let stopped_first = stops().min().expect("a machine has a vCPU");
+        let stopped_last = stops().max().expect("a machine has a vCPU");
+        let mut machine = MachineSections::new(&self.vm, &self.config);
+        machine.save(&self.device, pair.nanos, stopped_first)?;
+        let mut writers = vec![machine.into_writer()];
+        let mut stopped_guest_tsc = 0;
+        for (index, vcpu) in (0..).zip(vcpus) {
+            let tsc = vcpu.tsc.guest_at(stopped_first, pair, self.host_khz, self.guest_khz());
+            if index == 0 {
+                stopped_guest_tsc = tsc;
+            }
+            writers.push(vcpu.writer);
+            writers.push(vcpu_state::tsc_section(index, tsc, self.guest_khz()));
+        }
+        let sections = Writer::join(&writers);
+        let before = limosa_os::monotonic_nanos();
+        if harvest {
+            self.harvest()?;
+        }
+        let saved = limosa_os::monotonic_nanos();
+        let stamp = Timestamp::from_nanos;
+        let times = SaveTimes {
+            stopped_first: stamp(stopped_first),
+            stopped_last: stamp(stopped_last),
+            harvested: stamp(stopped_last + (saved - before)),
+            saved: stamp(saved),
+            stopped_guest_tsc,
+        };
+        Ok(Snapshot { sections, times })
+    }
+
+    /// Gives the machine a state; it can run afterwards. May be repeated while it has not run.
+    ///
+    /// # Errors
+    /// The state is damaged, is of another machine, or has something that this version or this
+    /// host's KVM does not take. Checks of the whole state come before the first change.
+    pub fn load(&mut self, state: &[u8]) -> Result<Loaded, MachineError> {
+        let began = Instant::now();
+        if self.life == Life::Running || self.shared.exit().is_some() {
+            return Err(self.wrong_state("empty or paused"));
+        }
+        let mut state = MachineState::parse(state, &self.config)?;
+        let mut vcpus = std::mem::take(&mut state.vcpus).into_iter();
+        let replies =
+            self.seats.ask(|_| Order::Load(Box::new(vcpus.next().expect("one for each vCPU"))))?;
+        let mut refused_msrs = Vec::new();
+        for reply in replies {
+            refused_msrs.extend(reply.into_loaded()?);
+        }
+        state.load(&self.vm, &self.device)?;
+        self.shared.set_clock(state.clock_nanos);
+        self.life = Life::Paused;
+        Ok(Loaded { took: began.elapsed(), refused_msrs })
+    }
+
+    /// Dirty tracking on: every page counts as dirty until it is cleared.
+    ///
+    /// # Errors
+    /// KVM refuses.
+    pub fn start_tracking(&mut self) -> Result<(), MachineError> {
+        Ok(self.vm.start_tracking()?)
+    }
+
+    /// Dirty tracking off.
+    ///
+    /// # Errors
+    /// KVM refuses.
+    pub fn stop_tracking(&mut self) -> Result<(), MachineError> {
+        Ok(self.vm.stop_tracking()?)
+    }
+
+    /// Reads the dirty log into the shared bitmap; clears nothing.
+    ///
+    /// # Errors
+    /// Tracking is off, or KVM refuses.
+    pub fn harvest(&self) -> Result<(), MachineError> {
+        Ok(self.vm.read_dirty_log(&self.bitmap)?)
+    }
+
+    /// Clears what the last harvest found within `range` (of whole words of the log, or to the end
+    /// of the memory), and tracks those pages anew.
+    ///
+    /// # Errors
+    /// Tracking is off, the range is not one, or KVM refuses.
+    pub fn clear(&self, range: PageRange) -> Result<(), MachineError> {
+        Ok(self.vm.clear_dirty_log(&self.bitmap, range)?)
+    }
+
+    /// Sends heartbeats to somebody else, or to nobody.
+    ///
+    /// # Errors
+    /// There is no socket for that address.
+    pub fn set_observer(&mut self, address: Option<SocketAddr>) -> Result<(), MachineError> {
+        let no_observer = |source| MachineError::Io { action: "send heartbeats to the observer", source };
+        self.device.set_observer(address).map_err(no_observer)?;
+        self.config.observer = address;
+        Ok(())
+    }
+
+    /// Tells the micro guest to do something; the command's number.
+    pub fn command(&self, kind: CommandKind) -> u32 {
+        self.device.command(kind)
+    }
+
+    fn guest_khz(&self) -> u32 {
+        self.config.tsc_khz.expect("set when the machine was made")
+    }
+
+    fn need(&self, life: Life, wanted: &'static str) -> Result<(), MachineError> {
+        match self.shared.exit() {
+            Some(reason) => Err(MachineError::Exited(reason)),
+            None if self.life == life => Ok(()),
+            None => Err(self.wrong_state(wanted)),
+        }
+    }
+
+    fn wrong_state(&self, wanted: &'static str) -> MachineError {
+        match self.shared.exit() {
+            Some(reason) => MachineError::Exited(reason),
+            None => MachineError::WrongState { state: self.run_state(), wanted },
+        }
+    }
+}
+
+/// Sets up each vCPU as far as that does not depend on what will run on it.
+fn make_threads(
+    kvm: &Kvm,
+    config: &VmConfig,
+    host_khz: u32,
+    vcpus: Vec<Vcpu>,
+    device: &Arc<MicroDevice>,
+    shared: &Arc<Shared>,
+) -> Result<Vec<VcpuThread>, MachineError> {
+    let neutral = config.cpuid.as_deref().expect("set by the caller");
+    let guest_khz = config.tsc_khz.expect("set by the caller");
+    let is_scaled = !is_same_rate(host_khz, guest_khz);
+    let mut plan: Option<Arc<MsrPlan>> = None;
+    let mut threads = Vec::new();
+    for (index, vcpu) in (0..).zip(vcpus) {
+        if is_scaled {
+            vcpu.set_tsc_khz(guest_khz)?;
+        }
+        let table = cpu::vcpu_table(neutral, index, config.vcpus);
+        vcpu.set_cpuid(&table)?;
+        let plan = match &plan {
+            Some(plan) => Arc::clone(plan),
+            // What a kernel lets one read and write depends on the CPU features, which are set now.
+            None => Arc::clone(plan.insert(Arc::new(MsrPlan::probe(kvm, &vcpu)?))),
+        };
+        threads.push(VcpuThread {
+            index,
+            vcpu,
+            ports: Ports::new(Arc::clone(device)),
+            shared: Arc::clone(shared),
+            fixed: vcpu_state::Fixed {
+                cpuid: vcpu_state::encode_cpuid(&table),
+                has_irqchip: config.irqchip,
+                plan,
+                host_khz,
+                guest_khz,
+                is_scaled,
+            },
+            resume: vcpu_state::Resume::default(),
+        });
+    }
+    Ok(threads)
+}

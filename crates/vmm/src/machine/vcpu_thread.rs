@@ -1,0 +1,247 @@
+//! The thread of one vCPU: waits for an order, carries it out, answers.
+//!
+//! While the guest runs, the thread looks at nothing but its exits and the flag that says *halt*. An
+//! access to a port is completed by the next entry, so a vCPU that is to halt with one pending
+//! enters once more with the flag set that lets it return before the next instruction.
+
+use super::seat::Shared;
+use super::time::ClockPair;
+use super::vcpu_state::{self, Fixed, Resume, SavedVcpu, VcpuState};
+use super::MachineError;
+use crate::answer::{ExitReason, RefusedMsr};
+use crate::boot;
+use crate::ports::{AfterOut, Answer, Ports};
+use limosa_micro_abi::port::{WAIT_LOOK_AGAIN, WAIT_TIME_OVER};
+use limosa_os::kvm::{Exit, KvmError, Vcpu};
+use limosa_os::thread::{self as os_thread, ThreadId};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc::{Receiver, Sender};
+use std::thread;
+use std::time::{Duration, Instant};
+
+/// Most entries that complete one access: a 64-byte access to memory that is not there takes eight.
+const COMPLETIONS_MAX: u32 = 64;
+
+/// What a vCPU thread is told.
+#[derive(Debug)]
+pub(super) enum Order {
+    /// Say which thread it is.
+    Name,
+    /// Take the registers of a micro guest's first instruction.
+    Boot { entry: u64 },
+    /// Save.
+    Save,
+    /// Take this state.
+    Load(Box<VcpuState>),
+    /// Run until halted; after a load, with clocks that went on. Not answered unless it fails.
+    Run(Option<StartAt>),
+    /// End the thread.
+    End,
+}
+
+/// When the guest stopped elsewhere, in terms of this host's clocks.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct StartAt {
+    pub(super) stopped_at: u64,
+    pub(super) pair: ClockPair,
+}
+
+/// What it answers.
+#[derive(Debug)]
+pub(super) enum Reply {
+    Name(ThreadId),
+    Done(Result<(), MachineError>),
+    Saved(Result<SavedVcpu, MachineError>),
+    Loaded(Result<Vec<RefusedMsr>, MachineError>),
+}
+
+impl Reply {
+    pub(super) fn into_name(self) -> ThreadId {
+        match self {
+            Self::Name(id) => id,
+            other => unreachable!("a vCPU thread answered with {other:?}"),
+        }
+    }
+
+    pub(super) fn into_done(self) -> Result<(), MachineError> {
+        match self {
+            Self::Done(result) => result,
+            other => unreachable!("a vCPU thread answered with {other:?}"),
+        }
+    }
+
+    pub(super) fn into_saved(self) -> Result<SavedVcpu, MachineError> {
+        match self {
+            Self::Saved(result) => result,
+            other => unreachable!("a vCPU thread answered with {other:?}"),
+        }
+    }
+
+    pub(super) fn into_loaded(self) -> Result<Vec<RefusedMsr>, MachineError> {
+        match self {
+            Self::Loaded(result) => result,
+            other => unreachable!("a vCPU thread answered with {other:?}"),
+        }
+    }
+}
+
+/// What the thread of a vCPU owns.
+#[derive(Debug)]
+pub(super) struct VcpuThread {
+    pub(super) index: u8,
+    pub(super) vcpu: Vcpu,
+    pub(super) ports: Ports,
+    pub(super) shared: Arc<Shared>,
+    pub(super) fixed: Fixed,
+    pub(super) resume: Resume,
+}
+
+/// How a run ended.
+struct Stop {
+    /// When the vCPU had executed its last instruction.
+    at: u64,
+    /// Whether an access is complete, so that the vCPU can be saved.
+    is_complete: bool,
+}
+
+impl VcpuThread {
+    /// Carries out orders until the last one.
+    pub(super) fn serve(
+        mut self,
+        orders: &Receiver<(u64, Order)>,
+        replies: &Sender<(u64, u8, Reply)>,
+        entered_at: &AtomicU64,
+    ) {
+        if let Err(error) = os_thread::set_precise_waits() {
+            tracing::warn!(%error, "waits of the guest will be imprecise");
+        }
+        let mut stop = Stop { at: limosa_os::monotonic_nanos(), is_complete: true };
+        while let Ok((ticket, order)) = orders.recv() {
+            let reply = match order {
+                Order::Name => Reply::Name(ThreadId::current()),
+                Order::Boot { entry } => Reply::Done(self.boot(entry).map_err(MachineError::from)),
+                Order::Save => Reply::Saved(self.save(&stop)),
+                Order::Load(state) => Reply::Loaded(self.load(*state)),
+                Order::Run(at) => match self.prepare(at) {
+                    Ok(()) => {
+                        stop = self.run(entered_at);
+                        continue;
+                    }
+                    Err(error) => Reply::Done(Err(error.into())),
+                },
+                Order::End => return,
+            };
+            if replies.send((ticket, self.index, reply)).is_err() {
+                return;
+            }
+        }
+    }
+
+    fn boot(&self, entry: u64) -> Result<(), KvmError> {
+        let mut special = self.vcpu.special_registers()?;
+        boot::set_special_registers(&mut special);
+        self.vcpu.set_special_registers(&special)?;
+        self.vcpu.set_registers(&boot::registers(entry, self.index))
+    }
+
+    fn save(&self, stop: &Stop) -> Result<SavedVcpu, MachineError> {
+        if !stop.is_complete {
+            return Err(MachineError::Endless { vcpu: self.index });
+        }
+        vcpu_state::save(self.index, &self.vcpu, &self.ports, &self.fixed, stop.at)
+    }
+
+    fn load(&mut self, state: VcpuState) -> Result<Vec<RefusedMsr>, MachineError> {
+        state.load(self.index, &self.vcpu, &mut self.ports, &mut self.fixed, &mut self.resume)
+    }
+
+    fn prepare(&mut self, at: Option<StartAt>) -> Result<(), KvmError> {
+        match at {
+            Some(at) => self.resume.apply(&self.vcpu, &self.fixed, at.stopped_at, at.pair),
+            None => Ok(()),
+        }
+    }
+
+    /// Runs the guest until it is to halt and nothing is pending.
+    fn run(&mut self, entered_at: &AtomicU64) -> Stop {
+        let kicker = self.vcpu.kicker();
+        let mut stop = Stop { at: limosa_os::monotonic_nanos(), is_complete: true };
+        let mut completions = 0;
+        entered_at.store(stop.at, Ordering::SeqCst);
+        loop {
+            let is_halting = self.shared.is_halting();
+            if is_halting {
+                if stop.is_complete || completions == COMPLETIONS_MAX {
+                    return stop;
+                }
+                completions += 1;
+                kicker.hold();
+            }
+            let exit = self.vcpu.run();
+            if !is_halting {
+                stop.at = limosa_os::monotonic_nanos();
+            }
+            stop.is_complete = false;
+            match exit {
+                Exit::Interrupted => stop.is_complete = true,
+                Exit::PortIn(port, bytes) => {
+                    let answer = match self.ports.read(port) {
+                        Answer::Word(word) => word,
+                        Answer::Wait(time) => wait(time, &self.shared, &mut stop.at),
+                    };
+                    fill(bytes, answer);
+                }
+                Exit::PortOut(port, bytes) => {
+                    if let AfterOut::Exit { status } = self.ports.write(port, bytes) {
+                        self.shared.end(ExitReason::Finished { status });
+                        return stop;
+                    }
+                }
+                // Nothing is there: reads see all ones, writes are lost, as on a real bus.
+                Exit::MmioRead(address, bytes) => {
+                    tracing::trace!(address, "read from memory that is not there");
+                    bytes.fill(0xff);
+                }
+                Exit::MmioWrite(address, _) => tracing::trace!(address, "write to memory that is not there"),
+                Exit::Shutdown => {
+                    self.shared.end(ExitReason::TripleFault { vcpu: self.index });
+                    return stop;
+                }
+                Exit::Halted => {
+                    self.shared.end(ExitReason::Halted { vcpu: self.index });
+                    return stop;
+                }
+                Exit::Failed(what) => {
+                    self.shared.end(ExitReason::Failed { vcpu: self.index, what });
+                    return stop;
+                }
+            }
+        }
+    }
+}
+
+/// Holds the vCPU until the time is over or it is to halt; the guest's answer. A guest that waits
+/// has stopped when its wait was cut short.
+fn wait(time: Duration, shared: &Shared, stopped_at: &mut u64) -> u32 {
+    let end = Instant::now() + time;
+    loop {
+        if shared.is_halting() {
+            *stopped_at = limosa_os::monotonic_nanos();
+            return WAIT_LOOK_AGAIN;
+        }
+        let left = end.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            return WAIT_TIME_OVER;
+        }
+        thread::park_timeout(left);
+    }
+}
+
+/// Answers each element of a port read: one for `in`, several for its string form.
+fn fill(bytes: &mut [u8], word: u32) {
+    for element in bytes.chunks_mut(4) {
+        let len = element.len();
+        element.copy_from_slice(&word.to_le_bytes()[..len]);
+    }
+}
