@@ -3,6 +3,8 @@
 //! Implemented by the handle of a VM process, and by a plain thread that writes memory in this
 //! crate's tests. All requests are answered in the order in which they were made.
 
+mod vm_handle;
+
 use limosa_engine::Timestamp;
 use limosa_engine::handover::{MigrationId, Phase};
 use limosa_os::SharedMemory;

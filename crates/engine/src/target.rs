@@ -585,3 +585,73 @@ impl Machine for Target {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::policy::Mode;
+    use limosa_pages::PageCount;
+
+    /// A target that has asked its VM process to commit and run, and was asked how it ended.
+    fn committing() -> Target {
+        let start = Start {
+            mode: Mode::StopAndCopy,
+            memory_pages: PageCount::new(1),
+            streams: 1,
+            verify: false,
+            vm: Vec::new(),
+        };
+        let state = ControlFrame::State {
+            round: 0,
+            stopped_at: Timestamp::ZERO,
+            state: vec![1],
+        };
+        let mut target = Target::new(MigrationId(1), 2, Timestamp::ZERO);
+        for event in [
+            TargetEvent::Frame(ControlFrame::Start(start)),
+            TargetEvent::Created,
+            TargetEvent::Barrier {
+                stream: 0,
+                round: 0,
+            },
+            TargetEvent::Frame(state),
+            TargetEvent::Loaded {
+                took: Duration::ZERO,
+            },
+            TargetEvent::Frame(ControlFrame::Commit),
+            TargetEvent::ConnectionLost {
+                reason: String::new(),
+            },
+            TargetEvent::Resolve,
+        ] {
+            target.handle(Timestamp::ZERO, event);
+        }
+        target
+    }
+
+    fn check(events: &[TargetEvent], expect: &[&str]) {
+        let mut target = committing();
+        let mut names = Vec::new();
+        for event in events {
+            for action in target.handle(Timestamp::ZERO, event.clone()) {
+                names.push(match action {
+                    TargetAction::AnswerResolve(resolution) => alloc::format!("{resolution:?}"),
+                    other => String::from(other.name()),
+                });
+            }
+        }
+        assert_eq!(names, expect);
+    }
+
+    #[test]
+    fn a_commit_is_barred_only_if_it_is_certain_that_the_guest_never_ran() {
+        let reason = String::from("the VM process died");
+        let failed = TargetEvent::VmFailed {
+            reason: reason.clone(),
+        };
+        check(&[failed], &["Runs", "finish"]);
+        let refused = TargetEvent::CommitRefused { reason };
+        let events = [refused, TargetEvent::Destroyed];
+        check(&events, &["destroy", "Barred", "finish"]);
+    }
+}

@@ -1,6 +1,8 @@
 //! Processes: ones that outlive whoever started them.
 
+use crate::socket::wait_readable;
 use std::io;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::process::CommandExt;
 use std::process::{Child, Command};
 
@@ -31,14 +33,51 @@ pub fn spawn_detached(command: &mut Command) -> io::Result<Child> {
     command.spawn()
 }
 
-/// Ends another process at once. True if there was one to end.
-pub fn kill(pid: u32) -> bool {
-    let Ok(pid) = libc::pid_t::try_from(pid) else {
-        return false;
-    };
-    // Zero and one would mean a group and init.
-    // SAFETY: the call takes numbers only.
-    pid > 1 && unsafe { libc::kill(pid, libc::SIGKILL) } == 0
+/// Another process, named so that a later one with the same number is never mistaken for it.
+#[derive(Debug)]
+pub struct Process {
+    pid: u32,
+    handle: OwnedFd,
+}
+
+impl Process {
+    /// The process that has this number now.
+    ///
+    /// # Errors
+    /// There is none, or it cannot be named.
+    pub fn open(pid: u32) -> io::Result<Self> {
+        let number = libc::pid_t::try_from(pid).map_err(|_| io::ErrorKind::InvalidInput)?;
+        // SAFETY: the call takes numbers and makes a descriptor, which is closed on exec.
+        let handle = unsafe { libc::syscall(libc::SYS_pidfd_open, number, 0) };
+        let handle = i32::try_from(handle).ok().filter(|&handle| handle >= 0);
+        let handle = handle.ok_or_else(io::Error::last_os_error)?;
+        // SAFETY: the kernel has just made this descriptor for us alone.
+        Ok(Self { pid, handle: unsafe { OwnedFd::from_raw_fd(handle) } })
+    }
+
+    /// Its number.
+    pub const fn pid(&self) -> u32 {
+        self.pid
+    }
+
+    /// Ends it at once; true if there was one to end.
+    pub fn kill(&self) -> bool {
+        let nothing = std::ptr::null::<libc::siginfo_t>();
+        // SAFETY: the call takes numbers and a pointer that may be null.
+        unsafe {
+            libc::syscall(libc::SYS_pidfd_send_signal, self.handle.as_raw_fd(), libc::SIGKILL, nothing, 0) == 0
+        }
+    }
+
+    /// Waits until it has ended, for some time at most; true if it has.
+    ///
+    /// # Errors
+    /// The kernel refuses.
+    pub fn wait_end(&self, milliseconds: u32) -> io::Result<bool> {
+        // The descriptor of a process is readable once it has ended.
+        let [has_ended] = wait_readable([Some(&self.handle)], Some(milliseconds))?;
+        Ok(has_ended)
+    }
 }
 
 #[cfg(test)]
@@ -53,8 +92,13 @@ mod tests {
         let pid = libc::pid_t::try_from(child.id()).unwrap();
         // SAFETY: the call takes a number only.
         assert_eq!(unsafe { libc::getsid(pid) }, pid);
-        assert!(kill(child.id()));
+        let process = Process::open(child.id()).unwrap();
+        assert_eq!(process.pid(), child.id());
+        assert!(!process.wait_end(0).unwrap());
+        assert!(process.kill());
+        assert!(process.wait_end(10_000).unwrap());
         assert!(!child.wait().unwrap().success());
-        assert!(!kill(1));
+        assert!(!process.kill());
+        assert!(Process::open(u32::MAX).is_err());
     }
 }

@@ -24,6 +24,36 @@ impl ThreadId {
     }
 }
 
+impl ThreadId {
+    /// Lets the thread run before all ordinary ones, on whatever processor is free of its like, or
+    /// makes it an ordinary one again. For work of microseconds that something waits for.
+    ///
+    /// # Errors
+    /// This user may not do so, or the thread has ended.
+    pub fn set_urgent(self, is_urgent: bool) -> io::Result<()> {
+        let (class, priority) = if is_urgent { (libc::SCHED_RR, 1) } else { (libc::SCHED_OTHER, 0) };
+        let parameters = libc::sched_param { sched_priority: priority };
+        // SAFETY: the parameters are valid and are only read.
+        if unsafe { libc::sched_setscheduler(self.0, class, &raw const parameters) } != 0 {
+            return Err(io::Error::last_os_error());
+        }
+        Ok(())
+    }
+
+    /// Sets the thread's share of the processor: -20 is the largest, 0 what everyone has.
+    ///
+    /// # Errors
+    /// This user may not do so, or the thread has ended.
+    pub fn set_nice(self, nice: i32) -> io::Result<()> {
+        let thread = libc::id_t::try_from(self.0).map_err(|_| io::ErrorKind::InvalidInput)?;
+        // SAFETY: the call takes numbers only.
+        if unsafe { libc::setpriority(libc::PRIO_PROCESS, thread, nice) } != 0 {
+            return Err(io::Error::last_os_error());
+        }
+        Ok(())
+    }
+}
+
 static INTERRUPT: OnceLock<libc::c_int> = OnceLock::new();
 
 /// Gives the first real-time signal a handler that does nothing, without which it would end the
@@ -62,6 +92,17 @@ mod tests {
     use std::os::unix::net::UnixStream;
     use std::sync::mpsc;
     use std::thread;
+
+    #[test]
+    fn a_thread_becomes_urgent_and_ordinary_again() {
+        let me = ThreadId::current();
+        match me.set_urgent(true).and_then(|()| me.set_nice(-20)) {
+            Ok(()) => {}
+            Err(error) if error.kind() == io::ErrorKind::PermissionDenied => println!("skipped: {error}"),
+            Err(error) => panic!("{error}"),
+        }
+        me.set_urgent(false).unwrap();
+    }
 
     #[test]
     fn an_interrupted_call_returns() {

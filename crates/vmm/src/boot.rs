@@ -189,7 +189,7 @@ mod tests {
             assert_eq!(entry & 0x27, 0x27, "for user mode and writable");
             table = entry & !0xfff;
         }
-        Some(table | address % LARGE_PAGE)
+        Some(table | (address % LARGE_PAGE))
     }
 
     #[test]

@@ -1,1 +1,535 @@
-//! Placeholder.
+//! The daemon's end of a VM process: [`VmHandle`].
+//!
+//! Requests are answered in order, one at a time; any thread may make one. The machine's memory and
+//! dirty bitmap are mapped here as well, after their seals were checked, so pages are read and
+//! written without asking. A request that gets no answer in time ends the connection, since a late
+//! answer would be taken for that of the next one.
+
+use crate::answer::{Loaded, RunState, Running, SaveTimes, Saved, SectionInfo};
+use crate::config::VmConfig;
+use crate::process::command_number;
+use crate::protocol::{self, Frame, FrameError, PROTOCOL_VERSION, Refusal, Reply, Request, in_one_line};
+use crate::state::STATE_BYTES_MAX;
+use limosa_engine::Timestamp;
+use limosa_engine::handover::{MigrationId, Phase};
+use limosa_micro_abi::{CommandKind, PAGE_BYTES, Report, memory_map};
+use limosa_os::bitmap::BitmapError;
+use limosa_os::process::Process;
+use limosa_os::{MemoryError, SharedBitmap, SharedMemory, socket};
+use limosa_pages::{PageRange, PageSet};
+use std::io;
+use std::net::{Shutdown, SocketAddr};
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant};
+
+/// How long an answer may take. A pause may take 5 s before the process gives it up by itself;
+/// clearing the log of 128 GiB takes 1 s.
+const ANSWER_LIMIT: Duration = Duration::from_secs(15);
+
+/// Why a VM process did not do what was asked.
+#[derive(Debug, thiserror::Error)]
+pub enum VmError {
+    /// Nobody listens there.
+    #[error("no VM process answers at {path}")]
+    Connect {
+        /// Where.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// The process was gone before it could be asked.
+    #[error("the VM process is gone: {0}")]
+    Gone(String),
+    /// The connection ended or broke before the answer; the process may be gone.
+    #[error("the VM process does not answer: {0}")]
+    Lost(String),
+    /// What it said makes no sense.
+    #[error("the VM process answered with something else than was asked for")]
+    Foreign,
+    /// Its memory cannot be used.
+    #[error(transparent)]
+    Memory(#[from] MemoryError),
+    /// Its dirty bitmap cannot be used.
+    #[error(transparent)]
+    Bitmap(#[from] BitmapError),
+    /// The record of who may run the guest forbids it.
+    #[error("{0}")]
+    Phase(String),
+    /// The guest has ended.
+    #[error("{0}")]
+    Exited(String),
+    /// Another daemon controls it.
+    #[error("{0}")]
+    Busy(String),
+    /// It refused for another reason.
+    #[error("{0}")]
+    Refused(String),
+}
+
+/// What a VM process said about itself when it was found.
+#[derive(Clone, Debug)]
+pub struct Attached {
+    /// The machine's name, if there is a machine.
+    pub name: Option<String>,
+    /// The machine's configuration, if there is a machine.
+    pub config: Option<VmConfig>,
+    /// Who may run the guest.
+    pub phase: Phase,
+    /// Where the machine is in its life.
+    pub run_state: RunState,
+    /// The process.
+    pub pid: u32,
+}
+
+/// How a machine does.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Status {
+    /// Who may run the guest.
+    pub phase: Phase,
+    /// Where the machine is in its life.
+    pub run_state: RunState,
+}
+
+/// A VM process. Dropping it leaves the process to its own rules for a lost daemon.
+#[derive(Debug)]
+pub struct VmHandle {
+    process: Process,
+    connection: Mutex<Option<Connection>>,
+    attached: Mutex<Attached>,
+    lent: OnceLock<Lent>,
+}
+
+/// A connection that ends when it is dropped, even if a child that was just forked holds it, too.
+#[derive(Debug)]
+struct Connection(UnixStream);
+
+impl Drop for Connection {
+    fn drop(&mut self) {
+        if let Err(error) = self.0.shutdown(Shutdown::Both) {
+            tracing::trace!(%error, "the VM process had closed the connection");
+        }
+    }
+}
+
+#[derive(Debug)]
+struct Lent {
+    config: VmConfig,
+    memory: Arc<SharedMemory>,
+    bitmap: SharedBitmap,
+}
+
+impl VmHandle {
+    /// Takes control of the VM process that listens at `path`.
+    ///
+    /// # Errors
+    /// Nobody listens there, somebody else controls it, or it lends memory that cannot be trusted.
+    pub fn connect(path: &Path) -> Result<Self, VmError> {
+        let connect = |source| VmError::Connect { path: path.to_owned(), source };
+        let connection = UnixStream::connect(path).map_err(connect)?;
+        connection.set_read_timeout(Some(ANSWER_LIMIT)).map_err(connect)?;
+        connection.set_write_timeout(Some(ANSWER_LIMIT)).map_err(connect)?;
+        // The process answers on this connection afterwards, so it is the one that has this number.
+        let pid = socket::peer_pid(&connection).map_err(connect)?;
+        let process = Process::open(pid).map_err(connect)?;
+        let nothing = Attached {
+            name: None,
+            config: None,
+            phase: Phase::Running,
+            run_state: RunState::Empty,
+            pid,
+        };
+        let handle = Self {
+            process,
+            connection: Mutex::new(Some(Connection(connection))),
+            attached: Mutex::new(nothing),
+            lent: OnceLock::new(),
+        };
+        let frame = handle.exchange(&Request::Attach { version: PROTOCOL_VERSION }, &[])?;
+        handle.attach(frame)?;
+        Ok(handle)
+    }
+
+    /// The same, with a process that has just been started and does not listen yet.
+    ///
+    /// # Errors
+    /// As [`VmHandle::connect`], after having tried for that long.
+    pub fn connect_within(path: &Path, patience: Duration) -> Result<Self, VmError> {
+        const PAUSE: Duration = Duration::from_millis(2);
+        let began = Instant::now();
+        loop {
+            match Self::connect(path) {
+                Err(VmError::Connect { .. }) if began.elapsed() < patience => thread::sleep(PAUSE),
+                other => return other,
+            }
+        }
+    }
+
+    /// What it said when it was found, or when its machine was made.
+    pub fn attached(&self) -> Attached {
+        self.attached.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// The process.
+    pub const fn pid(&self) -> u32 {
+        self.process.pid()
+    }
+
+    /// Makes the machine: booted from an image, in [`Phase::Running`], or empty, in
+    /// [`Phase::Preparing`]. It does not run yet.
+    ///
+    /// # Errors
+    /// There is one, it is not possible here, or the image is no micro guest's.
+    pub fn create(&self, config: &VmConfig, elf: Option<&[u8]>, phase: Phase) -> Result<(), VmError> {
+        let request = Request::Create { config: config.clone(), phase, has_image: elf.is_some() };
+        let frame = self.exchange(&request, elf.unwrap_or_default())?;
+        self.attach(frame)
+    }
+
+    /// Runs the booted machine for the first time.
+    ///
+    /// # Errors
+    /// It is not paused, or its phase forbids it.
+    pub fn run(&self) -> Result<Running, VmError> {
+        match self.ask(&Request::Run)? {
+            Reply::Running(running) => Ok(running),
+            _ => Err(self.foreign()),
+        }
+    }
+
+    /// Runs the paused machine on.
+    ///
+    /// # Errors
+    /// It is not paused, or its phase forbids it.
+    pub fn resume(&self) -> Result<Running, VmError> {
+        self.run()
+    }
+
+    /// Ends the machine and its process. A process that does not answer is killed.
+    ///
+    /// # Errors
+    /// It could not be ended.
+    pub fn stop(&self) -> Result<(), VmError> {
+        /// A machine of many gigabytes takes some time to give them back.
+        const END_LIMIT_MS: u32 = 10_000;
+        let answer = self.ask(&Request::Stop);
+        if !matches!(answer, Ok(Reply::Done)) && self.process.kill() {
+            tracing::warn!(pid = self.pid(), "a VM process that did not answer was killed");
+        }
+        *self.connection.lock().unwrap_or_else(PoisonError::into_inner) = None;
+        match self.process.wait_end(END_LIMIT_MS) {
+            Ok(true) => Ok(()),
+            Ok(false) => Err(VmError::Lost("it does not end".to_owned())),
+            Err(error) => Err(VmError::Lost(error.to_string())),
+        }
+    }
+
+    /// How the machine does.
+    ///
+    /// # Errors
+    /// The process does not answer.
+    pub fn status(&self) -> Result<Status, VmError> {
+        match self.ask(&Request::Status)? {
+            Reply::Status { phase, run_state } => Ok(Status { phase, run_state }),
+            _ => Err(self.foreign()),
+        }
+    }
+
+    /// Every part of the state that moves. Stops the guest for less than a millisecond.
+    ///
+    /// # Errors
+    /// The machine has ended, or a part cannot be saved.
+    pub fn inspect(&self) -> Result<Vec<SectionInfo>, VmError> {
+        match self.ask(&Request::Inspect)? {
+            Reply::Sections(sections) => Ok(sections),
+            _ => Err(self.foreign()),
+        }
+    }
+
+    /// What machine it is, for the host that is to take it: see [`VmConfig::from_description`].
+    ///
+    /// # Panics
+    /// If the process has no machine.
+    pub fn description(&self) -> Vec<u8> {
+        self.lent().config.to_description()
+    }
+
+    /// The machine's memory, mapped here.
+    ///
+    /// # Panics
+    /// If the process has no machine.
+    pub fn memory(&self) -> &Arc<SharedMemory> {
+        &self.lent().memory
+    }
+
+    /// Dirty tracking on: every page counts as dirty until it is cleared.
+    ///
+    /// # Errors
+    /// KVM refuses.
+    pub fn start_tracking(&self) -> Result<(), VmError> {
+        self.order(&Request::StartTracking)
+    }
+
+    /// Dirty tracking off.
+    ///
+    /// # Errors
+    /// KVM refuses.
+    pub fn stop_tracking(&self) -> Result<(), VmError> {
+        self.order(&Request::StopTracking)
+    }
+
+    /// Overwrites `into` with the dirty log: what was written since it was cleared. Clears nothing.
+    ///
+    /// # Errors
+    /// Tracking is off.
+    ///
+    /// # Panics
+    /// If the set is of another machine.
+    pub fn harvest(&self, into: &mut PageSet) -> Result<(), VmError> {
+        assert_eq!(into.capacity(), self.memory().page_count(), "a set of this machine");
+        self.order(&Request::Harvest)?;
+        self.lent().bitmap.copy_to(into);
+        Ok(())
+    }
+
+    /// Clears, of the pages in `range`, those that the last harvest found, and tracks them anew. The
+    /// range begins at a multiple of 64 pages and ends at one or at the end of the memory. A page
+    /// that is read after this returned is at least as new as all that no later harvest finds.
+    ///
+    /// # Errors
+    /// Tracking is off, or the range is no such one.
+    pub fn clear(&self, range: PageRange) -> Result<(), VmError> {
+        self.order(&Request::Clear { range })
+    }
+
+    /// Pauses, saves, and reads the dirty log if asked: one request.
+    ///
+    /// # Errors
+    /// The machine has ended or cannot be saved; it stays paused.
+    pub fn pause_and_save(&self, harvest: bool) -> Result<Saved, VmError> {
+        let (times, sections) = self.saved(&Request::PauseAndSave { harvest })?;
+        let dirty = harvest.then(|| {
+            let mut set = PageSet::empty(self.memory().page_count());
+            self.lent().bitmap.copy_to(&mut set);
+            set
+        });
+        Ok(Saved { sections, dirty, times })
+    }
+
+    /// Pauses, saves, and runs on.
+    ///
+    /// # Errors
+    /// The machine has ended or cannot be saved; it runs on.
+    pub fn rehearse(&self) -> Result<Saved, VmError> {
+        let (times, sections) = self.saved(&Request::Rehearse)?;
+        Ok(Saved { sections, dirty: None, times })
+    }
+
+    /// Gives the machine a state. After a rehearsal it cannot run, only be given another one.
+    ///
+    /// # Errors
+    /// The state is damaged, is of another machine, or something in it is not known here.
+    pub fn load(&self, sections: &[u8], is_rehearsal: bool) -> Result<Loaded, VmError> {
+        match self.exchange(&Request::Load { is_rehearsal }, sections)?.message {
+            Reply::Loaded(loaded) => Ok(loaded),
+            _ => Err(self.foreign()),
+        }
+    }
+
+    /// Records who may run the guest.
+    ///
+    /// # Errors
+    /// The step is not legal.
+    pub fn record(&self, phase: &Phase) -> Result<(), VmError> {
+        self.order(&Request::Record { phase: phase.clone() })
+    }
+
+    /// Records that the guest has arrived and runs it: one request. Its clocks go on as if it had
+    /// not been stopped; `stopped_at` is [`SaveTimes::stopped_first`] on this host's clock. A
+    /// repeated request answers the same.
+    ///
+    /// # Errors
+    /// The phase is not [`Phase::Preparing`] of that migration, or no state was loaded.
+    pub fn commit_and_run(&self, id: MigrationId, stopped_at: Timestamp) -> Result<Running, VmError> {
+        match self.ask(&Request::CommitAndRun { id, stopped_at })? {
+            Reply::Running(running) => Ok(running),
+            _ => Err(self.foreign()),
+        }
+    }
+
+    /// Sends heartbeats to somebody else, or to nobody.
+    ///
+    /// # Errors
+    /// There is no socket for that address.
+    pub fn set_observer(&self, address: Option<SocketAddr>) -> Result<(), VmError> {
+        self.order(&Request::SetObserver { address })
+    }
+
+    /// Tells a micro guest to do something; the command's number, which its reports show when it is
+    /// done.
+    ///
+    /// # Errors
+    /// The process does not answer.
+    pub fn command(&self, kind: CommandKind) -> Result<u32, VmError> {
+        match self.ask(&Request::Command { kind: command_number(kind) })? {
+            Reply::Sequence(sequence) => Ok(sequence),
+            _ => Err(self.foreign()),
+        }
+    }
+
+    /// What the vCPUs of a micro guest say about themselves; `None` for one that has not begun. Read
+    /// straight from memory, without stopping anything.
+    ///
+    /// # Panics
+    /// If the process has no machine.
+    pub fn guest_report(&self) -> Vec<Option<Report>> {
+        let lent = self.lent();
+        let read = |vcpu: u8| {
+            let mut page = [0; PAGE_BYTES as usize];
+            lent.memory.read_at(memory_map::report_address(u32::from(vcpu)), &mut page).ok()?;
+            Report::parse(&page)
+        };
+        (0..lent.config.vcpus).map(read).collect()
+    }
+
+    fn lent(&self) -> &Lent {
+        self.lent.get().expect("the process has a machine")
+    }
+
+    /// Takes what a process with a machine lends.
+    fn attach(&self, frame: Frame<Reply>) -> Result<(), VmError> {
+        let Reply::Attached { config, phase, run_state } = frame.message else {
+            return Err(self.foreign());
+        };
+        if let Some(config) = &config {
+            config.check().map_err(|_| self.foreign())?;
+            let [memory, bitmap]: [OwnedFd; 2] = frame.descriptors.try_into().map_err(|_| self.foreign())?;
+            let memory = Arc::new(SharedMemory::open(memory)?);
+            if memory.size() != config.memory {
+                return Err(self.foreign());
+            }
+            let bitmap = SharedBitmap::open(bitmap, memory.page_count())?;
+            let lent = Lent { config: config.clone(), memory, bitmap };
+            self.lent.set(lent).map_err(|_| self.foreign())?;
+        }
+        let name = config.as_ref().map(|config| config.name.clone());
+        *self.attached.lock().unwrap_or_else(PoisonError::into_inner) =
+            Attached { name, config, phase, run_state, pid: self.pid() };
+        Ok(())
+    }
+
+    fn order(&self, request: &Request) -> Result<(), VmError> {
+        match self.ask(request)? {
+            Reply::Done => Ok(()),
+            _ => Err(self.foreign()),
+        }
+    }
+
+    fn saved(&self, request: &Request) -> Result<(SaveTimes, Vec<u8>), VmError> {
+        let frame = self.exchange(request, &[])?;
+        match frame.message {
+            Reply::Saved(times) if frame.bytes.len() <= STATE_BYTES_MAX => Ok((times, frame.bytes)),
+            _ => Err(self.foreign()),
+        }
+    }
+
+    fn ask(&self, request: &Request) -> Result<Reply, VmError> {
+        Ok(self.exchange(request, &[])?.message)
+    }
+
+    /// One request and its reply. A refusal is an error.
+    fn exchange(&self, request: &Request, bytes: &[u8]) -> Result<Frame<Reply>, VmError> {
+        let mut connection = self.connection.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(Connection(socket)) = connection.as_ref() else {
+            return Err(VmError::Gone("the connection was lost before".to_owned()));
+        };
+        if let Err(error) = protocol::send(socket, request, bytes, &[]) {
+            *connection = None;
+            return Err(VmError::Gone(in_one_line(&FrameError::from(error))));
+        }
+        match protocol::receive::<Reply>(socket) {
+            Ok(Frame { message: Reply::Refused { why, message }, .. }) => Err(match why {
+                Refusal::Phase => VmError::Phase(message),
+                Refusal::Exited => VmError::Exited(message),
+                Refusal::Busy => VmError::Busy(message),
+                Refusal::Other => VmError::Refused(message),
+            }),
+            Ok(frame) => Ok(frame),
+            Err(error) => {
+                *connection = None;
+                Err(VmError::Lost(in_one_line(&error)))
+            }
+        }
+    }
+
+    /// A process that answers something else than was asked for is not talked to any more.
+    fn foreign(&self) -> VmError {
+        *self.connection.lock().unwrap_or_else(PoisonError::into_inner) = None;
+        VmError::Foreign
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use limosa_os::PageKind;
+    use limosa_pages::{ByteCount, PageCount};
+    use std::fs::File;
+    use std::os::fd::{AsFd, BorrowedFd};
+    use std::os::unix::net::UnixListener;
+
+    const MEMORY: ByteCount = ByteCount::new(8 << 20);
+
+    /// What becomes of connecting to a process that says it has a machine and lends these files.
+    fn check(lent: &[BorrowedFd<'_>], expect: &str) {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("vm");
+        let listener = UnixListener::bind(&path).unwrap();
+        let text = thread::scope(|scope| {
+            scope.spawn(|| {
+                let (connection, _) = listener.accept().unwrap();
+                let frame: Frame<Request> = protocol::receive(&connection).unwrap();
+                assert!(matches!(frame.message, Request::Attach { version: PROTOCOL_VERSION }));
+                let config = Some(VmConfig::new("vm", MEMORY, 1));
+                let reply =
+                    Reply::Attached { config, phase: Phase::Running, run_state: RunState::Paused };
+                protocol::send(&connection, &reply, &[], lent).unwrap();
+            });
+            VmHandle::connect(&path).map_or_else(|error| error.to_string(), |_| "ok".to_owned())
+        });
+        assert_eq!(text, expect);
+    }
+
+    #[test]
+    fn what_a_process_lends_is_checked() {
+        let memory = SharedMemory::create(MEMORY, PageKind::Small).unwrap();
+        let pages = memory.page_count();
+        let bitmap = SharedBitmap::create(pages).unwrap();
+        check(&[memory.file(), bitmap.file()], "ok");
+        let foreign = "the VM process answered with something else than was asked for";
+        check(&[], foreign);
+        check(&[memory.file()], foreign);
+        check(&[memory.file(), bitmap.file(), bitmap.file()], foreign);
+        let larger = SharedMemory::create(ByteCount::new(16 << 20), PageKind::Small).unwrap();
+        check(&[larger.file(), bitmap.file()], foreign);
+        let short = SharedBitmap::create(PageCount::new(pages.get() - 64)).unwrap();
+        check(&[memory.file(), short.file()], "the dirty bitmap has 248 bytes, 256 are needed");
+        let unsealed: File = tempfile::tempfile().unwrap();
+        unsealed.set_len(MEMORY.get()).unwrap();
+        let message = "the memory file is not sealed against resizing (seals 0x0)";
+        check(&[unsealed.as_fd(), bitmap.file()], message);
+        check(&[memory.file(), unsealed.as_fd()], message);
+    }
+
+    #[test]
+    fn nobody_there_is_an_error() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("vm");
+        let error = VmHandle::connect_within(&path, Duration::from_millis(5)).unwrap_err();
+        assert!(matches!(error, VmError::Connect { .. }), "{error}");
+    }
+}

@@ -77,7 +77,7 @@ pub(crate) fn vcpu_table(neutral: &[CpuidLeaf], vcpu: u8, vcpus: u8) -> Vec<kvm_
             _ => {}
         }
     }
-    table.iter().map(CpuidLeaf::to_kvm).collect()
+    table.into_iter().map(CpuidLeaf::to_kvm).collect()
 }
 
 /// What of `wanted` is not in `offered`, in words; empty if the host that offers it can run a guest
@@ -191,7 +191,7 @@ impl CpuidLeaf {
         }
     }
 
-    fn to_kvm(&self) -> kvm_cpuid_entry2 {
+    fn to_kvm(self) -> kvm_cpuid_entry2 {
         kvm_cpuid_entry2 {
             function: self.function,
             index: self.index,

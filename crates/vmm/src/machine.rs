@@ -124,6 +124,10 @@ pub struct Snapshot {
     pub times: SaveTimes,
 }
 
+/// Says that a machine can run, and from when on its clocks go.
+#[derive(Debug)]
+pub struct Ready(StartAt);
+
 /// A virtual machine.
 #[derive(Debug)]
 pub struct Machine {
@@ -230,29 +234,34 @@ impl Machine {
     /// It is not paused, or a vCPU does not start.
     pub fn run(&mut self) -> Result<Running, MachineError> {
         self.need(Life::Paused, "paused")?;
-        self.start(None)
+        self.life = Life::Running;
+        self.seats.run(None)
     }
 
-    /// Runs the machine with a state that was loaded: its clocks go on as if it had not been
-    /// stopped. `stopped_at` is [`SaveTimes::stopped_first`] on this host's clock.
+    /// Gets a machine with a loaded state ready to run as if it had not been stopped: its clocks go
+    /// on. `stopped_at` is [`SaveTimes::stopped_first`] on this host's clock.
     ///
     /// # Errors
-    /// It is not paused, or a vCPU does not start.
-    pub fn run_from(&mut self, stopped_at: Timestamp) -> Result<Running, MachineError> {
+    /// It is not paused, or its clock cannot be set. It has not run.
+    pub fn get_ready(&mut self, stopped_at: Timestamp) -> Result<Ready, MachineError> {
         self.need(Life::Paused, "paused")?;
         let pair = ClockPair::sample();
         let elapsed = Timestamp::from_nanos(pair.nanos).since(stopped_at);
-        if let Some(clock) = self.shared.take_clock() {
+        if let Some(clock) = self.shared.clock() {
             let elapsed = u64::try_from(elapsed.as_nanos()).unwrap_or(u64::MAX);
             self.vm.set_clock_nanos(clock.saturating_add(elapsed))?;
         }
-        self.start(Some(StartAt { stopped_at: stopped_at.as_nanos(), pair }))
+        Ok(Ready(StartAt { stopped_at: stopped_at.as_nanos(), pair }))
     }
 
-    fn start(&mut self, at: Option<StartAt>) -> Result<Running, MachineError> {
-        let running = self.seats.run(at)?;
+    /// Runs the machine that is ready. A vCPU that cannot start ends the machine, as one that cannot
+    /// go on does.
+    ///
+    /// # Errors
+    /// It is not known whether it runs: a vCPU does not say that it does.
+    pub fn start(&mut self, ready: Ready) -> Result<Running, MachineError> {
         self.life = Life::Running;
-        Ok(running)
+        self.seats.run(Some(ready.0))
     }
 
     /// Pauses if it runs, saves, and reads the dirty log if asked. A machine that ran stays paused.
@@ -313,6 +322,7 @@ impl Machine {
             return Err(self.wrong_state("empty or paused"));
         }
         let mut state = MachineState::parse(state, &self.config)?;
+        self.shared.hurry();
         let mut vcpus = std::mem::take(&mut state.vcpus).into_iter();
         let replies =
             self.seats.ask(|_| Order::Load(Box::new(vcpus.next().expect("one for each vCPU"))))?;

@@ -223,8 +223,9 @@ mod tests {
         let word = Command { kind: CommandKind::Sweep, sequence: 1 }.to_word();
         assert_eq!(ports.read(port::HEARTBEAT), Answer::Word(word));
         let mut writer = Writer::default();
-        let save = |place: &mut [u8]| Ok::<(), StateError>(source.save(place));
-        writer.fill(Kind::Micro, 0, MicroDevice::STATE_BYTES, save).unwrap();
+        let mut bytes = [0; MicroDevice::STATE_BYTES];
+        source.save(&mut bytes);
+        writer.write(Kind::Micro, 0, &bytes);
         let state = Writer::join(&[writer]);
         let target = device();
         target.load(parse(&state).unwrap()[0]).unwrap();

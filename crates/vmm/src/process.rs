@@ -1,1 +1,435 @@
-//! Placeholder.
+//! The process that one machine has to itself: serves it on a Unix socket.
+//!
+//! One daemon controls it at a time, over one connection. The process outlives that daemon and the
+//! next one finds it by its socket. What it does when the connection is lost is decided by the
+//! record of who may run the guest (the engine's [`Phase`]): that record is kept here because this
+//! process is what has to obey it.
+//!
+//! Invariants: the guest runs only in a phase that permits it; the phase changes only along legal
+//! steps; a commit is recorded before the first instruction; the socket is gone when the process is.
+
+use crate::answer::{RunState, Running};
+use crate::config::VmConfig;
+use crate::machine::{Machine, MachineError, Snapshot};
+use crate::protocol::{self, Frame, FrameError, PROTOCOL_VERSION, Refusal, Reply, Request, in_one_line};
+use crate::state;
+use limosa_engine::Timestamp;
+use limosa_engine::handover::{IllegalTransition, MigrationId, OnDaemonLost, Phase};
+use limosa_micro_abi::CommandKind;
+use limosa_os::{process as os_process, socket, thread as os_thread};
+use std::fs;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+/// How long a process without a machine waits for a daemon: one that does not come was killed
+/// between starting us and connecting.
+const ORPHAN_LIMIT: Duration = Duration::from_secs(30);
+/// How long a daemon may take to send the rest of a frame.
+const FRAME_LIMIT: Duration = Duration::from_secs(10);
+
+/// What a VM process is started with.
+#[derive(Clone, Debug)]
+pub struct ServeOptions {
+    /// Where it listens. The name belongs to it alone.
+    pub socket: PathBuf,
+    /// What this host is called in heartbeats.
+    pub host_tag: String,
+}
+
+/// Why a VM process could not serve.
+#[derive(Debug, thiserror::Error)]
+pub enum ServeError {
+    /// The socket cannot be made.
+    #[error("cannot listen at {path}")]
+    Listen {
+        /// Where.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// Waiting for connections failed.
+    #[error("cannot wait for requests")]
+    Wait(#[source] io::Error),
+}
+
+/// Serves one machine until told to stop, or until there is nothing to serve any more.
+///
+/// # Errors
+/// It cannot listen.
+pub fn serve(options: &ServeOptions) -> Result<(), ServeError> {
+    os_process::ignore_hangup();
+    if let Err(error) = os_thread::set_precise_waits() {
+        tracing::warn!(%error, "requests will be answered late");
+    }
+    let path = &options.socket;
+    let listen = |source| ServeError::Listen { path: path.clone(), source };
+    let listener = socket::listen_privately(path).map_err(listen)?;
+    let mut process = Process {
+        options,
+        listener: &listener,
+        machine: None,
+        phase: Phase::Running,
+        has_guest: false,
+        running: None,
+    };
+    let result = process.serve();
+    process.remove_socket();
+    // The machine goes with the process; vCPU threads are joined.
+    tracing::info!("the VM process ends");
+    result
+}
+
+struct Process<'a> {
+    options: &'a ServeOptions,
+    listener: &'a UnixListener,
+    machine: Option<Machine>,
+    phase: Phase,
+    /// There is something to run: an image was booted, or the real state was loaded.
+    has_guest: bool,
+    /// When the commit made it run, to answer a repeated one.
+    running: Option<Running>,
+}
+
+/// What a request leads to.
+enum Outcome {
+    Reply(Reply, Vec<u8>),
+    /// The same, with the machine's memory and bitmap.
+    Lend(Reply),
+    /// Reply and end.
+    End,
+}
+
+/// Why a request was refused.
+#[derive(Debug, thiserror::Error)]
+enum RequestError {
+    #[error(transparent)]
+    Machine(#[from] MachineError),
+    #[error(transparent)]
+    Transition(#[from] IllegalTransition),
+    #[error("the guest must not run here: it is {0}")]
+    MustNotRun(Phase),
+    #[error("there is no machine yet")]
+    NoMachine,
+    #[error("there is a machine already")]
+    HasMachine,
+    #[error("there is nothing to run: no state was loaded")]
+    NoGuest,
+    #[error("a machine begins running with an image, or preparing without one")]
+    Beginning,
+    #[error("the daemon speaks version {0} of the protocol, this process speaks {PROTOCOL_VERSION}")]
+    Version(u32),
+    #[error("a state is loaded while the guest is preparing, now it is {0}")]
+    MustNotLoad(Phase),
+    /// It may have happened. No answer is the only true one.
+    #[error("it is not known whether the guest runs")]
+    Unknown(#[source] MachineError),
+    #[error("command {0} is not known")]
+    Command(u8),
+}
+
+impl RequestError {
+    const fn refusal(&self) -> Refusal {
+        match self {
+            Self::Transition(_) | Self::MustNotRun(_) | Self::MustNotLoad(_) => Refusal::Phase,
+            Self::Machine(MachineError::Exited(_)) => Refusal::Exited,
+            _ => Refusal::Other,
+        }
+    }
+}
+
+impl Process<'_> {
+    fn serve(&mut self) -> Result<(), ServeError> {
+        let began = Instant::now();
+        let mut daemon: Option<UnixStream> = None;
+        loop {
+            let is_orphan = self.machine.is_none() && daemon.is_none();
+            let limit = is_orphan.then_some(1000);
+            let sources = [Some(self.listener as &dyn AsFd), daemon.as_ref().map(|daemon| daemon as &dyn AsFd)];
+            let [knocks, asks] = socket::wait_readable(sources, limit).map_err(ServeError::Wait)?;
+            if asks && let Some(connection) = &daemon {
+                match self.answer(connection) {
+                    Ok(true) => {}
+                    Ok(false) => return Ok(()),
+                    Err(error) => {
+                        tracing::info!(error = in_one_line(&error), "the daemon is gone");
+                        daemon = None;
+                        if !self.go_on_alone() {
+                            return Ok(());
+                        }
+                    }
+                }
+            }
+            // After the old daemon's end was seen, so that its successor finds the place free.
+            if knocks {
+                self.accept(&mut daemon);
+            }
+            if is_orphan && !knocks && began.elapsed() > ORPHAN_LIMIT {
+                tracing::warn!("no daemon has come for this process");
+                return Ok(());
+            }
+        }
+    }
+
+    fn accept(&self, daemon: &mut Option<UnixStream>) {
+        let connection = match self.listener.accept() {
+            Ok((connection, _)) => connection,
+            Err(error) => return tracing::warn!(%error, "a daemon could not connect"),
+        };
+        let limits = connection
+            .set_read_timeout(Some(FRAME_LIMIT))
+            .and_then(|()| connection.set_write_timeout(Some(FRAME_LIMIT)));
+        if let Err(error) = limits {
+            return tracing::warn!(%error, "a daemon could not connect");
+        }
+        if daemon.is_none() {
+            *daemon = Some(connection);
+            return;
+        }
+        let message = "another daemon controls this machine".to_owned();
+        let reply = Reply::Refused { why: Refusal::Busy, message };
+        if let Err(error) = protocol::send(&connection, &reply, &[], &[]) {
+            tracing::debug!(%error, "a second daemon did not wait for its refusal");
+        }
+    }
+
+    /// Answers one request; false if it was the last one.
+    fn answer(&mut self, daemon: &UnixStream) -> Result<bool, FrameError> {
+        let frame: Frame<Request> = protocol::receive(daemon)?;
+        let outcome = match self.carry_out(frame) {
+            Ok(outcome) => outcome,
+            Err(error @ RequestError::Unknown(_)) => {
+                tracing::error!(error = in_one_line(&error), "no answer");
+                return Err(FrameError::Closed);
+            }
+            Err(error) => {
+                let (why, message) = (error.refusal(), in_one_line(&error));
+                tracing::warn!(message, "request refused");
+                Outcome::Reply(Reply::Refused { why, message }, Vec::new())
+            }
+        };
+        match outcome {
+            Outcome::Reply(reply, bytes) => protocol::send(daemon, &reply, &bytes, &[])?,
+            Outcome::Lend(reply) => {
+                let lent: Vec<BorrowedFd<'_>> = match &self.machine {
+                    Some(machine) => vec![machine.memory().file(), machine.bitmap().file()],
+                    None => Vec::new(),
+                };
+                protocol::send(daemon, &reply, &[], &lent)?;
+            }
+            Outcome::End => {
+                // Before the reply, so that the name is free when the daemon hears it.
+                self.remove_socket();
+                self.machine = None;
+                protocol::send(daemon, &Reply::Done, &[], &[])?;
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+
+    fn carry_out(&mut self, frame: Frame<Request>) -> Result<Outcome, RequestError> {
+        let reply = match frame.message {
+            Request::Attach { version } if version != PROTOCOL_VERSION => {
+                return Err(RequestError::Version(version));
+            }
+            Request::Attach { .. } => return Ok(Outcome::Lend(self.attached())),
+            Request::Create { config, phase, has_image } => {
+                self.create(config, phase, has_image.then_some(frame.bytes))?;
+                return Ok(Outcome::Lend(self.attached()));
+            }
+            Request::Run => Reply::Running(self.run()?),
+            Request::Stop => return Ok(Outcome::End),
+            Request::Status => Reply::Status { phase: self.phase.clone(), run_state: self.run_state() },
+            Request::Inspect => Reply::Sections(self.inspect()?),
+            Request::StartTracking => done(self.machine()?.start_tracking())?,
+            Request::StopTracking => done(self.machine()?.stop_tracking())?,
+            Request::Harvest => done(self.machine()?.harvest())?,
+            Request::Clear { range } => done(self.machine()?.clear(range))?,
+            Request::PauseAndSave { harvest } => {
+                let Snapshot { sections, times } = self.machine()?.pause_and_save(harvest)?;
+                return Ok(Outcome::Reply(Reply::Saved(times), sections));
+            }
+            Request::Rehearse => {
+                let Snapshot { sections, times } = self.save_as_it_runs()?;
+                return Ok(Outcome::Reply(Reply::Saved(times), sections));
+            }
+            Request::Load { is_rehearsal } => {
+                if !matches!(self.phase, Phase::Preparing { .. }) {
+                    return Err(RequestError::MustNotLoad(self.phase.clone()));
+                }
+                self.has_guest = false;
+                let loaded = self.machine()?.load(&frame.bytes)?;
+                self.has_guest = !is_rehearsal;
+                Reply::Loaded(loaded)
+            }
+            Request::Record { phase } => {
+                self.record(phase)?;
+                Reply::Done
+            }
+            Request::CommitAndRun { id, stopped_at } => Reply::Running(self.commit_and_run(id, stopped_at)?),
+            Request::SetObserver { address } => done(self.machine()?.set_observer(address))?,
+            Request::Command { kind } => Reply::Sequence(self.machine()?.command(command_kind(kind)?)),
+        };
+        Ok(Outcome::Reply(reply, Vec::new()))
+    }
+
+    fn attached(&self) -> Reply {
+        Reply::Attached {
+            config: self.machine.as_ref().map(|machine| machine.config().clone()),
+            phase: self.phase.clone(),
+            run_state: self.run_state(),
+        }
+    }
+
+    fn create(&mut self, config: VmConfig, phase: Phase, image: Option<Vec<u8>>) -> Result<(), RequestError> {
+        if self.machine.is_some() {
+            return Err(RequestError::HasMachine);
+        }
+        match (&phase, &image) {
+            (Phase::Running, Some(_)) | (Phase::Preparing { .. }, None) => {}
+            _ => return Err(RequestError::Beginning),
+        }
+        let mut machine = Machine::create(config, &self.options.host_tag)?;
+        if let Some(image) = image {
+            machine.boot(&image)?;
+            self.has_guest = true;
+        }
+        let config = machine.config();
+        tracing::info!(vm = config.name, memory = %config.memory, vcpus = config.vcpus, %phase, "machine made");
+        self.machine = Some(machine);
+        self.phase = phase;
+        Ok(())
+    }
+
+    fn run(&mut self) -> Result<Running, RequestError> {
+        if !self.phase.may_run() {
+            return Err(RequestError::MustNotRun(self.phase.clone()));
+        }
+        if !self.has_guest {
+            return Err(RequestError::NoGuest);
+        }
+        Ok(self.machine()?.run()?)
+    }
+
+    /// Saves, and runs on if it ran.
+    fn save_as_it_runs(&mut self) -> Result<Snapshot, RequestError> {
+        let ran = self.run_state() == RunState::Running;
+        let machine = self.machine()?;
+        let snapshot = machine.pause_and_save(false);
+        // Whatever came of the save, a guest that ran goes on.
+        if ran && machine.run_state() == RunState::Paused {
+            machine.run()?;
+        }
+        Ok(snapshot?)
+    }
+
+    fn inspect(&mut self) -> Result<Vec<crate::answer::SectionInfo>, RequestError> {
+        let snapshot = self.save_as_it_runs()?;
+        Ok(state::list(&snapshot.sections).map_err(MachineError::from)?)
+    }
+
+    fn record(&mut self, phase: Phase) -> Result<(), RequestError> {
+        self.phase.check(&phase)?;
+        if self.phase != phase {
+            tracing::info!(from = %self.phase, to = %phase, "phase recorded");
+            self.phase = phase;
+        }
+        Ok(())
+    }
+
+    fn commit_and_run(&mut self, id: MigrationId, stopped_at: Timestamp) -> Result<Running, RequestError> {
+        let arrived = Phase::Arrived { id };
+        if let (true, Some(running)) = (self.phase == arrived, self.running) {
+            return Ok(running);
+        }
+        self.phase.check(&arrived)?;
+        if !self.has_guest {
+            return Err(RequestError::NoGuest);
+        }
+        // What can be refused comes before the record, and then nothing has run.
+        let ready = self.machine()?.get_ready(stopped_at)?;
+        // Recorded before the first instruction: from here on the source must never run it again.
+        let from = std::mem::replace(&mut self.phase, arrived);
+        let running = self.machine()?.start(ready).map_err(RequestError::Unknown)?;
+        self.running = Some(running);
+        tracing::info!(%from, to = %self.phase, "committed and running");
+        Ok(running)
+    }
+
+    /// The daemon is gone; false if there is nothing to go on with.
+    fn go_on_alone(&mut self) -> bool {
+        if self.machine.is_none() {
+            return false;
+        }
+        match self.phase.on_daemon_lost() {
+            OnDaemonLost::Exit => return false,
+            OnDaemonLost::Stay => {}
+            OnDaemonLost::ResumeHere => {
+                tracing::warn!(phase = %self.phase, "the migration is given up, the guest runs on here");
+                self.phase = Phase::Running;
+                self.resume_alone();
+            }
+        }
+        true
+    }
+
+    fn resume_alone(&mut self) {
+        let Some(machine) = &mut self.machine else {
+            return;
+        };
+        if machine.run_state() == RunState::Paused
+            && let Err(error) = machine.run()
+        {
+            tracing::error!(error = in_one_line(&error), "the guest does not run on");
+        }
+        // Nobody reads the log any more, and it slows the guest down.
+        if let Err(error) = machine.stop_tracking() {
+            tracing::warn!(error = in_one_line(&error), "dirty tracking stays on");
+        }
+    }
+
+    fn machine(&mut self) -> Result<&mut Machine, RequestError> {
+        self.machine.as_mut().ok_or(RequestError::NoMachine)
+    }
+
+    fn run_state(&self) -> RunState {
+        self.machine.as_ref().map_or(RunState::Empty, Machine::run_state)
+    }
+
+    fn remove_socket(&self) {
+        match fs::remove_file(&self.options.socket) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                tracing::warn!(%error, "the socket stays behind");
+            }
+            _ => {}
+        }
+    }
+}
+
+fn done(result: Result<(), MachineError>) -> Result<Reply, RequestError> {
+    result?;
+    Ok(Reply::Done)
+}
+
+pub(crate) const fn command_number(kind: CommandKind) -> u8 {
+    match kind {
+        CommandKind::None => 0,
+        CommandKind::Sweep => 1,
+        CommandKind::ClearStalls => 2,
+        CommandKind::Finish => 3,
+    }
+}
+
+const fn command_kind(number: u8) -> Result<CommandKind, RequestError> {
+    match number {
+        0 => Ok(CommandKind::None),
+        1 => Ok(CommandKind::Sweep),
+        2 => Ok(CommandKind::ClearStalls),
+        3 => Ok(CommandKind::Finish),
+        other => Err(RequestError::Command(other)),
+    }
+}

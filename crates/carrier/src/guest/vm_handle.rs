@@ -1,6 +1,6 @@
 //! The guest of a VM process, over its socket.
 
-use super::{Guest, GuestError, Running, Saved};
+use super::{CommitError, Guest, GuestError, Running, Saved};
 use limosa_engine::Timestamp;
 use limosa_engine::handover::{MigrationId, Phase};
 use limosa_os::SharedMemory;
@@ -23,14 +23,14 @@ impl From<VmError> for GuestError {
     }
 }
 
-impl From<limosa_vmm::client::Saved> for Saved {
-    fn from(saved: limosa_vmm::client::Saved) -> Self {
+impl From<limosa_vmm::answer::Saved> for Saved {
+    fn from(saved: limosa_vmm::answer::Saved) -> Self {
         Self {
             state: saved.sections,
-            stopped_first: saved.stopped_first,
-            stopped_last: saved.stopped_last,
-            harvested: saved.harvested,
-            saved: saved.saved,
+            stopped_first: saved.times.stopped_first,
+            stopped_last: saved.times.stopped_last,
+            harvested: saved.times.harvested,
+            saved: saved.times.saved,
             dirty: saved.dirty,
         }
     }
@@ -38,7 +38,7 @@ impl From<limosa_vmm::client::Saved> for Saved {
 
 impl Guest for VmHandle {
     fn description(&self) -> Result<Vec<u8>, GuestError> {
-        Ok(self.description()?)
+        Ok(self.description())
     }
 
     fn memory(&self) -> Arc<SharedMemory> {
@@ -82,9 +82,20 @@ impl Guest for VmHandle {
         Ok(self.load(state, is_rehearsal)?.took)
     }
 
-    fn commit_and_run(&self, id: MigrationId, stopped_at: Timestamp) -> Result<Running, GuestError> {
-        let running = self.commit_and_run(id, stopped_at)?;
-        Ok(Running { first_instruction_at: running.last_entered_at })
+    fn commit_and_run(
+        &self,
+        id: MigrationId,
+        stopped_at: Timestamp,
+    ) -> Result<Running, CommitError> {
+        match self.commit_and_run(id, stopped_at) {
+            Ok(running) => Ok(Running {
+                first_instruction_at: running.last_entered_at,
+            }),
+            Err(error @ (VmError::Lost(_) | VmError::Foreign)) => {
+                Err(CommitError::Unknown(error.into()))
+            }
+            Err(error) => Err(CommitError::Refused(error.into())),
+        }
     }
 
     fn stop(&self) -> Result<(), GuestError> {

@@ -19,7 +19,7 @@ pub(super) struct Shared {
     halt: AtomicBool,
     exit: Mutex<Option<ExitReason>>,
     kicks: OnceLock<Vec<Kick>>,
-    /// KVM's clock at the stop, from a load until the machine runs.
+    /// KVM's clock at the stop, as it was loaded.
     clock: Mutex<Option<u64>>,
 }
 
@@ -51,8 +51,8 @@ impl Shared {
         *self.clock.lock().unwrap_or_else(PoisonError::into_inner) = Some(nanos);
     }
 
-    pub(super) fn take_clock(&self) -> Option<u64> {
-        self.clock.lock().unwrap_or_else(PoisonError::into_inner).take()
+    pub(super) fn clock(&self) -> Option<u64> {
+        *self.clock.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Gets all vCPUs out of the guest. The flag comes first, so that a thread that sees the kick
@@ -62,6 +62,17 @@ impl Shared {
         for kick in self.kicks.get().into_iter().flatten() {
             kick.kicker.kick(kick.id);
             kick.thread.unpark();
+        }
+    }
+
+    /// What a vCPU does next, something waits for: the guest is stopped. Lasts until it runs.
+    pub(super) fn hurry(&self) {
+        if std::env::var_os("NOURGENT").is_some() { return; }
+        for kick in self.kicks.get().into_iter().flatten() {
+            if let Err(error) = kick.id.set_urgent(true) {
+                tracing::debug!(%error, "a stop of the guest may take longer on a busy host");
+                return;
+            }
         }
     }
 
@@ -135,6 +146,8 @@ impl Seats {
         // The orders are there before the kick, so that no thread goes to sleep in between.
         self.give(|_| order());
         self.shared.halt();
+        // Only now: an urgent guest would keep us from kicking it.
+        self.shared.hurry();
         self.collect()
     }
 
@@ -156,12 +169,6 @@ impl Seats {
                     first_instruction_at: Timestamp::from_nanos(first),
                     last_entered_at: Timestamp::from_nanos(last),
                 });
-            }
-            // A failed start is the only reply to an order to run.
-            if let Ok((ticket, _, Reply::Done(Err(error)))) = self.replies.try_recv()
-                && ticket == self.ticket
-            {
-                return Err(error);
             }
             wait_a_moment(began)?;
         }
@@ -194,18 +201,16 @@ impl Seats {
     }
 }
 
-/// Waits for a thread that has been woken: on its processor at first, since that takes less time
-/// than being woken oneself.
+/// Waits for threads that have been woken. Sleeping, although that may see them late: whoever spins
+/// here keeps a processor from one of them.
 fn wait_a_moment(began: Instant) -> Result<(), MachineError> {
-    const SHORT: Duration = Duration::from_millis(2);
+    const SHORTEST: Duration = Duration::from_micros(30);
+    const LONGEST: Duration = Duration::from_millis(1);
     let waited = began.elapsed();
-    if waited < SHORT {
-        thread::yield_now();
-    } else if waited < LIMIT {
-        thread::sleep(Duration::from_micros(100));
-    } else {
+    if waited >= LIMIT {
         return Err(MachineError::Stuck);
     }
+    thread::sleep((waited / 2).clamp(SHORTEST, LONGEST));
     Ok(())
 }
 

@@ -11,6 +11,7 @@ use super::MachineError;
 use crate::answer::{ExitReason, RefusedMsr};
 use crate::boot;
 use crate::ports::{AfterOut, Answer, Ports};
+use crate::protocol::in_one_line;
 use limosa_micro_abi::port::{WAIT_LOOK_AGAIN, WAIT_TIME_OVER};
 use limosa_os::kvm::{Exit, KvmError, Vcpu};
 use limosa_os::thread::{self as os_thread, ThreadId};
@@ -34,7 +35,8 @@ pub(super) enum Order {
     Save,
     /// Take this state.
     Load(Box<VcpuState>),
-    /// Run until halted; after a load, with clocks that went on. Not answered unless it fails.
+    /// Run until halted; after a load, with clocks that went on. Not answered: it is seen that the
+    /// vCPU has entered the guest.
     Run(Option<StartAt>),
     /// End the thread.
     End,
@@ -123,13 +125,18 @@ impl VcpuThread {
                 Order::Boot { entry } => Reply::Done(self.boot(entry).map_err(MachineError::from)),
                 Order::Save => Reply::Saved(self.save(&stop)),
                 Order::Load(state) => Reply::Loaded(self.load(*state)),
-                Order::Run(at) => match self.prepare(at) {
-                    Ok(()) => {
-                        stop = self.run(entered_at);
-                        continue;
+                Order::Run(at) => {
+                    if let Err(error) = self.prepare(at) {
+                        let what = in_one_line(&error);
+                        self.shared.end(ExitReason::Failed { vcpu: self.index, what });
                     }
-                    Err(error) => Reply::Done(Err(error.into())),
-                },
+                    // The guest itself is as urgent as everything else.
+                    if let Err(error) = ThreadId::current().set_urgent(false) {
+                        tracing::error!(%error, "a vCPU stays urgent");
+                    }
+                    stop = self.run(entered_at);
+                    continue;
+                }
                 Order::End => return,
             };
             if replies.send((ticket, self.index, reply)).is_err() {

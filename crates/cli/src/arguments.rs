@@ -1,0 +1,345 @@
+//! What can be typed: commands, options, examples.
+
+use crate::demo;
+use crate::values::{Milliseconds, OrNone, Rate, Size, mode};
+use clap::{Args, Parser, Subcommand};
+use clap_complete::Shell;
+use limosa_engine::policy::Mode;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+
+/// Moves running virtual machines between hosts without stopping them.
+#[derive(Debug, Parser)]
+#[command(name = "limosa", version, propagate_version = true, after_help = EXAMPLES, max_term_width = 100)]
+pub(crate) struct Arguments {
+    /// Directory of the daemon's state [default: $LIMOSA_STATE_DIR, /run/limosa for root, else
+    /// $XDG_RUNTIME_DIR/limosa]
+    #[arg(long, global = true, value_name = "DIR", help_heading = "Global options")]
+    pub state_dir: Option<PathBuf>,
+    /// Socket of the daemon to talk to [default: host.sock in the state directory]
+    #[arg(long, global = true, value_name = "SOCKET", help_heading = "Global options")]
+    pub host_socket: Option<PathBuf>,
+    /// Answer with JSON (may stand behind the command, too)
+    #[arg(long, id = "json_first", help_heading = "Global options")]
+    pub json: bool,
+    /// What to do
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+const EXAMPLES: &str = "\
+Examples:
+  limosa demo                                       the main job, with nothing set up before
+  limosa host &                                     the daemon of this host
+  limosa run web --micro writer --memory 1G         a virtual machine
+  limosa migrate web --to 192.0.2.7:7070 --insecure to another host";
+
+/// Whether to answer with JSON.
+#[derive(Clone, Copy, Debug, Args)]
+pub(crate) struct Format {
+    /// Answer with JSON
+    #[arg(long, help_heading = "Global options")]
+    pub json: bool,
+}
+
+/// The commands.
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Run the daemon of this host
+    Host(Host),
+    /// Make a virtual machine and start it
+    Run(Run),
+    /// List the virtual machines of this host
+    #[command(visible_alias = "ls", after_help = "Examples:\n  limosa list\n  limosa list --json")]
+    List(Format),
+    /// Show every part of the state that moves with a virtual machine
+    #[command(after_help = "Examples:\n  limosa inspect web\n  limosa inspect web --json")]
+    Inspect(Named),
+    /// Move a running virtual machine to another host
+    Migrate(Migrate),
+    /// Show migrations, or one of them
+    Status(Status),
+    /// Change the limits of a running migration
+    Set(Set),
+    /// End a migration; the guest runs on here
+    #[command(after_help = "Examples:\n  limosa abort web\n  limosa abort 3f2a")]
+    Abort(Selected),
+    /// End a virtual machine, or remove one that has ended
+    Stop(Stop),
+    /// Move a virtual machine there and back on this machine, and measure it
+    Demo(Box<demo::Arguments>),
+    /// Replay the journal of a migration and check that the engine decides the same
+    Replay(Replay),
+    /// Print the description of the daemon's control interface
+    #[command(after_help = "Example:\n  limosa openapi > openapi.json")]
+    Openapi,
+    /// Print a completion script for a shell
+    #[command(after_help = "Example:\n  limosa completions bash > /etc/bash_completion.d/limosa")]
+    Completions {
+        /// The shell
+        shell: Shell,
+    },
+    /// The process of one virtual machine; started by the daemon
+    #[command(hide = true)]
+    Vm(Vm),
+}
+
+/// Run the daemon of this host
+///
+/// Virtual machines are processes of their own: they run on when the daemon stops or dies, and the
+/// next one finds them again. It answers commands on host.sock in its state directory.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  limosa host
+  limosa host --state-dir /tmp/a --listen 127.0.0.1:7071
+  limosa host --listen 192.0.2.7:7070 --insecure")]
+pub(crate) struct Host {
+    /// Address for other hosts; port 0 takes any that is free
+    #[arg(long, value_name = "IP:PORT", default_value = limosa_host::daemon::LISTEN)]
+    pub listen: SocketAddr,
+    /// Listen beyond this machine although connections are not encrypted yet
+    #[arg(long)]
+    pub insecure: bool,
+}
+
+/// Make a virtual machine and start it
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  limosa run web --micro writer --args 'ws=64M rate=50000' --memory 1G --vcpus 2
+  limosa run calm --micro idle --memory 256M
+  limosa run mine --micro ./my-guest.elf --memory 64M
+
+The programs and their arguments are described in docs/micro-guests.md.")]
+pub(crate) struct Run {
+    /// Name of the virtual machine: letters, digits, '-', '_', '.'
+    pub name: String,
+    /// Program of the guest: writer, idle, compute, or an ELF file
+    #[arg(long, value_name = "PROGRAM|FILE")]
+    pub micro: String,
+    /// Arguments of the program: key=value key=value
+    #[arg(long, value_name = "TEXT", default_value = "")]
+    pub args: String,
+    /// Memory of the guest
+    #[arg(long, value_name = "SIZE", default_value = "256M")]
+    pub memory: Size,
+    /// Number of vCPUs, 1 to 8
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..=8))]
+    pub vcpus: u8,
+    /// Back the memory with 2 MiB pages, which the host must have reserved
+    #[arg(long)]
+    pub huge_pages: bool,
+    /// Send a datagram at each heartbeat of the guest to this address of the loopback
+    #[arg(long, value_name = "IP:PORT")]
+    pub observer: Option<SocketAddr>,
+    #[command(flatten)]
+    pub format: Format,
+}
+
+/// A virtual machine of this host.
+#[derive(Debug, Args)]
+pub(crate) struct Named {
+    /// Name of the virtual machine
+    pub vm: String,
+    #[command(flatten)]
+    pub format: Format,
+}
+
+/// A migration away from this host.
+#[derive(Debug, Args)]
+pub(crate) struct Selected {
+    /// Name of the virtual machine, or (the beginning of) the id of the migration
+    #[arg(value_name = "VM|ID")]
+    pub which: String,
+    #[command(flatten)]
+    pub format: Format,
+}
+
+/// Move a running virtual machine to another host
+///
+/// Shows progress until it is over. Ctrl-C aborts the migration and the guest runs on here; a
+/// second Ctrl-C leaves the migration alone and returns. Ends with status 0 only if the guest runs
+/// at the target.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  limosa migrate web --to 127.0.0.1:7071
+  limosa migrate web --to 127.0.0.1:7071 --mode stop-and-copy
+  limosa migrate web --to 192.0.2.7:7070 --insecure --downtime-max 10ms --bandwidth-max 500M
+  limosa migrate web --to 127.0.0.1:7071 --detach && limosa status web --follow
+
+The modes are explained in docs/techniques.md.")]
+pub(crate) struct Migrate {
+    /// Name of the virtual machine
+    pub vm: String,
+    /// The target: where its daemon listens for hosts
+    #[arg(long, value_name = "HOST:PORT")]
+    pub to: String,
+    /// The technique: stop-and-copy or pre-copy
+    #[arg(long, value_name = "MODE", default_value = "pre-copy", value_parser = mode)]
+    pub mode: Mode,
+    /// Downtime to aim at [default: 5ms]
+    #[arg(long, value_name = "TIME")]
+    pub downtime_max: Option<Milliseconds>,
+    /// Bytes a second on the wire, all streams together
+    #[arg(long, value_name = "RATE")]
+    pub bandwidth_max: Option<Rate>,
+    /// Time after which it should be over; then the guest is paused earlier
+    #[arg(long, value_name = "TIME")]
+    pub deadline: Option<Milliseconds>,
+    /// Rounds while the guest runs [default: 30]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    pub rounds_max: Option<u32>,
+    /// Push streams, 1 to 16 [default: 2]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u8).range(1..=16))]
+    pub streams: Option<u8>,
+    /// Hash memory and state on both sides at the switch and compare
+    #[arg(long)]
+    pub verify: bool,
+    /// Behave as over a link of this rate
+    #[arg(long, value_name = "RATE")]
+    pub link: Option<Rate>,
+    /// Start it and return at once with its id
+    #[arg(long)]
+    pub detach: bool,
+    /// Allow a target on another machine although the connection is not encrypted yet
+    #[arg(long)]
+    pub insecure: bool,
+    #[command(flatten)]
+    pub format: Format,
+}
+
+/// Show migrations, or one of them
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  limosa status
+  limosa status web
+  limosa status web --follow
+  limosa status 3f2a --json")]
+pub(crate) struct Status {
+    /// Name of the virtual machine, or (the beginning of) the id of the migration
+    #[arg(value_name = "VM|ID")]
+    pub which: Option<String>,
+    /// Show progress until it is over; status 0 only if it completes
+    #[arg(long, requires = "which")]
+    pub follow: bool,
+    #[command(flatten)]
+    pub format: Format,
+}
+
+/// Change the limits of a running migration
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  limosa set web --downtime-max 20ms
+  limosa set web --bandwidth-max none --deadline 30s")]
+#[command(group(clap::ArgGroup::new("limits").required(true).multiple(true)
+    .args(["downtime_max", "bandwidth_max", "deadline", "rounds_max"])))]
+pub(crate) struct Set {
+    /// Name of the virtual machine, or (the beginning of) the id of the migration
+    #[arg(value_name = "VM|ID")]
+    pub which: String,
+    /// Downtime to aim at
+    #[arg(long, value_name = "TIME")]
+    pub downtime_max: Option<Milliseconds>,
+    /// Bytes a second on the wire, all streams together
+    #[arg(long, value_name = "RATE|none")]
+    pub bandwidth_max: Option<OrNone<Rate>>,
+    /// Time since its start after which it should be over
+    #[arg(long, value_name = "TIME|none")]
+    pub deadline: Option<OrNone<Milliseconds>>,
+    /// Rounds while the guest runs
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    pub rounds_max: Option<u32>,
+    #[command(flatten)]
+    pub format: Format,
+}
+
+/// End a virtual machine, or remove one that has ended
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:\n  limosa stop web\n  limosa stop --force web")]
+pub(crate) struct Stop {
+    /// Name of the virtual machine
+    pub vm: String,
+    /// Abort its migration first, and kill its process if it does not end by itself
+    #[arg(long)]
+    pub force: bool,
+    #[command(flatten)]
+    pub format: Format,
+}
+
+/// Replay the journal of a migration and check that the engine decides the same
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Example:
+  limosa replay /run/limosa/journals/000000-web.journal
+
+A daemon keeps the journals of its last migrations in its state directory.")]
+pub(crate) struct Replay {
+    /// The journal
+    pub journal: PathBuf,
+    #[command(flatten)]
+    pub format: Format,
+}
+
+/// The process of one virtual machine.
+#[derive(Debug, Args)]
+pub(crate) struct Vm {
+    /// Where it listens for its daemon
+    #[arg(long)]
+    pub socket: PathBuf,
+    /// What its heartbeats say about where it is
+    #[arg(long, default_value = "")]
+    pub host_tag: String,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_commands_are_consistent() {
+        Arguments::command().debug_assert();
+    }
+
+    #[test]
+    fn every_command_has_a_description_and_an_example() {
+        for command in Arguments::command().get_subcommands() {
+            let name = command.get_name();
+            assert!(command.get_about().is_some(), "{name} has no description");
+            if !command.is_hide_set() {
+                let help = command.get_after_help().map(ToString::to_string).unwrap_or_default();
+                assert!(help.contains(&format!("limosa {name}")), "{name} has no example");
+            }
+        }
+    }
+
+    #[test]
+    fn usage_errors_say_what_is_expected() {
+        let check = |line: &str, expect: &str| {
+            let error = Arguments::try_parse_from(line.split(' ')).unwrap_err();
+            assert_eq!(error.exit_code(), 2, "{line}");
+            let text = error.to_string();
+            assert!(text.contains(expect), "{line}: {text}");
+        };
+        check("limosa run web --micro idle --memory 4X", "like 512M or 1.5G");
+        check("limosa run web --micro idle --vcpus 9", "9 is not in 1..=8");
+        check("limosa migrate web --to a:1 --mode fast", "known modes are stop-and-copy, pre-copy");
+        check("limosa migrate web --to a:1 --downtime-max 5", "like 5ms or 1.5s");
+        check("limosa migrate web", "--to <HOST:PORT>");
+        check("limosa set web", "--downtime-max");
+        check("limosa status --follow", "<VM|ID>");
+    }
+
+    #[test]
+    fn json_may_stand_before_and_behind_the_command() {
+        let parse = |line: &str| Arguments::try_parse_from(line.split(' ')).unwrap();
+        assert!(parse("limosa --json list").json);
+        let Command::List(format) = parse("limosa list --json").command else { panic!() };
+        assert!(format.json);
+        parse("limosa demo --json file.json");
+    }
+}

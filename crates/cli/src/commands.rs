@@ -1,0 +1,99 @@
+//! The commands: each asks the daemon, or does its work itself, and prints.
+
+mod machines;
+mod migrations;
+
+#[cfg(test)]
+pub(crate) use migrations::tests;
+
+use crate::arguments::{Arguments, Command, Host, Replay};
+use crate::demo;
+use crate::follow::Follower;
+use crate::output::{Output, count, print};
+use anyhow::{Context, Result};
+use clap::CommandFactory;
+use limosa_host::client::Client;
+use limosa_host::{daemon, state_dir};
+use serde::Serialize;
+use std::path::PathBuf;
+
+/// Does what was asked for.
+pub(crate) fn run(arguments: Arguments) -> Result<()> {
+    let place = Place { state_dir: arguments.state_dir, host_socket: arguments.host_socket };
+    let json_first = arguments.json;
+    let output = |json: bool| Output { json: json || json_first };
+    match arguments.command {
+        Command::Host(host) => serve(&host, &place),
+        Command::Run(run) => machines::run(&place.client()?, &run, output(run.format.json)),
+        Command::List(format) => machines::list(&place.client()?, output(format.json)),
+        Command::Inspect(named) => {
+            machines::inspect(&place.client()?, &named.vm, output(named.format.json))
+        }
+        Command::Stop(stop) => machines::stop(&place.client()?, &stop, output(stop.format.json)),
+        Command::Migrate(migrate) => {
+            let follower = Follower::new(place.client()?, output(migrate.format.json))?;
+            migrations::migrate(&follower, &migrate)
+        }
+        Command::Status(status) => {
+            let follower = Follower::new(place.client()?, output(status.format.json))?;
+            migrations::status(&follower, &status)
+        }
+        Command::Set(set) => migrations::set(&place.client()?, &set, output(set.format.json)),
+        Command::Abort(which) => {
+            migrations::abort(&place.client()?, &which.which, output(which.format.json))
+        }
+        Command::Demo(arguments) => demo::run(&arguments),
+        Command::Replay(arguments) => replay(&arguments, output(arguments.format.json)),
+        Command::Openapi => print(&serde_json::to_string_pretty(&limosa_host::openapi())?),
+        Command::Completions { shell } => {
+            let mut script = Vec::new();
+            clap_complete::generate(shell, &mut Arguments::command(), "limosa", &mut script);
+            print(&String::from_utf8(script)?)
+        }
+        Command::Vm(vm) => limosa_host::serve_vm(vm.socket, vm.host_tag),
+    }
+}
+
+/// Where the daemon is, as far as it was said.
+struct Place {
+    state_dir: Option<PathBuf>,
+    host_socket: Option<PathBuf>,
+}
+
+impl Place {
+    fn state_dir(&self) -> Result<PathBuf> {
+        self.state_dir.clone().map_or_else(state_dir::default_state_dir, Ok)
+    }
+
+    fn client(&self) -> Result<Client> {
+        let socket = match &self.host_socket {
+            Some(socket) => socket.clone(),
+            None => state_dir::host_socket(&self.state_dir()?),
+        };
+        Ok(Client::new(socket))
+    }
+}
+
+fn serve(host: &Host, place: &Place) -> Result<()> {
+    daemon::serve(&daemon::Options {
+        state_dir: place.state_dir()?,
+        listen: host.listen,
+        insecure: host.insecure,
+    })
+}
+
+/// What a replay found.
+#[derive(Serialize)]
+struct Replayed {
+    /// Steps that gave the same actions.
+    steps: usize,
+}
+
+fn replay(arguments: &Replay, output: Output) -> Result<()> {
+    let journal = &arguments.journal;
+    let steps = limosa_host::replay_journal(journal)
+        .with_context(|| format!("{} does not replay", journal.display()))?;
+    output.answer(&Replayed { steps }, |replayed| {
+        format!("all {} steps give the same actions", count(replayed.steps as u64))
+    })
+}

@@ -1,0 +1,351 @@
+//! Commands about migrations: migrate, status, set, abort.
+
+use super::machines::short;
+use crate::arguments::{Migrate, Set, Status};
+use crate::follow::{Follower, outcome_line, stage_name};
+use crate::output::{Align, Output, count, table, time};
+use crate::values::{Milliseconds, OrNone, Rate};
+use anyhow::{Result, bail};
+use limosa_engine::source::Stage;
+use limosa_host::api::{IncomingInfo, LimitsPatch, MigrateAnswer, MigrateBody, MigrationInfo};
+use limosa_host::client::Client;
+use limosa_pages::{ByteCount, BytesPerSecond};
+use serde::Serialize;
+use std::fmt::Write as _;
+use std::time::{Duration, Instant};
+
+/// Fewest characters of an id that name a migration: fewer would name it by accident.
+const ID_CHARS_MIN: usize = 4;
+/// How long `abort` waits for the end. It takes milliseconds unless the target is stuck.
+const ABORT_MAX: Duration = Duration::from_secs(20);
+
+/// Moves a virtual machine.
+pub(super) fn migrate(follower: &Follower, migrate: &Migrate) -> Result<()> {
+    let body = MigrateBody {
+        to: migrate.to.clone(),
+        mode: migrate.mode,
+        downtime_max_ms: migrate.downtime_max.map(Milliseconds::get),
+        bandwidth_max: migrate.bandwidth_max.map(Rate::get),
+        deadline_ms: migrate.deadline.map(Milliseconds::get),
+        rounds_max: migrate.rounds_max,
+        streams: migrate.streams,
+        verify: migrate.verify,
+        link: migrate.link.map(Rate::get),
+        insecure: migrate.insecure,
+    };
+    let id = follower.client().migrate(&migrate.vm, &body)?;
+    if migrate.detach {
+        return follower.output().answer(&MigrateAnswer { id }, |answer| answer.id.clone());
+    }
+    follower.follow(&id, true)
+}
+
+/// What `status` answers when nothing is named.
+#[derive(Serialize)]
+struct Overview {
+    outgoing: Vec<MigrationInfo>,
+    incoming: Vec<IncomingInfo>,
+}
+
+/// Shows migrations.
+pub(super) fn status(follower: &Follower, status: &Status) -> Result<()> {
+    let client = follower.client();
+    let Some(which) = &status.which else {
+        let overview = Overview { outgoing: client.migrations()?, incoming: client.incoming()? };
+        return follower.output().answer(&overview, overview_text);
+    };
+    let found = select(client, which)?;
+    if status.follow {
+        return follower.follow(&found.id, false);
+    }
+    follower.output().answer(&found, details)
+}
+
+/// Changes limits.
+pub(super) fn set(client: &Client, set: &Set, output: Output) -> Result<()> {
+    let patch = LimitsPatch {
+        downtime_max_ms: set.downtime_max.map(Milliseconds::get),
+        bandwidth_max: set.bandwidth_max.map(|limit| match limit {
+            OrNone::Some(rate) => rate.get(),
+            OrNone::None => 0,
+        }),
+        deadline_ms: set.deadline.map(|limit| match limit {
+            OrNone::Some(deadline) => deadline.get(),
+            OrNone::None => 0.0,
+        }),
+        rounds_max: set.rounds_max,
+    };
+    let found = select(client, &set.which)?;
+    let changed = client.set(&found.id, &patch)?;
+    output.answer(&changed, |info| format!("{}: {}", info.vm, limits(info)))
+}
+
+/// Ends a migration and waits until it is over.
+pub(super) fn abort(client: &Client, which: &str, output: Output) -> Result<()> {
+    let found = select(client, which)?;
+    client.abort(&found.id)?;
+    let begun = Instant::now();
+    loop {
+        let info = client.wait(&found.id, Duration::from_secs(1))?;
+        match (info.stage, info.report.outcome.as_deref()) {
+            (Stage::Finished, Some("aborted")) => {
+                return output.answer(&info, |info| format!("aborted: {} runs on here", info.vm));
+            }
+            (Stage::Finished, _) => bail!("not aborted: {}", outcome_line(&info)),
+            _ if begun.elapsed() > ABORT_MAX => {
+                bail!("the abort is under way but not over: 'limosa status {}' tells more", short(&info.id))
+            }
+            _ => {}
+        }
+    }
+}
+
+/// Finds a migration by the name of its virtual machine (the newest one) or by its id.
+fn select(client: &Client, which: &str) -> Result<MigrationInfo> {
+    pick(client.migrations()?, which)
+}
+
+fn pick(migrations: Vec<MigrationInfo>, which: &str) -> Result<MigrationInfo> {
+    let by_name = migrations.iter().rev().find(|info| info.vm == which);
+    if let Some(info) = by_name {
+        return Ok(info.clone());
+    }
+    let lower = which.to_ascii_lowercase();
+    let mut by_id: Vec<MigrationInfo> = migrations
+        .into_iter()
+        .filter(|info| which.len() >= ID_CHARS_MIN && info.id.starts_with(&lower))
+        .collect();
+    match (by_id.pop(), by_id.len()) {
+        (Some(info), 0) => Ok(info),
+        (Some(_), others) => bail!("'{which}' begins {} ids of migrations: give more of it", others + 1),
+        (None, _) => bail!(
+            "no migration of a VM '{which}' and none with such an id: 'limosa status' lists them"
+        ),
+    }
+}
+
+fn overview_text(overview: &Overview) -> String {
+    if overview.outgoing.is_empty() && overview.incoming.is_empty() {
+        return "no migrations on this host yet".to_owned();
+    }
+    let mut text = String::new();
+    if !overview.outgoing.is_empty() {
+        let head = [
+            ("ID", Align::Left),
+            ("VM", Align::Left),
+            ("TO", Align::Left),
+            ("MODE", Align::Left),
+            ("STAGE", Align::Left),
+            ("ROUNDS", Align::Right),
+            ("DOWNTIME", Align::Right),
+            ("TIME", Align::Right),
+        ];
+        let rows: Vec<_> = overview.outgoing.iter().map(outgoing_row).collect();
+        text = table(head, &rows);
+    }
+    if !overview.incoming.is_empty() {
+        let head = [
+            ("INCOMING", Align::Left),
+            ("FROM", Align::Left),
+            ("PAGES", Align::Right),
+            ("RECEIVED", Align::Right),
+            ("STAGE", Align::Left),
+        ];
+        let rows: Vec<_> = overview.incoming.iter().map(incoming_row).collect();
+        text.push_str(&table(head, &rows));
+    }
+    text
+}
+
+fn outgoing_row(info: &MigrationInfo) -> [String; 8] {
+    let stage = match (&info.report.outcome, info.stage) {
+        (Some(outcome), Stage::Finished) => outcome.clone(),
+        (_, stage) => stage_name(stage).to_owned(),
+    };
+    let downtime = info.report.downtime_ms.map_or_else(|| "-".to_owned(), |parts| time(parts.total));
+    [
+        short(&info.id).to_owned(),
+        info.vm.clone(),
+        info.to.clone(),
+        info.mode.to_string(),
+        stage,
+        info.report.rounds.len().to_string(),
+        downtime,
+        time(info.elapsed_ms),
+    ]
+}
+
+fn incoming_row(info: &IncomingInfo) -> [String; 5] {
+    [
+        short(&info.id).to_owned(),
+        info.from.clone(),
+        count(info.pages_received),
+        ByteCount::new(info.bytes_received).to_string(),
+        if info.is_committed { "committed" } else { "arriving" }.to_owned(),
+    ]
+}
+
+fn limits(info: &MigrationInfo) -> String {
+    let limits = &info.limits;
+    let bandwidth = limits.bandwidth_max.map_or_else(
+        || "no bandwidth limit".to_owned(),
+        |rate| format!("at most {}", BytesPerSecond::new(rate)),
+    );
+    let deadline = limits
+        .deadline_ms
+        .map_or_else(|| "no deadline".to_owned(), |deadline| format!("deadline {}", time(deadline)));
+    format!(
+        "downtime at most {}, {bandwidth}, {deadline}, at most {} rounds",
+        time(limits.downtime_max_ms),
+        limits.rounds_max
+    )
+}
+
+/// Everything about one migration.
+fn details(info: &MigrationInfo) -> String {
+    let report = &info.report;
+    let mut lines = vec![
+        ("migration", format!("{} of {} to {}, {}", info.id, info.vm, info.to, info.mode)),
+        ("stage", info.unresolved.as_ref().map_or_else(
+            || stage_name(info.stage).to_owned(),
+            |reason| format!("{}: {reason}", stage_name(info.stage)),
+        )),
+        ("limits", limits(info)),
+        ("time", format!(
+            "{} since the request, {} of it before the first page",
+            time(info.elapsed_ms),
+            time(report.preparation_ms)
+        )),
+    ];
+    if let Some(reason) = report.pause_reason {
+        lines.push(("paused", format!("because {}", reason.explain())));
+    }
+    if let Some(parts) = report.downtime_ms {
+        lines.push(("downtime", format!(
+            "{} = pause {} + harvest {} + save {} + transfer {} + load {} + commit {} + start {}",
+            time(parts.total), time(parts.pause), time(parts.harvest), time(parts.save),
+            time(parts.transfer), time(parts.load), time(parts.commit), time(parts.start),
+        )));
+    }
+    if let Some(predicted) = report.predicted_downtime_ms.or(info.predicted_downtime_ms) {
+        lines.push(("predicted", format!("a downtime of {}", time(predicted))));
+    }
+    lines.push(("sent", format!(
+        "{} pages, {} of them again, {} with the state of {}",
+        count(report.pages_sent), count(report.pages_resent),
+        ByteCount::new(report.wire_bytes), ByteCount::new(report.state_bytes),
+    )));
+    match report.digest_equal {
+        Some(true) => lines.push(("verified", "memory and state are equal on both sides".to_owned())),
+        Some(false) => lines.push(("verified", "MEMORY OR STATE DIFFER between the two sides".to_owned())),
+        None => {}
+    }
+    if info.stage == Stage::Finished {
+        lines.push(("outcome", outcome_line(info)));
+    }
+    let mut text = String::new();
+    for (key, value) in lines {
+        // Writing to a string cannot fail.
+        if writeln!(text, "{key:<10} {value}").is_err() {
+            break;
+        }
+    }
+    text.push_str(&rounds(info));
+    text
+}
+
+fn rounds(info: &MigrationInfo) -> String {
+    if info.report.rounds.is_empty() {
+        return String::new();
+    }
+    let head = [
+        ("ROUND", Align::Right),
+        ("PAGES", Align::Right),
+        ("ZERO", Align::Right),
+        ("AGAIN", Align::Right),
+        ("BYTES", Align::Right),
+        ("TIME", Align::Right),
+        ("DIRTY AFTER", Align::Right),
+    ];
+    let rows: Vec<_> = info
+        .report
+        .rounds
+        .iter()
+        .enumerate()
+        .map(|(index, round)| {
+            [
+                index.to_string(),
+                count(round.pages),
+                count(round.zero_pages),
+                count(round.resent_pages),
+                ByteCount::new(round.bytes).to_string(),
+                time(round.time_ms),
+                count(round.dirty_after_pages),
+            ]
+        })
+        .collect();
+    table(head, &rows)
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::*;
+    use limosa_engine::policy::Mode;
+
+    /// A migration as a daemon tells it, with most of it still unknown.
+    pub(crate) fn info(id: &str, vm: &str) -> MigrationInfo {
+        serde_json::from_value(serde_json::json!({
+            "id": id, "vm": vm, "to": "127.0.0.1:7071", "mode": "pre-copy", "stage": "copying",
+            "round": 1, "round_pages": 1000, "round_sent_pages": 250, "remaining_pages": 750,
+            "dirty_pages_per_s": 50000, "bandwidth": 1_288_490_188, "predicted_downtime_ms": 3.1,
+            "elapsed_ms": 1234.0, "time_left_ms": 400.0, "unresolved": null,
+            "limits": {"downtime_max_ms": 5.0, "bandwidth_max": null, "deadline_ms": 30000.0, "rounds_max": 30},
+            "report": {
+                "outcome": null, "reason": null, "pause_reason": null, "preparation_ms": 12.5,
+                "total_ms": 0.0, "eviction_ms": 0.0, "downtime_ms": null, "switch_ns": null,
+                "predicted_downtime_ms": null, "fixed_cost_ms": 1.0, "rehearsal_stall_ms": 0.9,
+                "clock_offset_ns": 0, "clock_error_ms": 0.0, "rounds": [], "pages_sent": 65536,
+                "pages_resent": 0, "wire_bytes": 268_435_456, "state_bytes": 10240, "digest_equal": null
+            }
+        }))
+        .unwrap()
+    }
+
+    fn check(which: &str, expect: Result<&str, &str>) {
+        let known = vec![
+            info("3f2a00000000000000000000000000aa", "web"),
+            info("3f2b00000000000000000000000000bb", "db"),
+            info("77770000000000000000000000000000", "web"),
+        ];
+        let picked = pick(known, which).map(|info| info.id).map_err(|error| error.to_string());
+        match (picked, expect) {
+            (Ok(id), Ok(expect)) => assert!(id.starts_with(expect), "{which}: {id}"),
+            (Err(error), Err(expect)) => assert!(error.contains(expect), "{which}: {error}"),
+            (picked, _) => panic!("{which}: {picked:?}"),
+        }
+    }
+
+    #[test]
+    fn migrations_are_found_by_name_or_id() {
+        check("web", Ok("7777"));
+        check("db", Ok("3f2b"));
+        check("3F2A", Ok("3f2a"));
+        check("3f2", Err("no migration of a VM '3f2'"));
+        check("mail", Err("'limosa status' lists them"));
+    }
+
+    #[test]
+    fn details_read_well() {
+        let text = details(&info("3f2a00000000000000000000000000aa", "web"));
+        assert_eq!(
+            text,
+            "migration  3f2a00000000000000000000000000aa of web to 127.0.0.1:7071, pre-copy\n\
+             stage      copying\n\
+             limits     downtime at most 5.00 ms, no bandwidth limit, deadline 30.0 s, at most 30 rounds\n\
+             time       1.23 s since the request, 12.5 ms of it before the first page\n\
+             predicted  a downtime of 3.10 ms\n\
+             sent       65,536 pages, 0 of them again, 256 MiB with the state of 10.0 KiB\n"
+        );
+        assert_eq!(info("", "").mode, Mode::PreCopy);
+    }
+}

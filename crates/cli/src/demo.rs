@@ -1,0 +1,230 @@
+//! `limosa demo`: the main job in one command, with nothing set up before.
+//!
+//! Two daemons on the loopback, a guest that proves its own memory, moves there and back by each
+//! technique, a full check of the guest's memory after each move, a line for each and a table at
+//! the end. What the hosts claim is laid beside what the guest itself and an outside observer saw.
+//! Without KVM the same moves are made in the simulator, and said to be simulated.
+//!
+//! Invariants: nothing outlives the command, however it ends; status 0 means that every move was
+//! completed, that no check of the guest failed and that digests were equal.
+//!
+//! Deliberately absent: any way into the daemons but their control interface, and any measurement
+//! that only the daemons could make.
+
+mod arguments;
+mod beats;
+mod guest_clock;
+mod hosts;
+mod interrupt;
+mod loopback;
+mod machine;
+mod observation;
+mod observer;
+mod progress;
+mod record;
+mod schedule;
+mod simulated;
+mod stalls;
+mod statistics;
+mod summary;
+mod table;
+
+pub(crate) use arguments::Arguments;
+
+use crate::output::{count, print};
+use anyhow::{Context, bail};
+use interrupt::{Interrupt, Interrupted};
+use limosa_engine::policy::Mode;
+use limosa_pages::ByteCount;
+use loopback::Loopback;
+use machine::Machine;
+use record::{MoveRecord, Record, Setup};
+use simulated::Simulated;
+use std::fs::{File, OpenOptions};
+use std::io::{self, BufWriter, Write};
+use std::path::Path;
+use std::time::Instant;
+use summary::{Growth, Summary};
+
+/// Runs the demo.
+///
+/// # Errors
+/// One line: what went wrong, of the moves or of the demo itself.
+pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<()> {
+    let begun = Instant::now();
+    let setup = arguments.setup()?;
+    let modes = planned(arguments);
+    // A file that cannot be written is better known before the measurement than after it.
+    let file = arguments.json.as_deref().map(create).transpose()?;
+    let interrupt = Interrupt::install()?;
+    let machine = Machine::here();
+    let (mut bed, simulated) = bed(arguments, &setup, &interrupt)?;
+    let mut moves = Vec::new();
+    let mut failure = None;
+    for (number, mode) in (1..).zip(&modes) {
+        interrupt.check()?;
+        match bed.make_move(number, *mode) {
+            Ok(record) => {
+                print(&table::move_line(&record))?;
+                let is_bad = record.problem(setup.verify).is_some();
+                moves.push(record);
+                if is_bad && !arguments.keep_going {
+                    break;
+                }
+            }
+            Err(error) if error.is::<Interrupted>() => return Err(error),
+            Err(error) => {
+                failure = Some(format!("move {number}: {error:#}"));
+                break;
+            }
+        }
+    }
+    let growth = if failure.is_none() {
+        bed.growth()?
+    } else {
+        None
+    };
+    drop(bed);
+    let seconds = begun.elapsed().as_secs_f64();
+    let mut summary = Summary::new(&moves, modes.len(), setup.verify, growth, seconds);
+    summary.add_problem(failure);
+    print(&format!("\n{}", table::table(&summary, setup.verify)))?;
+    let verdict = verdict(&summary);
+    if let Some(file) = file {
+        let record = Record {
+            command: std::env::args().collect::<Vec<_>>().join(" "),
+            version: env!("CARGO_PKG_VERSION"),
+            machine,
+            simulated,
+            setup,
+            moves,
+            summary,
+        };
+        write(file, &record)?;
+    }
+    verdict
+}
+
+/// Where the moves happen.
+enum Bed {
+    Loopback(Box<Loopback>),
+    Simulated(Box<Simulated>),
+}
+
+impl Bed {
+    fn make_move(&mut self, number: u32, mode: Mode) -> anyhow::Result<MoveRecord> {
+        match self {
+            Self::Loopback(loopback) => loopback.make_move(number, mode),
+            Self::Simulated(simulated) => Ok(simulated.make_move(number, mode)),
+        }
+    }
+
+    fn growth(&self) -> anyhow::Result<Option<Growth>> {
+        match self {
+            Self::Loopback(loopback) => loopback.growth().map(Some),
+            Self::Simulated(_) => Ok(None),
+        }
+    }
+}
+
+fn planned(arguments: &Arguments) -> Vec<Mode> {
+    match arguments.moves {
+        Some(moves) => schedule::mixed(&arguments.modes, moves, arguments.seed),
+        None => schedule::in_turn(&arguments.modes, arguments.repeat),
+    }
+}
+
+/// The bed, and whether it is the simulator.
+fn bed(arguments: &Arguments, setup: &Setup, interrupt: &Interrupt) -> anyhow::Result<(Bed, bool)> {
+    let without_kvm = if arguments.simulate {
+        Some("--simulate was given".to_owned())
+    } else {
+        kvm_problem(Path::new("/dev/kvm"))
+    };
+    if let Some(why) = without_kvm {
+        print(&format!("simulated: {why}\n{}", describe(setup)))?;
+        let simulated = Simulated::new(arguments)?;
+        return Ok((Bed::Simulated(Box::new(simulated)), true));
+    }
+    print(&format!("two hosts on the loopback, {}", describe(setup)))?;
+    let loopback = Loopback::start(setup, interrupt)?;
+    let speed = loopback.speed()?;
+    let speed = count(speed.round() as u64);
+    print(&format!(
+        "the guest is ready on host a and does {speed} units of work a second"
+    ))?;
+    Ok((Bed::Loopback(Box::new(loopback)), false))
+}
+
+fn describe(setup: &Setup) -> String {
+    let link = setup.link.map_or_else(
+        || "as fast as it goes".to_owned(),
+        |link| format!("{} a second", ByteCount::new(link)),
+    );
+    format!(
+        "guest {} ({}) with {} and {} vCPU, link {link}",
+        setup.guest,
+        setup.arguments,
+        ByteCount::new(setup.memory_bytes),
+        setup.vcpus,
+    )
+}
+
+/// Why KVM cannot be used, and what to do; `None` if it can.
+fn kvm_problem(device: &Path) -> Option<String> {
+    let error = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .open(device)
+        .err()?;
+    let device = device.display();
+    Some(match error.kind() {
+        io::ErrorKind::NotFound => format!(
+            "there is no {device}: load a module (modprobe kvm_intel or kvm_amd), switch \
+             virtualisation on in the firmware, or allow nested virtualisation for this machine"
+        ),
+        io::ErrorKind::PermissionDenied => format!(
+            "{device} may not be opened: add yourself to its group (usermod -aG kvm USER) and log \
+             in again"
+        ),
+        _ => format!("{device} cannot be opened ({error})"),
+    })
+}
+
+fn verdict(summary: &Summary) -> anyhow::Result<()> {
+    match summary.problems.as_slice() {
+        [] => Ok(()),
+        [only] => bail!("{only}"),
+        [first, rest @ ..] => {
+            let more = rest.len();
+            for problem in &summary.problems {
+                eprintln!("problem: {problem}");
+            }
+            bail!("{first} (and {more} more)")
+        }
+    }
+}
+
+fn create(path: &Path) -> anyhow::Result<File> {
+    File::create(path).with_context(|| format!("cannot write {}", path.display()))
+}
+
+fn write(file: File, record: &Record) -> anyhow::Result<()> {
+    let mut file = BufWriter::new(file);
+    serde_json::to_writer_pretty(&mut file, record).context("cannot write the JSON file")?;
+    file.write_all(b"\n")
+        .and_then(|()| file.flush())
+        .context("cannot write the JSON file")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_missing_device_is_explained() {
+        let why = kvm_problem(Path::new("/nonexistent/kvm")).unwrap();
+        assert!(why.contains("modprobe kvm_intel"), "{why}");
+        assert_eq!(kvm_problem(Path::new("/dev/null")), None);
+    }
+}

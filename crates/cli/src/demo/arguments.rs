@@ -1,0 +1,181 @@
+//! What can be asked of the demo.
+
+use crate::demo::record::Setup;
+use crate::values::{Milliseconds, PageRate, Rate, Size, mode};
+use anyhow::bail;
+use clap::{Args, ValueEnum};
+use limosa_engine::policy::Mode;
+use std::path::PathBuf;
+
+/// Move a running virtual machine there and back between two hosts, and measure what it notices.
+///
+/// Everything is made for the occasion and removed afterwards: two daemons on the loopback, a
+/// virtual machine with a guest that checks its own memory. Ends with status 0 only if every move
+/// was completed and not a byte of the guest changed.
+#[derive(Clone, Debug, Args)]
+#[command(after_help = EXAMPLES)]
+pub(crate) struct Arguments {
+    /// Memory of the guest
+    #[arg(long, value_name = "SIZE", default_value = "1G")]
+    pub memory: Size,
+    /// vCPUs of the guest, 1 to 8
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..=8))]
+    pub vcpus: u8,
+    /// Back the guest's memory with 2 MiB pages, which this machine must have reserved
+    #[arg(long)]
+    pub huge_pages: bool,
+    /// The guest program
+    #[arg(long, value_enum, default_value_t = GuestProgram::Writer)]
+    pub guest: GuestProgram,
+    /// Memory that the guest rewrites (writer) or reads (compute)
+    #[arg(long, value_name = "SIZE", default_value = "256M")]
+    pub working_set: Size,
+    /// More memory that the writer fills once at its start
+    #[arg(long, value_name = "SIZE", default_value = "0")]
+    pub touch: Size,
+    /// Pages that the guest writes a second, or max
+    #[arg(long, value_name = "PAGES|max", default_value = "50000")]
+    pub rate: PageRate,
+    /// The order in which the writer takes its pages
+    #[arg(long, value_enum, default_value_t = Pattern::Uniform)]
+    pub pattern: Pattern,
+    /// Behave as over a link of so many bytes a second
+    #[arg(long, value_name = "RATE")]
+    pub link: Option<Rate>,
+    /// Techniques to use in turn
+    #[arg(long, value_name = "MODE,…", value_delimiter = ',', value_parser = mode,
+          default_values = ["stop-and-copy", "pre-copy"])]
+    pub modes: Vec<Mode>,
+    /// How often there and back by each mode
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=100_000))]
+    pub repeat: u32,
+    /// Make so many moves, with the modes mixed by --seed
+    #[arg(long, value_name = "N", conflicts_with = "repeat", value_parser = clap::value_parser!(u32).range(1..=100_000))]
+    pub moves: Option<u32>,
+    /// Seed of the guest's choices, of --moves and of the simulator
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    pub seed: u64,
+    /// Push streams, 1 to 16
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u8).range(1..=16))]
+    pub streams: Option<u8>,
+    /// Downtime that pre-copy aims at
+    #[arg(long, value_name = "TIME", default_value = "5ms")]
+    pub downtime_max: Milliseconds,
+    /// Compare hashes of memory and state at the switch (this is the default)
+    #[arg(long, overrides_with = "no_verify")]
+    pub verify: bool,
+    /// Do not compare hashes: the hosts have less to do right after the switch
+    #[arg(long, overrides_with = "verify")]
+    pub no_verify: bool,
+    /// Go on after a move that failed, as long as the guest lives
+    #[arg(long)]
+    pub keep_going: bool,
+    /// Use the simulator even if there is /dev/kvm
+    #[arg(long)]
+    pub simulate: bool,
+    /// Write all measurements to this file
+    #[arg(long, value_name = "FILE")]
+    pub json: Option<PathBuf>,
+}
+
+const EXAMPLES: &str = "\
+Examples:
+  limosa demo
+  limosa demo --modes pre-copy --repeat 5 --json moves.json
+  limosa demo --memory 4G --working-set 256M --touch 768M
+  limosa demo --rate max --link 500M --modes pre-copy
+  limosa demo --vcpus 2 --moves 200 --seed 7
+
+The columns of the table and the names in the file are explained in docs/demo.md.";
+
+/// Programs that come with limosa.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum GuestProgram {
+    /// Rewrites pages that prove themselves
+    Writer,
+    /// Does nothing but live
+    Idle,
+    /// Reads much, writes little, checks its results
+    Compute,
+}
+
+impl GuestProgram {
+    /// Its name for the daemon.
+    pub(crate) const fn name(self) -> &'static str {
+        match self {
+            Self::Writer => "writer",
+            Self::Idle => "idle",
+            Self::Compute => "compute",
+        }
+    }
+}
+
+/// Which page is next.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Pattern {
+    /// One after the other
+    #[value(alias = "seq")]
+    Sequential,
+    /// Any, with equal chances
+    Uniform,
+    /// Few pages often, many seldom
+    Zipf,
+    /// One part of the working set after the other
+    Phases,
+}
+
+impl Pattern {
+    const fn name(self) -> &'static str {
+        match self {
+            Self::Sequential => "seq",
+            Self::Uniform => "uniform",
+            Self::Zipf => "zipf",
+            Self::Phases => "phases",
+        }
+    }
+}
+
+impl Arguments {
+    /// Whether digests are compared.
+    pub(crate) const fn verifies(&self) -> bool {
+        !self.no_verify
+    }
+
+    /// The arguments of the guest program.
+    ///
+    /// # Errors
+    /// One that the program does not have was given.
+    pub(crate) fn guest_arguments(&self) -> anyhow::Result<String> {
+        if self.guest != GuestProgram::Writer && self.touch.bytes() > 0 {
+            bail!("--touch needs --guest writer");
+        }
+        let (set, rate, seed) = (self.working_set.bytes(), self.rate, self.seed);
+        Ok(match self.guest {
+            GuestProgram::Idle => String::new(),
+            GuestProgram::Compute => format!("ws={set} rate={rate} seed={seed}"),
+            GuestProgram::Writer => {
+                let (pattern, touch) = (self.pattern.name(), self.touch.bytes());
+                format!("ws={set} rate={rate} pattern={pattern} seed={seed} touch={touch}")
+            }
+        })
+    }
+
+    /// The same as it stands in the file.
+    ///
+    /// # Errors
+    /// As [`Arguments::guest_arguments`].
+    pub(crate) fn setup(&self) -> anyhow::Result<Setup> {
+        Ok(Setup {
+            guest: self.guest.name().to_owned(),
+            arguments: self.guest_arguments()?,
+            memory_bytes: self.memory.bytes(),
+            vcpus: self.vcpus,
+            huge_pages: self.huge_pages,
+            link: self.link.map(Rate::get),
+            streams: self.streams,
+            downtime_max_ms: self.downtime_max.get(),
+            verify: self.verifies(),
+            seed: self.seed,
+        })
+    }
+}

@@ -1,0 +1,290 @@
+//! The real thing: a guest under KVM, moved between two daemons on the loopback of this machine.
+//!
+//! For each move: a second in which nothing happens, the guest forgets its longest stalls, the move,
+//! another second, then the stalls are read and the guest checks all of its memory. The sweep comes
+//! last because it keeps the guest from its work.
+
+use crate::demo::hosts::{Host, Hosts, NAMES, VM};
+use crate::demo::interrupt::{Interrupt, Interrupted};
+use crate::demo::observation::{MARGIN, Moments, earlier, observe};
+use crate::demo::observer::{self, Observer};
+use crate::demo::progress::Progress;
+use crate::demo::record::{Checked, MoveRecord, Observed, Setup};
+use crate::demo::stalls::Stall;
+use crate::demo::summary::{Growth, Resources};
+use anyhow::{Context, bail};
+use limosa_engine::Timestamp;
+use limosa_engine::policy::Mode;
+use limosa_engine::source::Stage;
+use limosa_host::api::{
+    CommandKind, GuestReport, MigrateBody, MigrationInfo, Report, VmSpec, VmState,
+};
+use std::time::{Duration, Instant};
+
+/// A guest's own work never takes longer than at this many bytes a second, whatever else the
+/// machine does: filling its memory and sweeping it.
+const GUEST_BYTES_PER_SECOND_MIN: u64 = 50 << 20;
+/// What any waiting allows on top of the time that bytes take.
+const PATIENCE: Duration = Duration::from_secs(30);
+/// How often a move may send all of the guest's memory before it is given up.
+const MEMORY_SENT_MAX: u64 = 40;
+/// The moves after which everything that daemons make only once has been made.
+const MOVES_UNTIL_WARM: u32 = 2;
+/// How long the daemons may take to give back what the last move used: idle threads of their pools
+/// end after ten seconds.
+const SETTLE_MAX: Duration = Duration::from_secs(15);
+/// Beats take a moment to arrive.
+const ARRIVAL: Duration = Duration::from_millis(50);
+/// Between two looks at a guest that carries out a command.
+const LOOK_EVERY: Duration = Duration::from_millis(5);
+
+/// The two hosts and the guest, somewhere on them.
+#[derive(Debug)]
+pub(crate) struct Loopback {
+    hosts: Hosts,
+    observer: Observer,
+    interrupt: Interrupt,
+    setup: Setup,
+    /// The host that runs the guest.
+    at: usize,
+    made: u32,
+    idle: Resources,
+    first: Option<Resources>,
+    anonymous_bytes_max: u64,
+}
+
+impl Loopback {
+    /// Starts the daemons and the guest, and waits until it works.
+    pub(crate) fn start(setup: &Setup, interrupt: &Interrupt) -> anyhow::Result<Self> {
+        let observer = Observer::start(VM)?;
+        let hosts = Hosts::start(interrupt)?;
+        let idle = hosts.resources()?;
+        let this = Self {
+            hosts,
+            observer,
+            interrupt: interrupt.clone(),
+            setup: setup.clone(),
+            at: 0,
+            made: 0,
+            idle,
+            first: None,
+            anonymous_bytes_max: 0,
+        };
+        this.run_guest().inspect_err(|error| this.explain(error))?;
+        Ok(this)
+    }
+
+    /// The guest's speed over a second.
+    pub(crate) fn speed(&self) -> anyhow::Result<f64> {
+        let begun = observer::now();
+        self.interrupt.sleep(MARGIN + ARRIVAL)?;
+        let beats = self.observer.since(begun);
+        let rate = beats.rate(begun, begun.after(MARGIN));
+        rate.context("no heartbeat of the guest arrives")
+    }
+
+    /// Moves the guest to the other host, then has all of its memory checked.
+    pub(crate) fn make_move(&mut self, number: u32, mode: Mode) -> anyhow::Result<MoveRecord> {
+        let made = self.measure(number, mode);
+        made.inspect_err(|error| self.explain(error))
+    }
+
+    /// Compares what the daemons hold with what they held.
+    pub(crate) fn growth(&self) -> anyhow::Result<Growth> {
+        let give_up = Instant::now() + SETTLE_MAX;
+        loop {
+            let last = self.hosts.resources()?;
+            let growth = Growth {
+                idle: self.idle,
+                first: self.first.unwrap_or(last),
+                last,
+                moves: self.made.saturating_sub(MOVES_UNTIL_WARM),
+                anonymous_bytes_max: self.anonymous_bytes_max.max(last.anonymous_bytes),
+            };
+            if growth.problems().is_empty() || Instant::now() > give_up {
+                return Ok(growth);
+            }
+            self.interrupt.sleep(Duration::from_millis(500))?;
+        }
+    }
+
+    fn host(&self) -> &Host {
+        &self.hosts.hosts[self.at]
+    }
+
+    /// Shows the logs, unless somebody just wants to end.
+    fn explain(&self, error: &anyhow::Error) {
+        if !error.is::<Interrupted>() {
+            eprint!("{}", self.hosts.log_tails());
+        }
+    }
+
+    fn run_guest(&self) -> anyhow::Result<()> {
+        let spec = VmSpec {
+            name: VM.to_owned(),
+            micro: self.setup.guest.clone(),
+            args: self.setup.arguments.clone(),
+            memory_bytes: self.setup.memory_bytes,
+            vcpus: self.setup.vcpus,
+            huge_pages: self.setup.huge_pages,
+            observer: Some(self.observer.address().to_string()),
+        };
+        self.host().client.run(&spec)?;
+        let give_up = Instant::now() + self.patience(1);
+        loop {
+            let report = self.host().client.guest(VM);
+            if let Ok(report) = &report
+                && report.vcpus.len() == usize::from(self.setup.vcpus)
+                && report.vcpus.iter().all(|vcpu| vcpu.state == "ready")
+            {
+                return Ok(());
+            }
+            let vm = self.host().client.vm(VM)?;
+            if vm.state == VmState::Ended {
+                let ended = vm.ended.unwrap_or_default();
+                bail!("the guest ended before it was ready: {ended}");
+            }
+            if Instant::now() > give_up {
+                bail!("the guest is not ready after {:?}", self.patience(1));
+            }
+            self.interrupt.sleep(Duration::from_millis(20))?;
+        }
+    }
+
+    /// Time to pass the guest's memory so many times.
+    fn patience(&self, times: u64) -> Duration {
+        let slowest = self
+            .setup
+            .link
+            .unwrap_or(u64::MAX)
+            .min(GUEST_BYTES_PER_SECOND_MIN);
+        let seconds = (times * self.setup.memory_bytes).div_ceil(slowest.max(1));
+        PATIENCE + Duration::from_secs(seconds)
+    }
+
+    fn measure(&mut self, number: u32, mode: Mode) -> anyhow::Result<MoveRecord> {
+        let (from, to) = (self.at, 1 - self.at);
+        self.interrupt.sleep(MARGIN + ARRIVAL)?;
+        let before = self.command(CommandKind::ClearStalls, PATIENCE)?;
+        let begun = observer::now();
+        let report = self.migrate(to, mode)?.report;
+        let ended = begun.after(Duration::from_secs_f64(report.eviction_ms / 1000.0));
+        if report.outcome.as_deref() == Some("completed") {
+            self.at = to;
+        }
+        self.made = number;
+        self.wait_for(ended.after(MARGIN + ARRIVAL))?;
+        let observed = self.observed(begun, ended, &report)?;
+        let checked = self.check(&before)?;
+        self.note_resources()?;
+        let way = (NAMES[from], NAMES[to]);
+        Ok(MoveRecord::new(
+            number, way, mode, report, observed, checked,
+        ))
+    }
+
+    fn migrate(&self, to: usize, mode: Mode) -> anyhow::Result<MigrationInfo> {
+        let mut body = MigrateBody::new(self.hosts.hosts[to].peer_address.clone(), mode);
+        body.downtime_max_ms = Some(self.setup.downtime_max_ms);
+        body.streams = self.setup.streams;
+        body.verify = self.setup.verify;
+        body.link = self.setup.link;
+        let client = &self.host().client;
+        let id = client.migrate(VM, &body)?;
+        let patience = self.patience(MEMORY_SENT_MAX);
+        let give_up = Instant::now() + patience;
+        let mut progress = Progress::new();
+        // A question is work for the daemon that is being measured: ask seldom if nobody watches.
+        let step = Duration::from_millis(if progress.is_visible() { 100 } else { 500 });
+        loop {
+            self.interrupt.check()?;
+            let info = client.wait(&id, step)?;
+            if info.stage == Stage::Finished {
+                return Ok(info);
+            }
+            progress.show(&info);
+            if Instant::now() > give_up {
+                let stage = info.stage;
+                bail!("the move is not over after {patience:?}; its stage is {stage:?}");
+            }
+        }
+    }
+
+    fn wait_for(&self, moment: Timestamp) -> Result<(), Interrupted> {
+        self.interrupt.sleep(moment.since(observer::now()))
+    }
+
+    fn observed(
+        &self,
+        begun: Timestamp,
+        ended: Timestamp,
+        report: &Report,
+    ) -> anyhow::Result<Observed> {
+        let guest = self.host().client.guest(VM)?;
+        let stalls: Vec<Stall> = guest
+            .vcpus
+            .iter()
+            .flat_map(|vcpu| vcpu.stalls.iter().chain(&vcpu.long_stalls))
+            .map(|stall| Stall {
+                start_tsc: stall.start_tsc,
+                length_tsc: stall.length_tsc,
+            })
+            .collect();
+        let beats = self.observer.since(earlier(begun, MARGIN + ARRIVAL));
+        let switch = report.switch_ns.map(|switch| {
+            let moment = Timestamp::from_nanos;
+            (moment(switch.stopped), moment(switch.running))
+        });
+        let moments = Moments {
+            begun,
+            ended,
+            switch,
+        };
+        Ok(observe(&moments, &beats, &stalls))
+    }
+
+    /// Has the guest sweep its memory, and counts the errors since `before`.
+    fn check(&self, before: &GuestReport) -> anyhow::Result<Checked> {
+        let swept = self.command(CommandKind::Sweep, self.patience(1))?;
+        let errors = |report: &GuestReport| -> u64 {
+            let vcpus = report.vcpus.iter();
+            vcpus.map(|vcpu| vcpu.errors + vcpu.tsc_backwards).sum()
+        };
+        Ok(Checked {
+            errors: errors(&swept).saturating_sub(errors(before)),
+            swept_pages: Some(swept.vcpus.iter().map(|vcpu| vcpu.sweep_pages).sum()),
+        })
+    }
+
+    /// Gives the guest a command and waits until every vCPU has carried it out.
+    fn command(&self, kind: CommandKind, patience: Duration) -> anyhow::Result<GuestReport> {
+        let client = &self.host().client;
+        let before = client.guest(VM)?;
+        client.command(VM, kind)?;
+        let give_up = Instant::now() + patience;
+        loop {
+            let report = client.guest(VM)?;
+            let pairs = report.vcpus.iter().zip(&before.vcpus);
+            let is_done = report.vcpus.len() == before.vcpus.len()
+                && pairs
+                    .clone()
+                    .all(|(now, then)| now.command_done != then.command_done);
+            if is_done {
+                return Ok(report);
+            }
+            if Instant::now() > give_up {
+                bail!("the guest did not carry out {kind:?} within {patience:?}");
+            }
+            self.interrupt.sleep(LOOK_EVERY)?;
+        }
+    }
+
+    fn note_resources(&mut self) -> anyhow::Result<()> {
+        let now = self.hosts.resources()?;
+        self.anonymous_bytes_max = self.anonymous_bytes_max.max(now.anonymous_bytes);
+        if self.made >= MOVES_UNTIL_WARM && self.first.is_none() {
+            self.first = Some(now);
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,194 @@
+//! From heartbeats and recorded stalls to what a move cost the guest.
+//!
+//! ```text
+//!   a second │ begun                stopped   running        ended │ a second
+//!  ──────────┼─────────────────────────┤         ├─────────────────┼──────────▶ host's clock
+//!    before        during                guest gap,     resume, after
+//!                                      heartbeat gap
+//!            └──────────────────────── worst stall ───────────────────────────┘
+//! ```
+//!
+//! `stopped` and `running` come from the hosts' report; everything else is measured without its
+//! help. The guest's stalls are on its own counter, which is laid beside the host's clock with the
+//! beats of the source for what happened before the switch, with those of the target after it.
+
+use crate::demo::beats::Beats;
+use crate::demo::guest_clock::GuestClock;
+use crate::demo::record::{Observed, WriteRates};
+use crate::demo::stalls::{Stall, TscWindow};
+use limosa_engine::Timestamp;
+use std::time::Duration;
+
+/// How long before a move and after its end the guest is watched.
+pub(crate) const MARGIN: Duration = Duration::from_secs(1);
+/// A shorter window holds too few beats to tell a speed.
+const RATE_WINDOW_MIN: Duration = Duration::from_millis(5);
+
+/// The moments of a move on the host's clock.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Moments {
+    /// The move was asked for.
+    pub begun: Timestamp,
+    /// The source held nothing any more, or the move had failed.
+    pub ended: Timestamp,
+    /// The guest's last instruction at the source and its first one at the target, if it moved.
+    pub switch: Option<(Timestamp, Timestamp)>,
+}
+
+/// The moment `by` earlier.
+pub(crate) fn earlier(moment: Timestamp, by: Duration) -> Timestamp {
+    let nanos = u64::try_from(by.as_nanos()).unwrap_or(u64::MAX);
+    Timestamp::from_nanos(moment.as_nanos().saturating_sub(nanos))
+}
+
+/// A duration in milliseconds, to the microsecond.
+pub(crate) fn milliseconds(duration: Duration) -> f64 {
+    duration.as_micros() as f64 / 1000.0
+}
+
+/// What the guest and the observer saw. `beats` reach from before the move to a [`MARGIN`] after
+/// its end, `stalls` are those of all vCPUs.
+pub(crate) fn observe(moments: &Moments, beats: &Beats, stalls: &[Stall]) -> Observed {
+    let begin = earlier(moments.begun, MARGIN);
+    let end = moments.ended.after(MARGIN);
+    let before = beats.rate(begin, moments.begun);
+    let Some((stopped, running)) = moments.switch else {
+        let clock = GuestClock::fit(beats.between(begin, end));
+        return Observed {
+            worst_stall_ms: clock.map(|clock| {
+                let window = TscWindow::new(moments.begun, &clock, end, &clock);
+                milliseconds(window.longest(stalls, &clock))
+            }),
+            writes: WriteRates {
+                before: before.map(f64::round),
+                during: rate(beats, moments.begun, moments.ended),
+                after: rate(beats, moments.ended, end),
+            },
+            ..Observed::default()
+        };
+    };
+    let source = GuestClock::fit(beats.between(begin, stopped));
+    let target = GuestClock::fit(beats.between(running, end));
+    let longest = |from, to| {
+        let (source, target) = (source?, target?);
+        let window = TscWindow::new(from, &source, to, &target);
+        Some(milliseconds(window.longest(stalls, &source)))
+    };
+    let resume = before.and_then(|before| beats.resume(running, before));
+    Observed {
+        guest_gap_ms: longest(stopped, running),
+        heartbeat_gap_ms: beats.longest_gap(stopped, running).map(milliseconds),
+        worst_stall_ms: longest(moments.begun, end),
+        resume_ms: resume.map(milliseconds),
+        writes: WriteRates {
+            before: before.map(f64::round),
+            during: rate(beats, moments.begun, stopped),
+            after: rate(beats, running, running.after(MARGIN)),
+        },
+    }
+}
+
+fn rate(beats: &Beats, from: Timestamp, to: Timestamp) -> Option<f64> {
+    if to.since(from) < RATE_WINDOW_MIN {
+        return None;
+    }
+    beats.rate(from, to).map(f64::round)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::demo::beats::tests::{at, beats};
+
+    /// Two seconds of 50 pages a millisecond; a move from 1 s on, with the guest away from 1.3 s to
+    /// 1.306 s and slow during the move.
+    fn series() -> Beats {
+        let mut series = Vec::new();
+        let mut work = 0;
+        for ms in 0..2700 {
+            work += match ms {
+                1000..1300 => 40,
+                1300..1306 => 0,
+                _ => 50,
+            };
+            if !(1300..1306).contains(&ms) {
+                series.push((ms * 1000, work));
+            }
+        }
+        beats(&series)
+    }
+
+    fn stall(start_micros: u64, length_micros: u64) -> Stall {
+        Stall {
+            start_tsc: 7_000_000 + start_micros * 2600,
+            length_tsc: length_micros * 2600,
+        }
+    }
+
+    fn check(moments: &Moments, stalls: &[Stall], expect: &str) {
+        let seen = observe(moments, &series(), stalls);
+        let writes = seen.writes;
+        let text = format!(
+            "gap {:?} heartbeat {:?} worst {:?} resume {:?} writes {:?} {:?} {:?}",
+            seen.guest_gap_ms,
+            seen.heartbeat_gap_ms,
+            seen.worst_stall_ms,
+            seen.resume_ms,
+            writes.before,
+            writes.during,
+            writes.after
+        );
+        let text = text.replace("Some(", "").replace(')', "");
+        assert_eq!(text, expect);
+    }
+
+    #[test]
+    fn a_move_is_read_from_both_clocks() {
+        let moments = Moments {
+            begun: at(1_000_000),
+            ended: at(1_400_000),
+            switch: Some((at(1_300_100), at(1_305_800))),
+        };
+        let stalls = [
+            stall(500_000, 30_000),
+            stall(1_100_000, 8000),
+            stall(1_300_090, 5800),
+            stall(2_600_000, 20_000),
+        ];
+        check(
+            &moments,
+            &stalls,
+            "gap 5.8 heartbeat 7.0 worst 8.0 resume 0.2 writes 49990.0 39880.0 49991.0",
+        );
+        check(
+            &moments,
+            &[],
+            "gap 0.0 heartbeat 7.0 worst 0.0 resume 0.2 writes 49990.0 39880.0 49991.0",
+        );
+    }
+
+    #[test]
+    fn a_move_that_failed_has_no_switch() {
+        let moments = Moments {
+            begun: at(1_000_000),
+            ended: at(1_200_000),
+            switch: None,
+        };
+        check(
+            &moments,
+            &[stall(1_299_900, 6000)],
+            "gap None heartbeat None worst 6.0 resume None writes 49990.0 40000.0 48710.0",
+        );
+    }
+
+    #[test]
+    fn without_beats_nothing_is_made_up() {
+        let moments = Moments {
+            begun: at(1_000_000),
+            ended: at(1_200_000),
+            switch: Some((at(1_100_000), at(1_110_000))),
+        };
+        let seen = observe(&moments, &Beats::default(), &[stall(1_099_000, 12_000)]);
+        assert_eq!(seen, Observed::default());
+    }
+}

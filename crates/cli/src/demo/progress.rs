@@ -1,0 +1,85 @@
+//! A line on the terminal that says how far the move is, and is gone when it is over.
+
+use limosa_host::api::MigrationInfo;
+use limosa_pages::BytesPerSecond;
+use std::io::{self, IsTerminal, Write};
+
+/// Characters of the bar.
+const BAR_WIDTH: u64 = 24;
+
+/// The line; nothing if standard error is not a terminal.
+#[derive(Debug)]
+pub(crate) struct Progress {
+    is_terminal: bool,
+    is_shown: bool,
+}
+
+impl Progress {
+    /// Nothing is shown yet.
+    pub(crate) fn new() -> Self {
+        Self {
+            is_terminal: io::stderr().is_terminal(),
+            is_shown: false,
+        }
+    }
+
+    /// Whether anybody would see it.
+    pub(crate) const fn is_visible(&self) -> bool {
+        self.is_terminal
+    }
+
+    /// Shows where the move stands now.
+    pub(crate) fn show(&mut self, info: &MigrationInfo) {
+        if self.is_terminal {
+            self.is_shown = true;
+            print(&format!("\r{}\x1b[K", line(info)));
+        }
+    }
+
+    /// Removes the line.
+    pub(crate) fn clear(&mut self) {
+        if self.is_shown {
+            self.is_shown = false;
+            print("\r\x1b[K");
+        }
+    }
+}
+
+impl Drop for Progress {
+    fn drop(&mut self) {
+        self.clear();
+    }
+}
+
+fn print(text: &str) {
+    let mut terminal = io::stderr();
+    let printed = terminal
+        .write_all(text.as_bytes())
+        .and_then(|()| terminal.flush());
+    if let Err(error) = printed {
+        tracing::debug!(%error, "the progress line could not be printed");
+    }
+}
+
+fn line(info: &MigrationInfo) -> String {
+    let (sent, pages) = (info.round_sent_pages, info.round_pages);
+    let done = (sent.min(pages) * BAR_WIDTH)
+        .checked_div(pages)
+        .unwrap_or(0) as usize;
+    let bar = "#".repeat(done) + &"-".repeat(BAR_WIDTH as usize - done);
+    let mut text = format!(
+        "      [{bar}] {} round {}: {sent} of {pages} pages",
+        info.mode.name(),
+        info.round
+    );
+    if let Some(rate) = info.bandwidth {
+        text.push_str(&format!(", {}", BytesPerSecond::new(rate)));
+    }
+    if let Some(rate) = info.dirty_pages_per_s {
+        text.push_str(&format!(", {rate} dirtied a second"));
+    }
+    if let Some(downtime) = info.predicted_downtime_ms {
+        text.push_str(&format!(", downtime {downtime:.1} ms if paused now"));
+    }
+    text
+}

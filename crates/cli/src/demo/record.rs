@@ -1,0 +1,332 @@
+//! What the demo writes to its JSON file about each move.
+//!
+//! One object a move, with the engine's report and what the guest and an observer saw side by
+//! side. A value that could not be measured is `null`, never a made-up zero. The names are part of
+//! the program's interface: `docs/demo.md` explains each of them.
+
+use crate::demo::machine::Machine;
+use crate::demo::summary::Summary;
+use limosa_engine::policy::{Mode, PauseReason};
+use limosa_host::api::{Downtime, Report, Round};
+use serde::Serialize;
+
+/// The file.
+#[derive(Clone, Debug, Serialize)]
+pub(crate) struct Record {
+    /// The command line.
+    pub command: String,
+    /// Version of the program.
+    pub version: &'static str,
+    /// What it ran on.
+    pub machine: Machine,
+    /// Whether the moves happened in the simulator.
+    pub simulated: bool,
+    /// The guest and how it was moved.
+    pub setup: Setup,
+    /// The moves in order.
+    pub moves: Vec<MoveRecord>,
+    /// What they come to.
+    pub summary: Summary,
+}
+
+/// The guest and how it was moved, as asked for.
+#[derive(Clone, Debug, Serialize)]
+pub(crate) struct Setup {
+    /// The guest program.
+    pub guest: String,
+    /// Its arguments.
+    pub arguments: String,
+    /// Its memory.
+    pub memory_bytes: u64,
+    /// Its vCPUs.
+    pub vcpus: u8,
+    /// Whether 2 MiB pages backed its memory.
+    pub huge_pages: bool,
+    /// The emulated link, in bytes a second.
+    pub link: Option<u64>,
+    /// Push streams, if not the default.
+    pub streams: Option<u8>,
+    /// The downtime that pre-copy aimed at.
+    pub downtime_max_ms: f64,
+    /// Whether digests were compared.
+    pub verify: bool,
+    /// The seed of the guest's choices, and of the order of the modes if that was mixed.
+    pub seed: u64,
+}
+
+/// What the guest and the observer saw of a move.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub(crate) struct Observed {
+    /// Longest stall that the guest recorded around the switch.
+    pub guest_gap_ms: Option<f64>,
+    /// Longest silence of its heartbeats around the switch.
+    pub heartbeat_gap_ms: Option<f64>,
+    /// Longest stall that the guest recorded from the start to a second after the end.
+    pub worst_stall_ms: Option<f64>,
+    /// Until the guest was back at nine tenths of its speed.
+    pub resume_ms: Option<f64>,
+    /// Its speed.
+    pub writes: WriteRates,
+}
+
+/// Pages that the guest wrote a second.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
+pub(crate) struct WriteRates {
+    /// In the second before the move.
+    pub before: Option<f64>,
+    /// From the start of the move until the guest stopped for the switch.
+    pub during: Option<f64>,
+    /// In the second after it ran again.
+    pub after: Option<f64>,
+}
+
+/// What the check of all memory found after a move.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Checked {
+    /// Failed checks since before the move, the sweep's included.
+    pub errors: u64,
+    /// Pages that the sweep looked at.
+    pub swept_pages: Option<u64>,
+}
+
+/// One move.
+#[derive(Clone, Debug, Serialize)]
+pub(crate) struct MoveRecord {
+    /// Counted from 1.
+    pub number: u32,
+    /// The host that it left.
+    pub from: &'static str,
+    /// The host that it went to.
+    pub to: &'static str,
+    /// The technique.
+    pub mode: Mode,
+    /// How it ended.
+    pub outcome: String,
+    /// Why, if it failed.
+    pub reason: Option<String>,
+    /// Why the guest was paused when it was.
+    pub pause_reason: Option<PauseReason>,
+    /// From the request to the first page.
+    pub preparation_ms: f64,
+    /// The downtime as the hosts measured it, by parts.
+    pub downtime_ms: Option<Downtime>,
+    /// The switch as the guest saw it.
+    pub guest_gap_ms: Option<f64>,
+    /// The switch as an observer saw it.
+    pub heartbeat_gap_ms: Option<f64>,
+    /// The guest's longest stall from the start of the move to one second after its end.
+    pub worst_stall_ms: Option<f64>,
+    /// From the guest's first instruction at the target until it was back at speed.
+    pub resume_ms: Option<f64>,
+    /// From the request until the guest ran at the target.
+    pub total_ms: f64,
+    /// From the request until the source held nothing.
+    pub eviction_ms: f64,
+    /// The rounds in order.
+    pub rounds: Vec<Round>,
+    /// Pages sent over all rounds, repetitions included.
+    pub pages_sent: u64,
+    /// Pages sent again.
+    pub pages_resent: u64,
+    /// Bytes on the wire.
+    pub wire_bytes: u64,
+    /// Bytes of the state sections.
+    pub state_bytes: u64,
+    /// The guest's speed.
+    pub guest_writes_per_s: WriteRates,
+    /// Failed checks of the guest, a full sweep included.
+    pub integrity_errors: u64,
+    /// Pages that the sweep looked at.
+    pub swept_pages: Option<u64>,
+    /// Whether both sides hashed the same memory and state; `null` if they were not asked to.
+    pub memory_digest_equal: Option<bool>,
+    /// The downtime that was expected when the guest was paused.
+    pub predicted_downtime_ms: Option<f64>,
+    /// The part of it that does not depend on pages.
+    pub fixed_cost_ms: f64,
+    /// How long the guest stood for the rehearsal.
+    pub rehearsal_stall_ms: f64,
+}
+
+impl MoveRecord {
+    /// Lays what was seen beside what was reported.
+    pub(crate) fn new(
+        number: u32,
+        (from, to): (&'static str, &'static str),
+        mode: Mode,
+        report: Report,
+        observed: Observed,
+        checked: Checked,
+    ) -> Self {
+        Self {
+            number,
+            from,
+            to,
+            mode,
+            outcome: report.outcome.unwrap_or_else(|| "unfinished".to_owned()),
+            reason: report.reason,
+            pause_reason: report.pause_reason,
+            preparation_ms: report.preparation_ms,
+            downtime_ms: report.downtime_ms,
+            guest_gap_ms: observed.guest_gap_ms,
+            heartbeat_gap_ms: observed.heartbeat_gap_ms,
+            worst_stall_ms: observed.worst_stall_ms,
+            resume_ms: observed.resume_ms,
+            total_ms: report.total_ms,
+            eviction_ms: report.eviction_ms,
+            rounds: report.rounds,
+            pages_sent: report.pages_sent,
+            pages_resent: report.pages_resent,
+            wire_bytes: report.wire_bytes,
+            state_bytes: report.state_bytes,
+            guest_writes_per_s: observed.writes,
+            integrity_errors: checked.errors,
+            swept_pages: checked.swept_pages,
+            memory_digest_equal: report.digest_equal,
+            predicted_downtime_ms: report.predicted_downtime_ms,
+            fixed_cost_ms: report.fixed_cost_ms,
+            rehearsal_stall_ms: report.rehearsal_stall_ms,
+        }
+    }
+
+    /// Whether the guest is at the target now.
+    pub(crate) fn is_completed(&self) -> bool {
+        self.outcome == "completed"
+    }
+
+    /// What the guest saw beyond what the hosts measured.
+    pub(crate) fn gap_minus_downtime_ms(&self) -> Option<f64> {
+        Some(self.guest_gap_ms? - self.downtime_ms?.total)
+    }
+
+    /// What is wrong with this move, in one line; `None` if it went as it should.
+    pub(crate) fn problem(&self, verify: bool) -> Option<String> {
+        let number = self.number;
+        if !self.is_completed() {
+            let reason = self.reason.as_deref().unwrap_or("no reason was given");
+            return Some(format!("move {number} {}: {reason}", self.outcome));
+        }
+        if self.integrity_errors > 0 {
+            let errors = self.integrity_errors;
+            return Some(format!(
+                "move {number}: the guest found {errors} errors in its memory"
+            ));
+        }
+        match self.memory_digest_equal {
+            Some(true) => None,
+            None if !verify => None,
+            None => Some(format!("move {number}: the digests were not compared")),
+            Some(false) => Some(format!(
+                "move {number}: source and target hashed different memory or state"
+            )),
+        }
+    }
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::*;
+
+    /// A move that went well, with these gaps.
+    pub(crate) fn record(mode: Mode, guest_gap_ms: f64, downtime_ms: f64) -> MoveRecord {
+        let report = Report {
+            outcome: Some("completed".to_owned()),
+            reason: None,
+            pause_reason: None,
+            preparation_ms: 1.0,
+            total_ms: 100.0,
+            eviction_ms: 120.0,
+            downtime_ms: Some(Downtime {
+                total: downtime_ms,
+                pause: 0.0,
+                harvest: 0.0,
+                save: 0.0,
+                transfer: downtime_ms,
+                load: 0.0,
+                commit: 0.0,
+                start: 0.0,
+            }),
+            switch_ns: None,
+            predicted_downtime_ms: None,
+            fixed_cost_ms: 0.5,
+            rehearsal_stall_ms: 0.25,
+            clock_offset_ns: 0,
+            clock_error_ms: 0.0,
+            rounds: Vec::new(),
+            pages_sent: 0,
+            pages_resent: 0,
+            wire_bytes: 0,
+            state_bytes: 0,
+            digest_equal: Some(true),
+        };
+        let observed = Observed {
+            guest_gap_ms: Some(guest_gap_ms),
+            ..Observed::default()
+        };
+        let checked = Checked::default();
+        MoveRecord::new(1, ("a", "b"), mode, report, observed, checked)
+    }
+
+    fn check(change: impl Fn(&mut MoveRecord), expect: &str) {
+        let mut record = record(Mode::PreCopy, 3.5, 3.0);
+        change(&mut record);
+        assert_eq!(record.problem(true).unwrap_or_default(), expect);
+    }
+
+    #[test]
+    fn a_move_that_did_not_do_what_was_asked_is_named() {
+        check(|_| (), "");
+        check(
+            |record| {
+                record.outcome = "failed".to_owned();
+                record.reason = Some("the target refused: no memory".to_owned());
+            },
+            "move 1 failed: the target refused: no memory",
+        );
+        check(
+            |record| record.integrity_errors = 3,
+            "move 1: the guest found 3 errors in its memory",
+        );
+        check(
+            |record| record.memory_digest_equal = None,
+            "move 1: the digests were not compared",
+        );
+        check(
+            |record| record.memory_digest_equal = Some(false),
+            "move 1: source and target hashed different memory or state",
+        );
+        let mut unverified = record(Mode::PreCopy, 3.5, 3.0);
+        unverified.memory_digest_equal = None;
+        assert_eq!(unverified.problem(false), None);
+        assert_eq!(unverified.gap_minus_downtime_ms(), Some(0.5));
+    }
+
+    #[test]
+    fn the_names_are_the_documented_ones() {
+        let json = serde_json::to_value(record(Mode::StopAndCopy, 1.0, 1.0)).unwrap();
+        for name in [
+            "mode",
+            "outcome",
+            "preparation_ms",
+            "downtime_ms",
+            "guest_gap_ms",
+            "heartbeat_gap_ms",
+            "worst_stall_ms",
+            "resume_ms",
+            "total_ms",
+            "eviction_ms",
+            "rounds",
+            "pages_sent",
+            "pages_resent",
+            "wire_bytes",
+            "guest_writes_per_s",
+            "integrity_errors",
+            "memory_digest_equal",
+            "predicted_downtime_ms",
+        ] {
+            assert!(json.get(name).is_some(), "{name}");
+        }
+        assert_eq!(json["mode"], "stop-and-copy");
+        assert_eq!(json["downtime_ms"]["total"], 1.0);
+    }
+}

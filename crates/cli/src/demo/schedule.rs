@@ -1,0 +1,57 @@
+//! Which moves the demo makes, in which order.
+
+use limosa_engine::policy::Mode;
+
+/// The modes of all moves: each mode there and back, in turn, `repeat` times over.
+pub(crate) fn in_turn(modes: &[Mode], repeat: u32) -> Vec<Mode> {
+    (0..repeat)
+        .flat_map(|_| modes.iter().flat_map(|&mode| [mode, mode]))
+        .collect()
+}
+
+/// The modes of so many moves, mixed by a seed.
+pub(crate) fn mixed(modes: &[Mode], moves: u32, seed: u64) -> Vec<Mode> {
+    let mut state = seed;
+    (0..moves)
+        .filter_map(|_| {
+            let index = next_random(&mut state) % modes.len().max(1) as u64;
+            modes.get(index as usize).copied()
+        })
+        .collect()
+}
+
+/// SplitMix64 [Steele14]: the same on every machine, and a seed of zero is as good as any.
+fn next_random(state: &mut u64) -> u64 {
+    *state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
+    let mut mixed = *state;
+    mixed = (mixed ^ mixed >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    mixed = (mixed ^ mixed >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
+    mixed ^ mixed >> 31
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn check(modes: &[Mode], expect: &str) {
+        let initials: String = modes
+            .iter()
+            .map(|mode| if *mode == Mode::PreCopy { 'p' } else { 's' })
+            .collect();
+        assert_eq!(initials, expect);
+    }
+
+    #[test]
+    fn modes_take_turns_there_and_back() {
+        check(&in_turn(&Mode::ALL, 1), "sspp");
+        check(&in_turn(&[Mode::PreCopy], 2), "pppp");
+        check(&in_turn(&[], 2), "");
+        check(&in_turn(&Mode::ALL, 0), "");
+    }
+
+    #[test]
+    fn a_seed_always_mixes_alike() {
+        check(&mixed(&Mode::ALL, 24, 7), "psspspsspppssssspppspppp");
+        check(&mixed(&[], 5, 1), "");
+    }
+}

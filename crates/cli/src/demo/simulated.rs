@@ -1,0 +1,115 @@
+//! The same moves in the simulator, for machines without KVM.
+//!
+//! The engine that decides is the real one; guest, link and hosts are models, so the figures show
+//! how the techniques differ and not how fast this machine is. There is no observer and no sweep:
+//! the simulator compares memory itself.
+
+use crate::demo::arguments::{Arguments, GuestProgram, Pattern};
+use crate::demo::hosts::NAMES;
+use crate::demo::observation::milliseconds;
+use crate::demo::record::{Checked, MoveRecord, Observed, WriteRates};
+use crate::values::PageRate;
+use anyhow::bail;
+use limosa_engine::policy::{Limits, Mode};
+use limosa_host::api::Report;
+use limosa_pages::{ByteCount, BytesPerSecond, PageCount};
+use limosa_sim::{LinkProfile, Scenario, Workload};
+use std::time::Duration;
+
+/// A guest that writes as fast as it can while its writes are tracked: the first write to a page
+/// costs some microseconds then.
+const RATE_MAX: u64 = 400_000;
+
+/// Moves of one scenario.
+#[derive(Debug)]
+pub(crate) struct Simulated {
+    scenario: Scenario,
+    seed: u64,
+    at: usize,
+}
+
+impl Simulated {
+    /// The scenario that the arguments describe.
+    ///
+    /// # Errors
+    /// The simulator has no model of the guest.
+    pub(crate) fn new(arguments: &Arguments) -> anyhow::Result<Self> {
+        let working_set = ByteCount::new(arguments.working_set.bytes()).pages_ceil();
+        let touch = ByteCount::new(arguments.touch.bytes()).pages_ceil();
+        let memory = ByteCount::new(arguments.memory.bytes()).pages_ceil();
+        let (workload, touched) = match (arguments.guest, arguments.pattern) {
+            (GuestProgram::Compute, _) => {
+                bail!("the simulator has no model of the compute guest: use writer or idle")
+            }
+            (GuestProgram::Idle, _) => (Workload::Idle, PageCount::new(64)),
+            (GuestProgram::Writer, pattern) => {
+                let workload = match pattern {
+                    Pattern::Sequential => Workload::Sequential { working_set },
+                    Pattern::Uniform => Workload::Uniform { working_set },
+                    Pattern::Zipf => Workload::Zipf { working_set },
+                    Pattern::Phases => Workload::Phases { working_set },
+                };
+                (workload, working_set.saturating_add(touch))
+            }
+        };
+        if touched > memory {
+            bail!("the working set does not fit into the guest's memory");
+        }
+        let usual = Scenario::default();
+        let rate = arguments.link.map(|link| BytesPerSecond::new(link.get()));
+        Ok(Self {
+            scenario: Scenario {
+                memory,
+                touched,
+                workload,
+                rate: match arguments.rate {
+                    PageRate::PerSecond(pages) => pages,
+                    PageRate::Max => RATE_MAX,
+                },
+                link: LinkProfile {
+                    rate: rate.unwrap_or(usual.link.rate),
+                    ..usual.link
+                },
+                streams: arguments.streams.unwrap_or(usual.streams),
+                limits: Limits {
+                    downtime_max: Duration::from_secs_f64(arguments.downtime_max.get() / 1000.0),
+                    ..Limits::default()
+                },
+                verify: arguments.verifies(),
+                ..usual
+            },
+            seed: arguments.seed,
+            at: 0,
+        })
+    }
+
+    /// One move.
+    pub(crate) fn make_move(&mut self, number: u32, mode: Mode) -> MoveRecord {
+        let (from, to) = (self.at, 1 - self.at);
+        self.scenario.mode = mode;
+        self.scenario.seed = self.seed.wrapping_add(u64::from(number));
+        let made = limosa_sim::run(&self.scenario);
+        let report = Report::from(&made.report);
+        let observed = Observed {
+            guest_gap_ms: report.downtime_ms.map(|_| milliseconds(made.guest_gap)),
+            heartbeat_gap_ms: None,
+            worst_stall_ms: Some(milliseconds(made.worst_stall)),
+            resume_ms: Some(milliseconds(made.resume.saturating_sub(made.guest_gap))),
+            writes: WriteRates {
+                before: Some(made.writes_before.round()),
+                during: Some(made.writes_during.round()),
+                after: Some(made.writes_after.round()),
+            },
+        };
+        let checked = Checked {
+            errors: made.integrity_errors,
+            swept_pages: None,
+        };
+        let way = (NAMES[from], NAMES[to]);
+        let record = MoveRecord::new(number, way, mode, report, observed, checked);
+        if record.is_completed() {
+            self.at = to;
+        }
+        record
+    }
+}

@@ -1,0 +1,98 @@
+//! The stalls that a guest recorded itself, and which of them a move has to answer for.
+//!
+//! A guest keeps its last 64 stalls and the 16 longest since it was told to forget them, so the
+//! longest one of a move is among them however many short ones came after it. A vCPU that was
+//! never away for as long as it takes to count as a stall has none.
+
+use crate::demo::guest_clock::GuestClock;
+use limosa_engine::Timestamp;
+use std::time::Duration;
+
+/// A time in which a vCPU that wanted to run did not, on its own time stamp counter.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Stall {
+    /// The counter before it.
+    pub start_tsc: u64,
+    /// Its length in ticks.
+    pub length_tsc: u64,
+}
+
+/// A span of the guest's time stamp counter.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct TscWindow {
+    start: u64,
+    end: u64,
+}
+
+impl TscWindow {
+    /// The window between two moments of the host's clock. The guest's counter may have been set
+    /// anew between them, so each moment has a clock that was fitted on its own side.
+    pub(crate) fn new(
+        from: Timestamp,
+        from_clock: &GuestClock,
+        to: Timestamp,
+        to_clock: &GuestClock,
+    ) -> Self {
+        Self {
+            start: from_clock.tsc_at(from),
+            end: to_clock.tsc_at(to),
+        }
+    }
+
+    /// The longest stall that reaches into the window; zero if none does, which means that no vCPU
+    /// was away for long enough to notice.
+    pub(crate) fn longest(&self, stalls: &[Stall], clock: &GuestClock) -> Duration {
+        stalls
+            .iter()
+            .filter(|stall| stall.length_tsc > 0)
+            .filter(|stall| {
+                let end = stall.start_tsc.saturating_add(stall.length_tsc);
+                stall.start_tsc <= self.end && end >= self.start
+            })
+            .map(|stall| clock.time_of(stall.length_tsc))
+            .max()
+            .unwrap_or(Duration::ZERO)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::demo::beats::tests::{at, beats};
+
+    /// Microseconds of start and length of each stall; the counter runs at 2.6 GHz.
+    fn check(stalls: &[(u64, u64)], from: u64, to: u64, expect: &str) {
+        let beats = beats(&[(0, 0), (1000, 50), (200_000, 100)]);
+        let clock = GuestClock::fit(beats.between(at(0), at(200_000))).unwrap();
+        let stalls: Vec<Stall> = stalls
+            .iter()
+            .map(|&(start, length)| Stall {
+                start_tsc: 7_000_000 + start * 2600,
+                length_tsc: length * 2600,
+            })
+            .collect();
+        let window = TscWindow::new(at(from), &clock, at(to), &clock);
+        let longest = window.longest(&stalls, &clock);
+        assert_eq!(format!("{longest:?}"), expect);
+    }
+
+    #[test]
+    fn only_stalls_that_reach_into_the_window_count() {
+        let stalls = [
+            (1000, 9000),
+            (99_950, 5100),
+            (99_940, 5300),
+            (120_000, 8000),
+        ];
+        check(&stalls, 100_000, 105_000, "5.3ms");
+        check(&stalls, 100_000, 121_000, "8ms");
+        check(&stalls, 0, 200_000, "9ms");
+        check(&stalls, 50_000, 60_000, "0ns");
+    }
+
+    #[test]
+    fn an_empty_slot_of_the_table_is_no_stall() {
+        check(&[(0, 0), (100_500, 0)], 0, 200_000, "0ns");
+        check(&[], 0, 200_000, "0ns");
+    }
+}

@@ -1,0 +1,270 @@
+//! Following a migration to its end: progress on a terminal, plain lines elsewhere, and Ctrl-C.
+//!
+//! The daemon carries the migration, so nothing here can break it: the first Ctrl-C asks for an
+//! abort, the second only leaves.
+
+use crate::output::{Output, count, time};
+use anyhow::{Result, bail};
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use limosa_engine::source::Stage;
+use limosa_host::api::{ErrorKind, MigrationInfo};
+use limosa_host::client::Client;
+use limosa_pages::{ByteCount, BytesPerSecond};
+use signal_hook::consts::SIGINT;
+use std::io::IsTerminal;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
+
+/// Time between two looks: fast enough for the eye, slow enough to cost a guest nothing.
+const LOOK_EVERY: Duration = Duration::from_millis(100);
+
+/// Follows migrations of one daemon.
+pub(crate) struct Follower {
+    client: Client,
+    output: Output,
+    interrupts: Arc<AtomicUsize>,
+}
+
+impl Follower {
+    /// From now on Ctrl-C is counted and does not end the program.
+    pub(crate) fn new(client: Client, output: Output) -> Result<Self> {
+        let interrupts = Arc::new(AtomicUsize::new(0));
+        let counter = Arc::clone(&interrupts);
+        let mut signals = signal_hook::iterator::Signals::new([SIGINT])?;
+        std::thread::Builder::new().name("interrupts".to_owned()).spawn(move || {
+            for _ in signals.forever() {
+                counter.fetch_add(1, Ordering::SeqCst);
+            }
+        })?;
+        Ok(Self { client, output, interrupts })
+    }
+
+    /// The daemon.
+    pub(crate) const fn client(&self) -> &Client {
+        &self.client
+    }
+
+    /// Where answers go.
+    pub(crate) const fn output(&self) -> Output {
+        self.output
+    }
+
+    /// Shows a migration until it is over. `owns` says whether it was started by this command: then
+    /// Ctrl-C aborts it, otherwise it only ends the showing.
+    ///
+    /// # Errors
+    /// It did not complete, or it was left.
+    pub(crate) fn follow(&self, id: &str, owns: bool) -> Result<()> {
+        let mut display = Display::new(self.output);
+        let mut abort_asked = false;
+        loop {
+            let info = self.client.wait(id, LOOK_EVERY)?;
+            if info.stage == Stage::Finished {
+                display.finish();
+                return self.conclude(&info);
+            }
+            display.show(&info)?;
+            match self.interrupts.load(Ordering::SeqCst) {
+                0 => {}
+                1 if owns && !abort_asked => {
+                    abort_asked = true;
+                    display.say(&self.abort(id)?);
+                }
+                1 if owns => {}
+                _ => {
+                    display.finish();
+                    bail!("left alone: the migration of {} goes on ('limosa status {} --follow')", info.vm, info.vm);
+                }
+            }
+        }
+    }
+
+    fn abort(&self, id: &str) -> Result<String> {
+        match self.client.abort(id) {
+            Ok(()) => Ok("aborting (Ctrl-C again leaves it alone)".to_owned()),
+            Err(error) if error.kind() == Some(ErrorKind::Conflict) => {
+                Ok(format!("{error}: waiting for its end (Ctrl-C again leaves it alone)"))
+            }
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    fn conclude(&self, info: &MigrationInfo) -> Result<()> {
+        let has_completed = info.report.outcome.as_deref() == Some("completed");
+        if self.output.json {
+            Output::json_line(info)?;
+        } else if has_completed {
+            crate::output::print(&outcome_line(info))?;
+        }
+        if info.report.digest_equal == Some(false) {
+            bail!("memory or state of {} differ between the two hosts: do not trust this guest", info.vm);
+        }
+        if has_completed {
+            return Ok(());
+        }
+        bail!("{}", outcome_line(info))
+    }
+}
+
+/// Progress, in the form that suits where it goes.
+enum Display {
+    Bar(ProgressBar),
+    Lines { last: Option<(Stage, u32)> },
+    Json { last: Option<(Stage, u32)> },
+}
+
+impl Display {
+    fn new(output: Output) -> Self {
+        if output.json {
+            return Self::Json { last: None };
+        }
+        if !std::io::stderr().is_terminal() {
+            return Self::Lines { last: None };
+        }
+        let bar = ProgressBar::with_draw_target(Some(1), ProgressDrawTarget::stderr());
+        let style = ProgressStyle::with_template("{prefix:<9} [{bar:24}] {percent:>3}%  {wide_msg}");
+        bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()).progress_chars("=> "));
+        Self::Bar(bar)
+    }
+
+    fn show(&mut self, info: &MigrationInfo) -> Result<()> {
+        let now = (info.stage, info.round);
+        match self {
+            Self::Bar(bar) => {
+                bar.set_length(info.round_pages.max(1));
+                bar.set_position(info.round_sent_pages);
+                bar.set_prefix(headline(info));
+                bar.set_message(numbers(info));
+            }
+            Self::Lines { last } if *last != Some(now) => {
+                *last = Some(now);
+                eprintln!("{}: {}", headline(info), numbers(info));
+            }
+            Self::Json { last } if *last != Some(now) => {
+                *last = Some(now);
+                Output::json_line(info)?;
+            }
+            Self::Lines { .. } | Self::Json { .. } => {}
+        }
+        Ok(())
+    }
+
+    fn say(&self, text: &str) {
+        match self {
+            Self::Bar(bar) => bar.suspend(|| eprintln!("{text}")),
+            Self::Lines { .. } | Self::Json { .. } => eprintln!("{text}"),
+        }
+    }
+
+    fn finish(&self) {
+        if let Self::Bar(bar) = self {
+            bar.finish_and_clear();
+        }
+    }
+}
+
+/// The name of a stage.
+pub(crate) const fn stage_name(stage: Stage) -> &'static str {
+    match stage {
+        Stage::Preparing => "preparing",
+        Stage::Copying => "copying",
+        Stage::Paused => "paused",
+        Stage::Committed => "committed",
+        Stage::Unresolved => "unresolved",
+        Stage::Releasing => "releasing",
+        Stage::Returning => "returning",
+        Stage::Finished => "finished",
+    }
+}
+
+fn headline(info: &MigrationInfo) -> String {
+    match info.stage {
+        Stage::Copying => format!("round {}", info.round),
+        stage => stage_name(stage).to_owned(),
+    }
+}
+
+/// The numbers of a migration in one line, those that are known.
+fn numbers(info: &MigrationInfo) -> String {
+    if let Some(reason) = &info.unresolved {
+        return format!("{reason}; asking again");
+    }
+    let mut parts = Vec::new();
+    if info.round_pages > 0 {
+        parts.push(format!("{} pages left", count(info.remaining_pages)));
+    }
+    if let Some(rate) = info.dirty_pages_per_s {
+        parts.push(format!("guest writes {} pages/s", count(rate)));
+    }
+    if let Some(rate) = info.bandwidth {
+        parts.push(BytesPerSecond::new(rate).to_string());
+    }
+    if let Some(downtime) = info.predicted_downtime_ms {
+        parts.push(format!("downtime {} expected", time(downtime)));
+    }
+    if let Some(left) = info.time_left_ms {
+        parts.push(format!("{} left", time(left)));
+    }
+    if parts.is_empty() {
+        return format!("{} to {}", info.vm, info.to);
+    }
+    parts.join(", ")
+}
+
+/// How a migration ended, in one line.
+pub(crate) fn outcome_line(info: &MigrationInfo) -> String {
+    let report = &info.report;
+    let (vm, to) = (&info.vm, &info.to);
+    let reason = report.reason.as_deref().unwrap_or("no reason is known");
+    match report.outcome.as_deref() {
+        Some("completed") => {
+            let downtime = report.downtime_ms.map_or_else(String::new, |parts| {
+                format!(": downtime {}", time(parts.total))
+            });
+            let verified = if report.digest_equal == Some(true) { ", digests equal" } else { "" };
+            format!(
+                "{vm} runs at {to}{downtime}, total {}, {} rounds, {} sent{verified}",
+                time(report.total_ms),
+                report.rounds.len(),
+                ByteCount::new(report.wire_bytes)
+            )
+        }
+        Some("aborted") => format!("the migration was aborted: {vm} runs on here"),
+        Some("failed") => format!("the migration failed: {reason}; {vm} runs on here"),
+        Some("guest-lost") => format!("{vm} is lost: {reason}"),
+        _ => format!("the migration of {vm} has no outcome yet"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::commands::tests::info;
+
+    #[test]
+    fn progress_names_what_is_known() {
+        let mut info = info("3f2a", "web");
+        assert_eq!(headline(&info), "round 1");
+        assert_eq!(
+            numbers(&info),
+            "750 pages left, guest writes 50,000 pages/s, 1.20 GiB/s, downtime 3.10 ms expected, 400 ms left"
+        );
+        info.unresolved = Some("no answer from 127.0.0.1:7071".to_owned());
+        assert_eq!(numbers(&info), "no answer from 127.0.0.1:7071; asking again");
+    }
+
+    #[test]
+    fn every_outcome_is_one_clear_line() {
+        let mut info = info("3f2a", "web");
+        let mut check = |outcome: &str, expect: &str| {
+            info.report.outcome = Some(outcome.to_owned());
+            info.report.reason = Some("the target refused: no memory".to_owned());
+            assert_eq!(outcome_line(&info), expect);
+        };
+        check("completed", "web runs at 127.0.0.1:7071, total 0 ms, 0 rounds, 256 MiB sent");
+        check("aborted", "the migration was aborted: web runs on here");
+        check("failed", "the migration failed: the target refused: no memory; web runs on here");
+        check("guest-lost", "web is lost: the target refused: no memory");
+    }
+}

@@ -1,0 +1,183 @@
+//! Virtual machines as the control interface tells them.
+
+use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
+
+/// A virtual machine to make and start.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct VmSpec {
+    /// Letters, digits, `-`, `_` and `.`, at most 64, beginning with a letter or digit; unique on a host.
+    #[schema(example = "web")]
+    pub name: String,
+    /// `writer`, `idle`, `compute`, or the path of an ELF file on the daemon's host.
+    #[schema(example = "writer")]
+    pub micro: String,
+    /// Arguments of the program, as text.
+    #[serde(default)]
+    #[schema(example = "ws=64M rate=50000")]
+    pub args: String,
+    /// Size of the guest's memory.
+    #[schema(example = 1_073_741_824u64)]
+    pub memory_bytes: u64,
+    /// 1 to 8.
+    pub vcpus: u8,
+    /// Back the memory with 2 MiB pages, which the host must have reserved.
+    #[serde(default)]
+    pub huge_pages: bool,
+    /// Where the VM process sends a datagram at each heartbeat of the guest: `IP:PORT` of a UDP
+    /// socket on this machine.
+    #[serde(default)]
+    pub observer: Option<String>,
+}
+
+/// What a virtual machine does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum VmState {
+    /// The guest runs here.
+    Running,
+    /// The guest is paused here.
+    Paused,
+    /// A migration moves it away; see `migration`.
+    Migrating,
+    /// It is being received from another host and does not run here yet.
+    Arriving,
+    /// It was handed over, and the target has not said yet that it runs there. Heals by itself.
+    Unresolved,
+    /// Its process does not answer; `phase` says more.
+    Silent,
+    /// It ended by itself; `ended` says how. Listed until it is removed by a stop.
+    Ended,
+}
+
+/// A virtual machine of this host.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct VmInfo {
+    /// Its name.
+    pub name: String,
+    /// What it does.
+    pub state: VmState,
+    /// Who may run it, in words: the record that its process holds.
+    #[schema(example = "running")]
+    pub phase: String,
+    /// Process id of the VM process; 0 once it ended.
+    pub pid: u32,
+    /// Size of its memory.
+    pub memory_bytes: u64,
+    /// Number of its vCPUs.
+    pub vcpus: u8,
+    /// Whether 2 MiB pages back the memory.
+    pub huge_pages: bool,
+    /// Units of work that the guest did over all vCPUs, for guests that report it.
+    pub work: Option<u64>,
+    /// Checks that failed inside the guest over all vCPUs, for guests that report it.
+    pub errors: Option<u64>,
+    /// The migration that moves it away now, or moved it here.
+    pub migration: Option<String>,
+    /// How it ended, once it has.
+    pub ended: Option<String>,
+    /// Socket of the VM process.
+    pub socket: String,
+    /// What it printed last is here.
+    pub log: String,
+}
+
+/// A part of the state that moves with a guest.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct SectionInfo {
+    /// What it is.
+    pub name: String,
+    /// Which one, where there are several.
+    pub instance: u16,
+    /// Version of its layout.
+    pub version: u16,
+    /// Its size.
+    pub bytes: u64,
+}
+
+/// What the vCPUs of a micro guest say about themselves.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct GuestReport {
+    /// Ticks of the guest's time stamp counter a millisecond; 0 if it is no micro guest.
+    pub tsc_khz: u64,
+    /// One report for each vCPU that has started, in order.
+    pub vcpus: Vec<VcpuReport>,
+}
+
+/// What one vCPU of a micro guest says about itself.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct VcpuReport {
+    /// Its index.
+    pub vcpu: u32,
+    /// `boot`, `ready`, `done` or `failed`.
+    pub state: String,
+    /// Time stamp of the report.
+    pub beat_tsc: u64,
+    /// Pages written, units done, checks done.
+    pub work: u64,
+    /// Operations that only verified.
+    pub reads: u64,
+    /// Checks that failed.
+    pub errors: u64,
+    /// Sequence number of the last command that was carried out.
+    pub command_done: u64,
+    /// Sequence number of the last full sweep that ended.
+    pub sweep_id: u64,
+    /// Pages that this sweep looked at.
+    pub sweep_pages: u64,
+    /// Errors that it found.
+    pub sweep_errors: u64,
+    /// How often the time stamp counter went backwards.
+    pub tsc_backwards: u64,
+    /// Stalls since the start.
+    pub stall_total: u64,
+    /// The most recent stalls, oldest first.
+    pub stalls: Vec<Stall>,
+    /// The longest stalls since they were cleared, longest first.
+    pub long_stalls: Vec<Stall>,
+    /// The first check that failed.
+    pub first_error: Option<FirstError>,
+}
+
+/// A time in which a vCPU that wanted to run did not.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Stall {
+    /// Last time stamp before the gap.
+    pub start_tsc: u64,
+    /// Length of the gap in ticks of the time stamp counter.
+    pub length_tsc: u64,
+}
+
+/// A check that failed inside a guest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct FirstError {
+    /// Number of the page.
+    pub page: u64,
+    /// What had to be there.
+    pub expected: u64,
+    /// What was there.
+    pub found: u64,
+    /// Which check it was.
+    pub kind: u64,
+}
+
+/// A command for a micro guest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct CommandBody {
+    /// What to do.
+    pub kind: CommandKind,
+}
+
+/// What a micro guest can be told.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum CommandKind {
+    /// Check all memory that the guest owns, once.
+    Sweep,
+    /// Forget the longest stalls.
+    ClearStalls,
+    /// Stop working and end.
+    Finish,
+}

@@ -1,0 +1,397 @@
+//! Migrations as the control interface tells them, and how they follow from the engine's report.
+
+use super::{duration, milliseconds};
+use limosa_engine::handover::MigrationId;
+use limosa_engine::policy::{Limits, Mode, PauseReason};
+use limosa_engine::report::{self, MigrationReport, Outcome};
+use limosa_engine::source::Stage;
+use limosa_pages::BytesPerSecond;
+use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
+
+/// A migration to start.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct MigrateBody {
+    /// The target daemon, `HOST:PORT`.
+    #[schema(example = "127.0.0.1:7071")]
+    pub to: String,
+    /// The technique.
+    #[serde(default = "default_mode")]
+    #[schema(value_type = String, example = "pre-copy")]
+    pub mode: Mode,
+    /// Downtime to aim at; `null` for 5 ms.
+    #[serde(default)]
+    pub downtime_max_ms: Option<f64>,
+    /// Bytes a second on the wire; `null` for as fast as it goes.
+    #[serde(default)]
+    pub bandwidth_max: Option<u64>,
+    /// The migration should be over after this time; `null` for no deadline.
+    #[serde(default)]
+    pub deadline_ms: Option<f64>,
+    /// Rounds while the guest runs; `null` for 30.
+    #[serde(default)]
+    pub rounds_max: Option<u32>,
+    /// Push streams, 1 to 16; `null` for the default.
+    #[serde(default)]
+    pub streams: Option<u8>,
+    /// Hash memory and state on both sides at the switch and compare.
+    #[serde(default)]
+    pub verify: bool,
+    /// Behave as over a link of so many bytes a second.
+    #[serde(default)]
+    pub link: Option<u64>,
+    /// Allow a peer that is not on the loopback: nothing is encrypted yet.
+    #[serde(default)]
+    pub insecure: bool,
+}
+
+/// Pre-copy is what most want: the short downtime.
+const fn default_mode() -> Mode {
+    Mode::PreCopy
+}
+
+impl MigrateBody {
+    /// A migration to `to` with defaults for everything else.
+    pub fn new(to: impl Into<String>, mode: Mode) -> Self {
+        Self {
+            to: to.into(),
+            mode,
+            downtime_max_ms: None,
+            bandwidth_max: None,
+            deadline_ms: None,
+            rounds_max: None,
+            streams: None,
+            verify: false,
+            link: None,
+            insecure: false,
+        }
+    }
+
+    /// The limits that it asks for.
+    ///
+    /// # Errors
+    /// One line about the field that cannot be used.
+    pub fn limits(&self) -> Result<Limits, String> {
+        LimitsPatch {
+            downtime_max_ms: self.downtime_max_ms,
+            bandwidth_max: self.bandwidth_max,
+            deadline_ms: self.deadline_ms,
+            rounds_max: self.rounds_max,
+        }
+        .apply(Limits::default())
+    }
+}
+
+/// A migration was started.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct MigrateAnswer {
+    /// Its id: 32 hexadecimal digits.
+    pub id: String,
+}
+
+/// Limits to change; what is `null` or left out stays.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct LimitsPatch {
+    /// Downtime to aim at.
+    #[serde(default)]
+    pub downtime_max_ms: Option<f64>,
+    /// Bytes a second on the wire; 0 lifts the limit.
+    #[serde(default)]
+    pub bandwidth_max: Option<u64>,
+    /// Since the start of the migration; 0 lifts the limit.
+    #[serde(default)]
+    pub deadline_ms: Option<f64>,
+    /// Rounds while the guest runs.
+    #[serde(default)]
+    pub rounds_max: Option<u32>,
+}
+
+impl LimitsPatch {
+    /// `limits` with the changes made.
+    ///
+    /// # Errors
+    /// One line about the field that cannot be used.
+    pub fn apply(&self, mut limits: Limits) -> Result<Limits, String> {
+        if let Some(value) = self.downtime_max_ms {
+            limits.downtime_max = duration("downtime_max_ms", value)?;
+        }
+        if let Some(rate) = self.bandwidth_max {
+            limits.bandwidth_max = (rate > 0).then(|| BytesPerSecond::new(rate));
+        }
+        if let Some(value) = self.deadline_ms {
+            let deadline = duration("deadline_ms", value)?;
+            limits.deadline = (!deadline.is_zero()).then_some(deadline);
+        }
+        if let Some(rounds) = self.rounds_max {
+            if rounds == 0 {
+                return Err("rounds_max is 0: give 1 or more, or use mode stop-and-copy".into());
+            }
+            limits.rounds_max = rounds;
+        }
+        Ok(limits)
+    }
+}
+
+/// The limits of a migration.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct LimitsInfo {
+    /// Downtime that it aims at.
+    pub downtime_max_ms: f64,
+    /// Bytes a second on the wire.
+    pub bandwidth_max: Option<u64>,
+    /// Since its start.
+    pub deadline_ms: Option<f64>,
+    /// Rounds while the guest runs.
+    pub rounds_max: u32,
+}
+
+impl From<Limits> for LimitsInfo {
+    fn from(limits: Limits) -> Self {
+        Self {
+            downtime_max_ms: milliseconds(limits.downtime_max),
+            bandwidth_max: limits.bandwidth_max.map(BytesPerSecond::get),
+            deadline_ms: limits.deadline.map(milliseconds),
+            rounds_max: limits.rounds_max,
+        }
+    }
+}
+
+/// A migration away from this host: how far it is, or how it went.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct MigrationInfo {
+    /// Its id: 32 hexadecimal digits.
+    pub id: String,
+    /// The virtual machine.
+    pub vm: String,
+    /// The target daemon.
+    pub to: String,
+    /// The technique.
+    #[schema(value_type = String, example = "pre-copy")]
+    pub mode: Mode,
+    /// Where it stands.
+    #[schema(schema_with = stage_schema)]
+    pub stage: Stage,
+    /// The round that is being sent, counted from 0.
+    pub round: u32,
+    /// Pages of this round.
+    pub round_pages: u64,
+    /// Pages of this round that were sent.
+    pub round_sent_pages: u64,
+    /// Pages that are still to be sent as far as is known.
+    pub remaining_pages: u64,
+    /// Pages that the guest writes a second, as seen in the last round.
+    pub dirty_pages_per_s: Option<u64>,
+    /// Bytes a second, as delivered to the target.
+    pub bandwidth: Option<u64>,
+    /// Downtime if the guest were paused now.
+    pub predicted_downtime_ms: Option<f64>,
+    /// Since it was asked for.
+    pub elapsed_ms: f64,
+    /// Until it is over, as far as can be told.
+    pub time_left_ms: Option<f64>,
+    /// Why it is not known on which side the guest runs, while that is so.
+    pub unresolved: Option<String>,
+    /// What the operator allows.
+    pub limits: LimitsInfo,
+    /// What is known about it so far; final when `stage` is `finished`.
+    pub report: Report,
+}
+
+/// How a migration went.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct Report {
+    /// `completed`, `aborted`, `failed` or `guest-lost`; `null` while it runs.
+    #[schema(example = "completed")]
+    pub outcome: Option<String>,
+    /// One line, if it failed.
+    pub reason: Option<String>,
+    /// Why the guest was paused.
+    #[schema(value_type = Option<String>, example = "within-budget")]
+    pub pause_reason: Option<PauseReason>,
+    /// From the request to the first page.
+    pub preparation_ms: f64,
+    /// From the request to the target's word that the guest runs there, or to the failure.
+    pub total_ms: f64,
+    /// From the request until the source held nothing.
+    pub eviction_ms: f64,
+    /// The downtime and its parts.
+    pub downtime_ms: Option<Downtime>,
+    /// The switch as moments of the source's monotonic clock.
+    pub switch_ns: Option<Moments>,
+    /// As predicted when the guest was paused.
+    pub predicted_downtime_ms: Option<f64>,
+    /// The part of that prediction that does not depend on the number of pages.
+    pub fixed_cost_ms: f64,
+    /// How long the guest stood for the rehearsal.
+    pub rehearsal_stall_ms: f64,
+    /// Target's clock minus source's.
+    pub clock_offset_ns: i64,
+    /// The true offset lies within this distance.
+    pub clock_error_ms: f64,
+    /// The rounds in order, the last one with the guest paused.
+    pub rounds: Vec<Round>,
+    /// Pages sent over all rounds, repetitions included.
+    pub pages_sent: u64,
+    /// Pages sent again after an earlier round had sent them.
+    pub pages_resent: u64,
+    /// Bytes on the push streams and of the state.
+    pub wire_bytes: u64,
+    /// Bytes of the state sections.
+    pub state_bytes: u64,
+    /// With `verify`: whether both sides hashed the same memory and state.
+    pub digest_equal: Option<bool>,
+}
+
+/// The downtime by parts, in the order in which they happen, in milliseconds.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct Downtime {
+    /// Sum of the parts: first vCPU's last instruction to last vCPU's first one.
+    pub total: f64,
+    /// From the first to the last vCPU to stop.
+    pub pause: f64,
+    /// The last reading of the dirty log.
+    pub harvest: f64,
+    /// Saving vCPUs and devices.
+    pub save: f64,
+    /// Until the last page and the state have arrived.
+    pub transfer: f64,
+    /// Loading the state.
+    pub load: f64,
+    /// *Prepared* to the source, its record, *commit* to the target.
+    pub commit: f64,
+    /// The target's record, until the last vCPU has entered the guest.
+    pub start: f64,
+}
+
+/// The switch: when the guest stopped and when it ran again.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Moments {
+    /// First vCPU's last instruction at the source.
+    pub stopped: u64,
+    /// Last vCPU's first instruction at the target.
+    pub running: u64,
+}
+
+/// One round of copying.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct Round {
+    /// Pages sent, zero pages included.
+    pub pages: u64,
+    /// Of these, pages that were zero.
+    pub zero_pages: u64,
+    /// Of these, pages that an earlier round had sent.
+    pub resent_pages: u64,
+    /// Bytes on the wire.
+    pub bytes: u64,
+    /// Until the target said that all of it is in place.
+    pub time_ms: f64,
+    /// Pages found dirty when it was over.
+    pub dirty_after_pages: u64,
+}
+
+/// A migration to this host.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct IncomingInfo {
+    /// Its id.
+    pub id: String,
+    /// The source's address.
+    pub from: String,
+    /// Pages received so far.
+    pub pages_received: u64,
+    /// Bytes received so far.
+    pub bytes_received: u64,
+    /// The source has committed: the guest runs here, or is about to.
+    pub is_committed: bool,
+}
+
+/// Lists the stages in the document; the engine knows nothing of schemas.
+fn stage_schema() -> utoipa::openapi::schema::Object {
+    utoipa::openapi::schema::ObjectBuilder::new()
+        .schema_type(utoipa::openapi::schema::Type::String)
+        .enum_values(Some([
+            "preparing",
+            "copying",
+            "paused",
+            "committed",
+            "unresolved",
+            "releasing",
+            "returning",
+            "finished",
+        ]))
+        .build()
+}
+
+/// Reads an id as it was given out.
+pub fn parse_id(text: &str) -> Option<MigrationId> {
+    let is_id = text.len() == 32 && text.bytes().all(|byte| byte.is_ascii_hexdigit());
+    if !is_id {
+        return None;
+    }
+    u128::from_str_radix(text, 16).ok().map(MigrationId)
+}
+
+impl From<&MigrationReport> for Report {
+    fn from(report: &MigrationReport) -> Self {
+        let outcome = report.outcome.as_ref();
+        let reason = match outcome {
+            Some(Outcome::Failed { reason } | Outcome::GuestLost { reason }) => {
+                Some(reason.clone())
+            }
+            Some(Outcome::Completed | Outcome::Aborted) | None => None,
+        };
+        Self {
+            outcome: outcome.map(|outcome| outcome.name().to_owned()),
+            reason,
+            pause_reason: report.pause_reason,
+            preparation_ms: milliseconds(report.preparation),
+            total_ms: milliseconds(report.total),
+            eviction_ms: milliseconds(report.eviction),
+            downtime_ms: report.downtime.as_ref().map(Downtime::from),
+            switch_ns: report.switch.map(|(stopped, running)| Moments {
+                stopped: stopped.as_nanos(),
+                running: running.as_nanos(),
+            }),
+            predicted_downtime_ms: report.predicted_downtime.map(milliseconds),
+            fixed_cost_ms: milliseconds(report.fixed_cost),
+            rehearsal_stall_ms: milliseconds(report.rehearsal_stall),
+            clock_offset_ns: report.clock.nanos,
+            clock_error_ms: milliseconds(report.clock.error),
+            rounds: report.rounds.iter().map(Round::from).collect(),
+            pages_sent: report.pages_sent().get(),
+            pages_resent: report.pages_resent().get(),
+            wire_bytes: report.wire_bytes().get(),
+            state_bytes: report.state_bytes.get(),
+            digest_equal: report.digest_equal,
+        }
+    }
+}
+
+impl From<&report::Downtime> for Downtime {
+    fn from(parts: &report::Downtime) -> Self {
+        Self {
+            total: milliseconds(parts.total()),
+            pause: milliseconds(parts.pause),
+            harvest: milliseconds(parts.harvest),
+            save: milliseconds(parts.save),
+            transfer: milliseconds(parts.transfer),
+            load: milliseconds(parts.load),
+            commit: milliseconds(parts.commit),
+            start: milliseconds(parts.start),
+        }
+    }
+}
+
+impl From<&report::RoundReport> for Round {
+    fn from(round: &report::RoundReport) -> Self {
+        Self {
+            pages: round.pages.get(),
+            zero_pages: round.zero_pages.get(),
+            resent_pages: round.resent.get(),
+            bytes: round.bytes.get(),
+            time_ms: milliseconds(round.time),
+            dirty_after_pages: round.dirty_after.get(),
+        }
+    }
+}

@@ -1,0 +1,155 @@
+//! The life of a daemon: take the state directory, find what an earlier one left, serve, wind down.
+//!
+//! A stop never takes a virtual machine along and never leaves a migration half done: those that
+//! can still be aborted are, the others are waited for. A second signal ends at once; what is then
+//! unresolved heals when a daemon is started here again.
+
+use crate::arrivals::Arrivals;
+use crate::host::Host;
+use crate::http;
+use crate::ledger::Ledger;
+use crate::machine::process::Processes;
+use crate::state_dir::StateDir;
+use anyhow::{Context, Result, bail};
+use limosa_carrier::Listener;
+use std::fs;
+use std::net::SocketAddr;
+use std::os::unix::fs::PermissionsExt;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+use std::time::Duration;
+use tokio::net::UnixListener;
+use tokio::signal::unix::{SignalKind, signal};
+
+/// Where other hosts reach a daemon when nothing is said.
+pub const LISTEN: &str = "127.0.0.1:7070";
+/// Requests that are worked on at once; long polls are among them.
+const REQUESTS_MAX: usize = 64;
+/// How often the daemon looks after what nobody asks about.
+const LOOK_AROUND_EVERY: Duration = Duration::from_millis(500);
+/// How long a stop waits for migrations: an abort takes milliseconds, a handover seconds.
+const WIND_DOWN_MAX: Duration = Duration::from_secs(20);
+
+/// What a daemon is told.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// Its state directory.
+    pub state_dir: PathBuf,
+    /// Where other hosts reach it.
+    pub listen: SocketAddr,
+    /// Listen beyond the loopback although nothing is encrypted yet.
+    pub insecure: bool,
+}
+
+/// Runs a daemon until it is told to stop.
+///
+/// # Errors
+/// One line: another daemon is there, an address is taken or not allowed.
+pub fn serve(options: &Options) -> Result<()> {
+    if !options.listen.ip().is_loopback() && !options.insecure {
+        bail!(
+            "{} can be reached from other machines and connections are not encrypted yet: \
+             listen on 127.0.0.1, or use --insecure if the network is trusted",
+            options.listen
+        );
+    }
+    let state = StateDir::open(&options.state_dir)?;
+    let socket = state.host_socket();
+    let ledger = Ledger::open(&state.ledger())?;
+    let processes = Processes::new(state.root());
+    let root = state.root().display().to_string();
+    let host = Host::new(state, Box::new(processes), ledger);
+    host.adopt_all()?;
+    let peers = Listener::bind(options.listen, Arc::new(Arrivals(Arc::clone(&host))))
+        .with_context(|| format!("cannot listen on {} for other hosts (--listen gives another address)", options.listen))?;
+    let address = peers.local_addr();
+    host.listens(peers);
+
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .max_blocking_threads(REQUESTS_MAX)
+        .build()
+        .context("cannot start the runtime of the control interface")?;
+    let is_over = Arc::new(AtomicBool::new(false));
+    let watcher = look_around(&host, &is_over)?;
+    let served = runtime.block_on(async {
+        let control = listen_privately(&socket)?;
+        let vms = host.vms().len();
+        eprintln!(
+            "limosa host {} listens for hosts on {address} and for commands on {} ({vms} VMs found)",
+            env!("CARGO_PKG_VERSION"),
+            socket.display()
+        );
+        let router = http::router(Arc::clone(&host));
+        let mut terminate = signal(SignalKind::terminate())?;
+        let mut interrupt = signal(SignalKind::interrupt())?;
+        tokio::select! {
+            served = axum::serve(control, router) => served.context("the control interface broke"),
+            _ = terminate.recv() => wind_down(&host, &mut terminate, &mut interrupt).await,
+            _ = interrupt.recv() => wind_down(&host, &mut terminate, &mut interrupt).await,
+        }
+    });
+    is_over.store(true, Ordering::SeqCst);
+    if watcher.join().is_err() {
+        tracing::error!("the thread that looks around has failed");
+    }
+    if let Err(error) = fs::remove_file(&socket) {
+        tracing::debug!(%error, "the control socket was gone");
+    }
+    runtime.shutdown_background();
+    let vms = host.registry().len();
+    if vms > 0 {
+        eprintln!("{vms} VMs run on without a daemon: 'limosa host --state-dir {root}' takes them up again");
+    }
+    served
+}
+
+/// Ends what can be ended while the control interface is silent; a second signal cuts it short.
+async fn wind_down(
+    host: &Arc<Host>,
+    terminate: &mut tokio::signal::unix::Signal,
+    interrupt: &mut tokio::signal::unix::Signal,
+) -> Result<()> {
+    tracing::info!("asked to stop");
+    let worker = Arc::clone(host);
+    let ending = tokio::task::spawn_blocking(move || worker.wind_down(WIND_DOWN_MAX));
+    let left = tokio::select! {
+        left = ending => left.context("winding down failed")?,
+        _ = terminate.recv() => 1,
+        _ = interrupt.recv() => 1,
+    };
+    if left > 0 {
+        eprintln!("migrations were under way: they are resolved when a daemon is started here again");
+    }
+    Ok(())
+}
+
+/// A listener that nobody else may connect to. The lock on the state directory is ours, so a socket
+/// that is there is a dead daemon's.
+fn listen_privately(socket: &std::path::Path) -> Result<UnixListener> {
+    match fs::remove_file(socket) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+            return Err(error).with_context(|| format!("cannot replace {}", socket.display()));
+        }
+        Ok(()) | Err(_) => {}
+    }
+    let listener = UnixListener::bind(socket)
+        .with_context(|| format!("cannot listen on {}", socket.display()))?;
+    fs::set_permissions(socket, fs::Permissions::from_mode(0o600))?;
+    Ok(listener)
+}
+
+fn look_around(host: &Arc<Host>, is_over: &Arc<AtomicBool>) -> Result<thread::JoinHandle<()>> {
+    let (host, is_over) = (Arc::clone(host), Arc::clone(is_over));
+    thread::Builder::new()
+        .name("look-around".to_owned())
+        .spawn(move || {
+            while !is_over.load(Ordering::SeqCst) {
+                host.look_around();
+                thread::sleep(LOOK_AROUND_EVERY);
+            }
+        })
+        .context("no thread to look around")
+}

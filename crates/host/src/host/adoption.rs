@@ -1,0 +1,162 @@
+//! What happens without a request: taking up what an earlier daemon left, and looking around.
+
+use super::Host;
+use crate::machine::{Activity, Machine};
+use crate::registry::{Adoption, Hold, Slot, Vm, adoption};
+use crate::state_dir::VmName;
+use limosa_carrier::Migration;
+use limosa_engine::handover::Phase;
+use std::sync::Arc;
+
+impl Host {
+    /// Takes up the VM processes that an earlier daemon left.
+    ///
+    /// # Errors
+    /// The state directory cannot be read.
+    pub fn adopt_all(&self) -> anyhow::Result<()> {
+        for name in self.state.vm_names()? {
+            if let Err(reason) = self.adopt(&name) {
+                tracing::error!(vm = %name, reason, "a VM that was left here cannot be taken up");
+            }
+        }
+        Ok(())
+    }
+
+    fn adopt(&self, name: &VmName) -> Result<(), String> {
+        let Some(machine) = self.machines.attach(name, self.on_end(name))? else {
+            tracing::info!(vm = %name, "removed the socket of a VM that is gone");
+            return Ok(());
+        };
+        let look = machine.look().map_err(|error| error.to_string())?;
+        let adoption = adoption(&look.phase);
+        tracing::info!(vm = %name, pid = machine.pid(), phase = %look.phase, ?adoption, "found");
+        if adoption == Adoption::Discard {
+            machine.kill();
+            return Ok(());
+        }
+        if adoption == Adoption::TakeBack {
+            machine.guest().record(&Phase::Running).map_err(|error| error.to_string())?;
+        }
+        if let Adoption::Resident { arrived: Some(id) } = adoption {
+            // Its daemon may have died between the guest's first instruction and this note.
+            self.ledger().note_running(id).map_err(|error| error.to_string())?;
+        }
+        let hold = match &adoption {
+            Adoption::Resident { arrived } => Hold::Here { arrived: *arrived },
+            Adoption::TakeBack | Adoption::Discard => Hold::Here { arrived: None },
+            Adoption::Resolve { id, .. } => Hold::Leaving { id: Some(*id) },
+        };
+        let mut registry = self.registry();
+        registry.reserve(name).map_err(|refusal| refusal.message)?;
+        registry.fill(name, Arc::clone(&machine), hold);
+        drop(registry);
+        if let Adoption::Resolve { id, peer } = adoption {
+            let on_finish = self.on_finish(name);
+            let migration = Migration::recover(machine.guest(), id, peer.clone(), on_finish)
+                .map_err(|error| error.to_string())?;
+            self.migrations_lock().insert(migration, name.to_string(), peer);
+        }
+        Ok(())
+    }
+
+    /// Looks after what nobody asks about: reports of ended migrations, guests that have ended.
+    pub fn look_around(&self) {
+        self.migrations_lock().settle();
+        let residents: Vec<(VmName, Arc<dyn Machine>)> = self
+            .registry()
+            .iter()
+            .filter_map(|(name, slot)| match slot {
+                Slot::Alive(Vm { machine, hold: Hold::Here { .. } }) => Some((name.clone(), Arc::clone(machine))),
+                Slot::Alive(_) | Slot::Reserved | Slot::Ended { .. } => None,
+            })
+            .collect();
+        for (name, machine) in residents {
+            if let Ok(look) = machine.look()
+                && let Activity::Ended { reason } = look.activity
+                && self.registry().process_ended(&name, machine.pid(), &reason)
+            {
+                tracing::info!(vm = %name, reason, "the guest has ended");
+                machine.kill();
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use crate::api::VmState;
+    use crate::arrivals::Arrivals;
+    use crate::host::Host;
+    use crate::ledger::Ledger;
+    use crate::machine::Machine;
+    use crate::machine::fake::{FakeMachine, FakeMachines};
+    use crate::state_dir::StateDir;
+    use limosa_carrier::TargetHost;
+    use limosa_engine::handover::{MigrationId, Phase, Resolution};
+    use std::fs;
+    use std::sync::Arc;
+    use std::time::Duration;
+
+    /// Starts a host on a directory in which an earlier one left these machines, and a socket
+    /// without one.
+    fn restarted(left: &[(&str, &Arc<FakeMachine>)]) -> (Arc<Host>, tempfile::TempDir) {
+        let dir = tempfile::tempdir().unwrap();
+        let state = StateDir::open(dir.path()).unwrap();
+        for name in left.iter().map(|(name, _)| *name).chain(["stale"]) {
+            fs::write(dir.path().join(format!("vms/{name}.sock")), b"").unwrap();
+        }
+        let left = left.iter().map(|(name, machine)| ((*name).to_owned(), Arc::clone(machine))).collect();
+        let machines = Arc::new(FakeMachines { left, ..FakeMachines::default() });
+        let ledger = Ledger::open(&state.ledger()).unwrap();
+        let host = Host::new(state, Box::new(machines), ledger);
+        host.adopt_all().unwrap();
+        (host, dir)
+    }
+
+    #[test]
+    fn a_restarted_host_acts_by_the_phase_of_what_it_finds() {
+        let id = MigrationId;
+        // Nobody listens on port 1 of the loopback: the outcome stays unknown.
+        let committed = Phase::Committed { id: id(2), peer: "127.0.0.1:1".to_owned() };
+        let [running, offered, handed, preparing, arrived] = [
+            Phase::Running,
+            Phase::Offered { id: id(1) },
+            committed.clone(),
+            Phase::Preparing { id: id(3) },
+            Phase::Arrived { id: id(4) },
+        ]
+        .map(|phase| FakeMachine::new(7, phase));
+        let (host, _dir) = restarted(&[
+            ("running", &running),
+            ("offered", &offered),
+            ("committed", &handed),
+            ("preparing", &preparing),
+            ("arrived", &arrived),
+        ]);
+
+        assert_eq!(offered.phase(), Phase::Running, "it belongs here again");
+        assert_eq!(handed.phase(), committed, "only the target can say");
+        assert_eq!(preparing.ended().as_deref(), Some("killed"));
+        let listed: Vec<(String, VmState)> =
+            host.vms().into_iter().map(|vm| (vm.name, vm.state)).collect();
+        let [first, ..] = &listed[..] else { panic!("nothing is listed") };
+        assert_eq!(first.0, "arrived");
+        let names: Vec<&str> = listed.iter().map(|(name, _)| name.as_str()).collect();
+        assert_eq!(names, ["arrived", "committed", "offered", "running"]);
+        for (name, state) in &listed {
+            let is_held = matches!(state, VmState::Migrating | VmState::Unresolved);
+            assert_eq!(is_held, name == "committed", "{name} {state:?}");
+        }
+        let unresolved = host.migration(&id(2).to_string(), Duration::ZERO).unwrap();
+        assert_eq!((unresolved.vm.as_str(), unresolved.to.as_str()), ("committed", "127.0.0.1:1"));
+        assert!(host.inspect("committed").is_err(), "nobody may disturb it");
+
+        let arrivals = Arrivals(Arc::clone(&host));
+        assert_eq!(arrivals.resolve(id(4)), Resolution::Runs);
+        assert_eq!(arrivals.resolve(id(3)), Resolution::Barred);
+        arrivals.confirmed(id(4));
+        assert_eq!(arrived.phase(), Phase::Running);
+        host.stop("arrived", false).unwrap();
+        assert_eq!(arrivals.resolve(id(4)), Resolution::Runs, "the answer outlives the guest");
+    }
+}

@@ -1,0 +1,166 @@
+//! Requests about migrations away from this host: start, watch, steer, abort.
+
+use super::{Host, parse_name};
+use crate::api::{LimitsPatch, MigrateBody, MigrationInfo};
+use crate::refusal::Refusal;
+use crate::registry::{Hold, Vm};
+use crate::state_dir::VmName;
+use limosa_carrier::{MigrateRequest, Migration, StartError};
+use limosa_engine::handover::{MigrationId, Phase};
+use limosa_engine::policy::Limits;
+use limosa_engine::report::MigrationReport;
+use limosa_pages::BytesPerSecond;
+use std::net::{SocketAddr, ToSocketAddrs};
+use std::sync::Arc;
+use std::time::Duration;
+
+/// Push streams when nothing is said: one core fills a link of 10 Gbit/s, two hide its pauses.
+const STREAMS: u8 = 2;
+/// Longest long poll of a client.
+const WAIT_MAX: Duration = Duration::from_secs(10);
+
+impl Host {
+    /// Starts to move a virtual machine away.
+    ///
+    /// # Errors
+    /// The request is wrong, or the virtual machine is not resident.
+    pub fn migrate(&self, name: &str, body: &MigrateBody) -> Result<MigrationId, Refusal> {
+        let name = parse_name(name)?;
+        let limits = body.limits().map_err(Refusal::bad_request)?;
+        self.check_peer(&body.to, body.insecure)?;
+        let vm = self.registry().begin_leaving(&name)?;
+        let started = self.confirm(&vm).and_then(|()| self.start(&name, &vm, body, limits));
+        let migration = match started {
+            Ok(migration) => migration,
+            Err(refusal) => {
+                self.registry().hold(&name, vm.hold);
+                return Err(refusal);
+            }
+        };
+        let id = migration.id();
+        self.registry().leaving_as(&name, id);
+        tracing::info!(migration_id = %id, vm = %name, to = body.to, mode = %body.mode, "migration started");
+        self.migrations_lock().insert(migration, name.to_string(), body.to.clone());
+        Ok(id)
+    }
+
+    /// A guest whose arrival was never confirmed is at home here all the same once the ledger can
+    /// answer for it; only then may it go on.
+    fn confirm(&self, vm: &Vm) -> Result<(), Refusal> {
+        let Hold::Here { arrived: Some(id) } = vm.hold else { return Ok(()) };
+        self.ledger().note_running(id).map_err(|error| Refusal::failed(error.to_string()))?;
+        let recorded = vm.machine.guest().record(&Phase::Running);
+        recorded.map_err(|error| Refusal::failed(format!("the VM does not answer: {error}")))
+    }
+
+    fn start(
+        &self,
+        name: &VmName,
+        vm: &Vm,
+        body: &MigrateBody,
+        limits: Limits,
+    ) -> Result<Arc<Migration>, Refusal> {
+        let request = MigrateRequest {
+            peer: body.to.clone(),
+            mode: body.mode,
+            limits,
+            streams: body.streams.unwrap_or(STREAMS),
+            verify: body.verify,
+            link: body.link.map(BytesPerSecond::new),
+        };
+        let journal = self.state.next_journal(name);
+        Migration::start(vm.machine.guest(), request, Some(journal), self.on_finish(name))
+            .map_err(|error| match error {
+                StartError::Streams(_) | StartError::NoBandwidth => Refusal::bad_request(error.to_string()),
+                StartError::Guest(_) | StartError::System(_) => Refusal::failed(error.to_string()),
+            })
+    }
+
+    pub(super) fn on_finish(&self, name: &VmName) -> Box<dyn FnOnce(&MigrationReport) + Send> {
+        let (me, name) = (self.me.clone(), name.clone());
+        Box::new(move |report| {
+            let (Some(host), Some(outcome)) = (me.upgrade(), &report.outcome) else { return };
+            host.registry().left(&name, outcome);
+            tracing::info!(migration_id = %report.id, vm = %name, outcome = outcome.name(), "migration over");
+        })
+    }
+
+    /// Until connections are encrypted, a peer beyond this machine needs the operator's word.
+    fn check_peer(&self, to: &str, insecure: bool) -> Result<(), Refusal> {
+        let addresses: Vec<SocketAddr> = to
+            .to_socket_addrs()
+            .map_err(|error| Refusal::bad_request(format!("{to:?} is not an address ({error}): give HOST:PORT")))?
+            .collect();
+        if let Some(own) = self.peer_address()
+            && addresses.contains(&own)
+        {
+            return Err(Refusal::bad_request(format!("{to} is this host itself: name another one")));
+        }
+        let is_local = addresses.iter().all(|address| address.ip().is_loopback());
+        if is_local || insecure {
+            return Ok(());
+        }
+        Err(Refusal::bad_request(format!(
+            "{to} is another machine and the connection would not be encrypted: use --insecure if the network is trusted"
+        )))
+    }
+
+    /// All migrations away from here that are remembered.
+    pub fn migrations(&self) -> Vec<MigrationInfo> {
+        self.migrations_lock().list()
+    }
+
+    /// One migration, at once or when it is over, whichever `wait` allows.
+    ///
+    /// # Errors
+    /// It is not known.
+    pub fn migration(&self, id: &str, wait: Duration) -> Result<MigrationInfo, Refusal> {
+        let id = parse_id(id)?;
+        if !wait.is_zero() {
+            let running = self.migrations_lock().running(id)?;
+            running.map(|migration| migration.wait(wait.min(WAIT_MAX)));
+        }
+        self.migrations_lock().info(id)
+    }
+
+    /// Changes limits of a running migration.
+    ///
+    /// # Errors
+    /// It is not known or over, or a limit is wrong.
+    pub fn set(&self, id: &str, patch: &LimitsPatch) -> Result<MigrationInfo, Refusal> {
+        let id = parse_id(id)?;
+        let migration = self.running_migration(id)?;
+        let before = migration.status().limits;
+        let limits = patch.apply(before).map_err(Refusal::bad_request)?;
+        migration.set(limits);
+        tracing::info!(migration_id = %id, ?limits, "limits changed");
+        let mut info = self.migrations_lock().info(id)?;
+        // The engine takes them up with its next event.
+        info.limits = limits.into();
+        Ok(info)
+    }
+
+    /// Aborts a migration.
+    ///
+    /// # Errors
+    /// It is not known, over, or too late.
+    pub fn abort(&self, id: &str) -> Result<(), Refusal> {
+        let id = parse_id(id)?;
+        let migration = self.running_migration(id)?;
+        migration.abort().map_err(|error| Refusal::conflict(error.to_string()))?;
+        tracing::info!(migration_id = %id, "abort asked for");
+        Ok(())
+    }
+
+    fn running_migration(&self, id: MigrationId) -> Result<Arc<Migration>, Refusal> {
+        self.migrations_lock()
+            .running(id)?
+            .ok_or_else(|| Refusal::conflict(format!("migration {id} is over")))
+    }
+}
+
+fn parse_id(id: &str) -> Result<MigrationId, Refusal> {
+    crate::api::parse_id(id).ok_or_else(|| {
+        Refusal::bad_request(format!("{id:?} is not a migration id: expected 32 hexadecimal digits"))
+    })
+}

@@ -1,0 +1,314 @@
+//! Requests about virtual machines: make, list, look into, end.
+
+use super::{ABORT_MAX, Host, parse_name};
+use crate::api::{CommandKind, GuestReport, SectionInfo, VmInfo, VmSpec, VmState};
+use crate::machine::{Activity, Machine, OnEnd};
+use crate::refusal::Refusal;
+use crate::registry::{Hold, Slot, Vm};
+use crate::state_dir::VmName;
+use limosa_carrier::GuestError;
+use limosa_engine::handover::{MigrationId, Phase};
+use std::fs::File;
+use std::io::{Read, Seek, SeekFrom};
+use std::net::SocketAddr;
+use std::path::Path;
+use std::sync::Arc;
+use std::thread;
+use std::time::{Duration, Instant};
+
+/// Most vCPUs of a virtual machine.
+const VCPUS_MAX: u8 = 8;
+/// How long a new guest is watched for a quick death before it counts as started.
+const FIRST_SIGN_MAX: Duration = Duration::from_millis(500);
+
+impl Host {
+    /// All virtual machines.
+    pub fn vms(&self) -> Vec<VmInfo> {
+        let slots: Vec<(VmName, Slot)> = self
+            .registry()
+            .iter()
+            .map(|(name, slot)| (name.clone(), slot.clone()))
+            .collect();
+        slots.iter().filter_map(|(name, slot)| self.vm_info(name, slot)).collect()
+    }
+
+    /// One virtual machine.
+    ///
+    /// # Errors
+    /// There is none of this name.
+    pub fn vm(&self, name: &str) -> Result<VmInfo, Refusal> {
+        let name = parse_name(name)?;
+        let slot = self.registry().get(&name)?.clone();
+        self.vm_info(&name, &slot).ok_or_else(|| {
+            Refusal::conflict(format!("VM '{name}' is being started or stopped right now: try again"))
+        })
+    }
+
+    fn vm_info(&self, name: &VmName, slot: &Slot) -> Option<VmInfo> {
+        let (shape, ended, vm) = match slot {
+            Slot::Reserved => return None,
+            Slot::Ended { shape, reason } => (*shape, Some(reason.clone()), None),
+            Slot::Alive(vm) => (vm.machine.shape(), None, Some(vm)),
+        };
+        let mut info = VmInfo {
+            name: name.to_string(),
+            state: VmState::Ended,
+            phase: "ended".to_owned(),
+            pid: vm.map_or(0, |vm| vm.machine.pid()),
+            memory_bytes: shape.memory_bytes,
+            vcpus: shape.vcpus,
+            huge_pages: shape.huge_pages,
+            work: None,
+            errors: None,
+            migration: None,
+            ended,
+            socket: self.state.vm_socket(name).display().to_string(),
+            log: self.state.vm_log(name).display().to_string(),
+        };
+        if let Some(vm) = vm {
+            self.tell_hold(&mut info, vm);
+            let report = vm.machine.report();
+            if !report.vcpus.is_empty() {
+                info.work = Some(report.vcpus.iter().map(|vcpu| vcpu.work).sum());
+                info.errors = Some(report.vcpus.iter().map(|vcpu| vcpu.errors).sum());
+            }
+        }
+        Some(info)
+    }
+
+    /// Fills in what goes on with a virtual machine. One that a migration holds is not asked: the
+    /// request would stand in the migration's way.
+    fn tell_hold(&self, info: &mut VmInfo, vm: &Vm) {
+        match vm.hold {
+            Hold::Here { arrived } => {
+                info.migration = arrived.map(|id| id.to_string());
+                match vm.machine.look() {
+                    Ok(look) => {
+                        info.phase = look.phase.to_string();
+                        info.state = match look.activity {
+                            Activity::Running => VmState::Running,
+                            Activity::Paused => VmState::Paused,
+                            Activity::Ended { .. } => VmState::Ended,
+                        };
+                        if let Activity::Ended { reason } = look.activity {
+                            info.ended = Some(reason);
+                        }
+                    }
+                    Err(error) => {
+                        info.ended = vm.machine.ended();
+                        info.state = if info.ended.is_some() { VmState::Ended } else { VmState::Silent };
+                        info.phase = error.to_string();
+                    }
+                }
+            }
+            Hold::Leaving { id } => {
+                info.migration = id.map(|id| id.to_string());
+                let unresolved = id.and_then(|id| self.unresolved(id));
+                info.state = if unresolved.is_some() { VmState::Unresolved } else { VmState::Migrating };
+                info.phase = unresolved.unwrap_or_else(|| "migrating".to_owned());
+            }
+            Hold::Arriving { id } => {
+                info.migration = Some(id.to_string());
+                info.state = VmState::Arriving;
+                info.phase = Phase::Preparing { id }.to_string();
+            }
+        }
+    }
+
+    fn unresolved(&self, id: MigrationId) -> Option<String> {
+        let running = self.migrations_lock().running(id).ok()??;
+        running.status().unresolved
+    }
+
+    /// Makes a virtual machine and starts it.
+    ///
+    /// # Errors
+    /// The request is wrong, the host cannot, or the guest gave up at once.
+    pub fn run(&self, spec: &VmSpec) -> Result<VmInfo, Refusal> {
+        let name = VmName::new(&spec.name).map_err(Refusal::bad_request)?;
+        if !(1..=VCPUS_MAX).contains(&spec.vcpus) {
+            return Err(Refusal::bad_request(format!(
+                "{} vCPUs are not possible: give 1 to {VCPUS_MAX}",
+                spec.vcpus
+            )));
+        }
+        check_observer(spec.observer.as_deref())?;
+        self.registry().reserve(&name)?;
+        match self.boot(&name, spec) {
+            Ok(machine) => {
+                tracing::info!(vm = %name, pid = machine.pid(), "started");
+                self.registry().fill(&name, machine, Hold::Here { arrived: None });
+                self.vm(name.as_str())
+            }
+            Err(refusal) => {
+                self.registry().remove(&name);
+                Err(refusal)
+            }
+        }
+    }
+
+    fn boot(&self, name: &VmName, spec: &VmSpec) -> Result<Arc<dyn Machine>, Refusal> {
+        let machine = self.machines.boot(name, spec, self.on_end(name))?;
+        let started = machine
+            .run()
+            .map_err(|error| Refusal::failed(format!("the guest cannot start: {error}")))
+            .and_then(|()| self.first_sign(name, &*machine));
+        if let Err(refusal) = started {
+            machine.kill();
+            return Err(refusal);
+        }
+        Ok(machine)
+    }
+
+    /// Waits a moment for a guest that gives up at once, over its arguments for example: the
+    /// operator shall hear it as the answer to the request.
+    fn first_sign(&self, name: &VmName, machine: &dyn Machine) -> Result<(), Refusal> {
+        let begun = Instant::now();
+        while begun.elapsed() < FIRST_SIGN_MAX {
+            let report = machine.report();
+            let has_failed = report.vcpus.iter().any(|vcpu| vcpu.state == "failed");
+            let ended = match machine.look() {
+                Ok(look) => match look.activity {
+                    Activity::Ended { reason } => Some(reason),
+                    Activity::Running | Activity::Paused => None,
+                },
+                Err(error) => Some(machine.ended().unwrap_or_else(|| error.to_string())),
+            };
+            if has_failed || ended.is_some() {
+                let last_line = last_line(&self.state.vm_log(name));
+                let how = ended.unwrap_or_else(|| "the guest gave up".to_owned());
+                return Err(Refusal::bad_request(format!(
+                    "VM '{name}' ended at once: {}",
+                    last_line.unwrap_or(how)
+                )));
+            }
+            if report.vcpus.iter().any(|vcpu| vcpu.state == "ready" || vcpu.state == "done") {
+                return Ok(());
+            }
+            thread::sleep(Duration::from_millis(5));
+        }
+        Ok(())
+    }
+
+    /// What a VM process that ends tells the registry.
+    pub(crate) fn on_end(&self, name: &VmName) -> OnEnd {
+        let (me, name) = (self.me.clone(), name.clone());
+        Box::new(move |pid, reason| {
+            if let Some(host) = me.upgrade()
+                && host.registry().process_ended(&name, pid, reason)
+            {
+                tracing::warn!(vm = %name, pid, reason, "a VM has ended by itself");
+            }
+        })
+    }
+
+    /// Ends a virtual machine, or removes one that ended.
+    ///
+    /// # Errors
+    /// There is none, a migration holds it, or its process does not end.
+    pub fn stop(&self, name: &str, force: bool) -> Result<(), Refusal> {
+        let name = parse_name(name)?;
+        if !matches!(self.registry().get(&name)?, Slot::Ended { .. }) {
+            self.free(&name, force)?;
+        }
+        let slot = self.registry().begin_removal(&name)?;
+        let Slot::Alive(vm) = &slot else {
+            self.registry().remove(&name);
+            return Ok(());
+        };
+        if let Err(error) = vm.machine.stop() {
+            if !force && vm.machine.ended().is_none() {
+                self.registry().put_back(&name, slot);
+                return Err(Refusal::failed(format!(
+                    "VM '{name}' does not stop ({error}): 'limosa stop --force {name}' kills it"
+                )));
+            }
+            vm.machine.kill();
+        }
+        self.registry().remove(&name);
+        tracing::info!(vm = %name, "stopped");
+        Ok(())
+    }
+
+    /// Sees to it that no migration holds a virtual machine.
+    fn free(&self, name: &VmName, force: bool) -> Result<(), Refusal> {
+        let hold = self.registry().alive(name)?.hold;
+        let Hold::Leaving { id: Some(id) } = hold else {
+            return self.registry().resident(name).map(drop);
+        };
+        let running = self.migrations_lock().running(id)?;
+        let Some(migration) = running else { return Ok(()) };
+        if !force {
+            self.registry().resident(name)?;
+        }
+        if migration.abort().is_ok() {
+            migration.wait(ABORT_MAX);
+            return self.registry().resident(name).map(drop);
+        }
+        // Handed over, and nobody answers: the operator decides that it is lost here.
+        if let Slot::Alive(vm) = self.registry().get(name)?.clone() {
+            vm.machine.kill();
+        }
+        migration.wait(ABORT_MAX);
+        Ok(())
+    }
+
+    /// The parts of the state of a virtual machine.
+    ///
+    /// # Errors
+    /// It is not resident, or its process does not answer.
+    pub fn inspect(&self, name: &str) -> Result<Vec<SectionInfo>, Refusal> {
+        let name = parse_name(name)?;
+        let machine = self.registry().resident(&name)?;
+        machine.sections().map_err(|error| silent(&name, &error))
+    }
+
+    /// What a micro guest says about itself.
+    ///
+    /// # Errors
+    /// There is no such virtual machine.
+    pub fn guest(&self, name: &str) -> Result<GuestReport, Refusal> {
+        let name = parse_name(name)?;
+        let machine = Arc::clone(&self.registry().alive(&name)?.machine);
+        Ok(machine.report())
+    }
+
+    /// Gives a micro guest a command.
+    ///
+    /// # Errors
+    /// There is no such virtual machine, or its process does not answer.
+    pub fn command(&self, name: &str, kind: CommandKind) -> Result<(), Refusal> {
+        let name = parse_name(name)?;
+        let machine = Arc::clone(&self.registry().alive(&name)?.machine);
+        machine.command(kind).map_err(|error| silent(&name, &error))
+    }
+}
+
+fn silent(name: &VmName, error: &GuestError) -> Refusal {
+    Refusal::failed(format!("VM '{name}' does not do it: {error}"))
+}
+
+/// Heartbeats stay on this machine, whoever asks for them.
+fn check_observer(observer: Option<&str>) -> Result<(), Refusal> {
+    let Some(text) = observer else { return Ok(()) };
+    match text.parse::<SocketAddr>() {
+        Ok(address) if address.ip().is_loopback() => Ok(()),
+        Ok(_) => Err(Refusal::bad_request(format!(
+            "the observer {text} is another machine: give an address of the loopback"
+        ))),
+        Err(_) => Err(Refusal::bad_request(format!("{text:?} is not an observer: give IP:PORT"))),
+    }
+}
+
+/// The last line that a VM process printed, without its terminal codes.
+fn last_line(log: &Path) -> Option<String> {
+    const TAIL_BYTES: u64 = 4096;
+    let mut file = File::open(log).ok()?;
+    let length = file.metadata().ok()?.len();
+    file.seek(SeekFrom::Start(length.saturating_sub(TAIL_BYTES))).ok()?;
+    let mut bytes = Vec::new();
+    file.take(TAIL_BYTES).read_to_end(&mut bytes).ok()?;
+    let text = String::from_utf8_lossy(&bytes);
+    let line = text.lines().rev().find(|line| !line.trim().is_empty())?;
+    Some(line.chars().filter(|char| !char.is_control()).take(300).collect())
+}

@@ -1,0 +1,144 @@
+//! The seam to virtual machines: what the registry asks of one, whoever runs it.
+//!
+//! Implemented by [`process`] for VM processes of this program, and by plain values in the tests
+//! of the registry. What a migration asks is the carrier's [`Guest`]; this is the rest.
+
+#[cfg(test)]
+pub mod fake;
+pub mod process;
+
+use crate::api::{CommandKind, GuestReport, SectionInfo, VmSpec};
+use crate::refusal::Refusal;
+use crate::state_dir::VmName;
+use limosa_carrier::{Guest, GuestError};
+use limosa_engine::handover::{MigrationId, Phase};
+use limosa_engine::wire::Start;
+use std::sync::Arc;
+
+/// The size of a virtual machine.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Shape {
+    /// Guest memory.
+    pub memory_bytes: u64,
+    /// Number of vCPUs.
+    pub vcpus: u8,
+    /// 2 MiB pages.
+    pub huge_pages: bool,
+}
+
+/// What a VM process says when it is asked.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Look {
+    /// Its phase record.
+    pub phase: Phase,
+    /// What the vCPUs do.
+    pub activity: Activity,
+}
+
+/// What the vCPUs of a virtual machine do.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Activity {
+    /// They run.
+    Running,
+    /// They stand, and can run again.
+    Paused,
+    /// The guest is over.
+    Ended {
+        /// How, in one line.
+        reason: String,
+    },
+}
+
+/// A virtual machine.
+pub trait Machine: Send + Sync {
+    /// Process id.
+    fn pid(&self) -> u32;
+
+    /// Its size.
+    fn shape(&self) -> Shape;
+
+    /// For a migration.
+    fn guest(&self) -> Arc<dyn Guest>;
+
+    /// How it is.
+    ///
+    /// # Errors
+    /// The VM process does not answer.
+    fn look(&self) -> Result<Look, GuestError>;
+
+    /// Starts a guest that was booted.
+    ///
+    /// # Errors
+    /// The VM process does not answer, or its phase forbids it.
+    fn run(&self) -> Result<(), GuestError>;
+
+    /// The parts of its state.
+    ///
+    /// # Errors
+    /// The VM process does not answer, or the state cannot be saved.
+    fn sections(&self) -> Result<Vec<SectionInfo>, GuestError>;
+
+    /// What a micro guest says about itself, read from its memory: the VM process is not asked.
+    fn report(&self) -> GuestReport;
+
+    /// Gives a micro guest a command.
+    ///
+    /// # Errors
+    /// The VM process does not answer.
+    fn command(&self, kind: CommandKind) -> Result<(), GuestError>;
+
+    /// Ends it in order.
+    ///
+    /// # Errors
+    /// The VM process does not answer.
+    fn stop(&self) -> Result<(), GuestError>;
+
+    /// Kills the VM process, whatever it does.
+    fn kill(&self);
+
+    /// How the VM process ended, once it has.
+    fn ended(&self) -> Option<String>;
+}
+
+/// Called once when a VM process has ended, from a thread of its own: process id, and how.
+pub type OnEnd = Box<dyn FnOnce(u32, &str) + Send>;
+
+/// A virtual machine that another host describes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Described {
+    /// Its name.
+    pub name: VmName,
+}
+
+/// Makes and finds virtual machines.
+pub trait Machines: Send + Sync {
+    /// Makes one with its program loaded, not running yet.
+    ///
+    /// # Errors
+    /// What is wrong with the request or the host.
+    fn boot(&self, name: &VmName, spec: &VmSpec, on_end: OnEnd) -> Result<Arc<dyn Machine>, Refusal>;
+
+    /// Reads what a source wants to send here.
+    ///
+    /// # Errors
+    /// It is not understood, or not possible on this host.
+    fn describe(&self, start: &Start) -> Result<Described, String>;
+
+    /// Makes an empty one that waits for the state of attempt `id`.
+    ///
+    /// # Errors
+    /// The host cannot make it.
+    fn receive(
+        &self,
+        name: &VmName,
+        id: MigrationId,
+        start: &Start,
+        on_end: OnEnd,
+    ) -> Result<Arc<dyn Machine>, String>;
+
+    /// Takes up one that an earlier daemon left; `None` if its process is gone.
+    ///
+    /// # Errors
+    /// There is a process, but it does not answer.
+    fn attach(&self, name: &VmName, on_end: OnEnd) -> Result<Option<Arc<dyn Machine>>, String>;
+}

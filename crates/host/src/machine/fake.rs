@@ -1,0 +1,194 @@
+//! Machines without a guest, for the tests of those who deal with machines.
+
+use super::{Activity, Described, Look, Machine, Machines, OnEnd, Shape};
+use crate::api::{CommandKind, GuestReport, SectionInfo, VmSpec};
+use crate::refusal::Refusal;
+use crate::state_dir::VmName;
+use limosa_carrier::{CommitError, Guest, GuestError, Running, Saved};
+use limosa_engine::Timestamp;
+use limosa_engine::handover::{MigrationId, Phase};
+use limosa_engine::wire::Start;
+use limosa_os::{PageKind, SharedMemory};
+use limosa_pages::{ByteCount, PageRange, PageSet};
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+/// A machine that remembers what it was told.
+pub struct FakeMachine {
+    pid: u32,
+    guest: Arc<FakeGuest>,
+    ended: Mutex<Option<String>>,
+}
+
+/// The guest of one: it has a phase and nothing else.
+pub struct FakeGuest {
+    phase: Mutex<Phase>,
+    memory: Arc<SharedMemory>,
+}
+
+impl FakeMachine {
+    pub fn new(pid: u32, phase: Phase) -> Arc<Self> {
+        let memory = SharedMemory::create(ByteCount::new(2 << 20), PageKind::Small).unwrap();
+        let guest = FakeGuest { phase: Mutex::new(phase), memory: Arc::new(memory) };
+        Arc::new(Self { pid, guest: Arc::new(guest), ended: Mutex::new(None) })
+    }
+
+    pub fn phase(&self) -> Phase {
+        self.guest.phase.lock().unwrap().clone()
+    }
+
+    pub fn end(&self, reason: &str) {
+        *self.ended.lock().unwrap() = Some(reason.to_owned());
+    }
+}
+
+impl Machine for FakeMachine {
+    fn pid(&self) -> u32 {
+        self.pid
+    }
+
+    fn shape(&self) -> Shape {
+        Shape { memory_bytes: 2 << 20, vcpus: 1, huge_pages: false }
+    }
+
+    fn guest(&self) -> Arc<dyn Guest> {
+        Arc::clone(&self.guest) as Arc<dyn Guest>
+    }
+
+    fn look(&self) -> Result<Look, GuestError> {
+        match self.ended() {
+            Some(reason) => Err(GuestError(reason)),
+            None => Ok(Look { phase: self.phase(), activity: Activity::Running }),
+        }
+    }
+
+    fn run(&self) -> Result<(), GuestError> {
+        Ok(())
+    }
+
+    fn sections(&self) -> Result<Vec<SectionInfo>, GuestError> {
+        Ok(Vec::new())
+    }
+
+    fn report(&self) -> GuestReport {
+        GuestReport { tsc_khz: 0, vcpus: Vec::new() }
+    }
+
+    fn command(&self, _: CommandKind) -> Result<(), GuestError> {
+        Ok(())
+    }
+
+    fn stop(&self) -> Result<(), GuestError> {
+        self.end("stopped");
+        Ok(())
+    }
+
+    fn kill(&self) {
+        self.end("killed");
+    }
+
+    fn ended(&self) -> Option<String> {
+        self.ended.lock().unwrap().clone()
+    }
+}
+
+impl Guest for FakeGuest {
+    fn description(&self) -> Result<Vec<u8>, GuestError> {
+        Ok(Vec::new())
+    }
+
+    fn memory(&self) -> Arc<SharedMemory> {
+        Arc::clone(&self.memory)
+    }
+
+    fn start_tracking(&self) -> Result<(), GuestError> {
+        unreachable!("no migration of a fake gets so far")
+    }
+
+    fn stop_tracking(&self) -> Result<(), GuestError> {
+        Ok(())
+    }
+
+    fn harvest(&self, _: &mut PageSet) -> Result<(), GuestError> {
+        unreachable!("no migration of a fake gets so far")
+    }
+
+    fn clear(&self, _: PageRange) -> Result<(), GuestError> {
+        unreachable!("no migration of a fake gets so far")
+    }
+
+    fn rehearse(&self) -> Result<Saved, GuestError> {
+        unreachable!("no migration of a fake gets so far")
+    }
+
+    fn pause_and_save(&self, _: bool) -> Result<Saved, GuestError> {
+        unreachable!("no migration of a fake gets so far")
+    }
+
+    fn resume(&self) -> Result<(), GuestError> {
+        Ok(())
+    }
+
+    fn record(&self, phase: &Phase) -> Result<(), GuestError> {
+        let mut own = self.phase.lock().unwrap();
+        own.check(phase).map_err(|error| GuestError(error.to_string()))?;
+        *own = phase.clone();
+        Ok(())
+    }
+
+    fn load(&self, _: &[u8], _: bool) -> Result<Duration, GuestError> {
+        unreachable!("no migration of a fake gets so far")
+    }
+
+    fn commit_and_run(&self, _: MigrationId, _: Timestamp) -> Result<Running, CommitError> {
+        unreachable!("no migration of a fake gets so far")
+    }
+
+    fn stop(&self) -> Result<(), GuestError> {
+        Ok(())
+    }
+}
+
+/// Makes fakes, and finds those that a test has left.
+#[derive(Default)]
+pub struct FakeMachines {
+    pub left: HashMap<String, Arc<FakeMachine>>,
+    pub made: Mutex<Vec<Arc<FakeMachine>>>,
+}
+
+impl FakeMachines {
+    fn make(&self, phase: Phase) -> Arc<dyn Machine> {
+        let mut made = self.made.lock().unwrap();
+        let machine = FakeMachine::new(1000 + u32::try_from(made.len()).unwrap(), phase);
+        made.push(Arc::clone(&machine));
+        machine
+    }
+}
+
+impl Machines for Arc<FakeMachines> {
+    fn boot(&self, _: &VmName, _: &VmSpec, _: OnEnd) -> Result<Arc<dyn Machine>, Refusal> {
+        Ok(self.make(Phase::Running))
+    }
+
+    /// The description is the name.
+    fn describe(&self, start: &Start) -> Result<Described, String> {
+        let name = VmName::new(&String::from_utf8_lossy(&start.vm))?;
+        Ok(Described { name })
+    }
+
+    fn receive(
+        &self,
+        _: &VmName,
+        id: MigrationId,
+        _: &Start,
+        _: OnEnd,
+    ) -> Result<Arc<dyn Machine>, String> {
+        Ok(self.make(Phase::Preparing { id }))
+    }
+
+    fn attach(&self, name: &VmName, _: OnEnd) -> Result<Option<Arc<dyn Machine>>, String> {
+        let left = self.left.get(name.as_str()).map(Arc::clone);
+        Ok(left.map(|machine| machine as Arc<dyn Machine>))
+    }
+}

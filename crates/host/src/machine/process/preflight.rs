@@ -1,0 +1,78 @@
+//! What is checked before a VM process is started: its program, and room for its memory.
+
+use crate::machine::Shape;
+use limosa_pages::ByteCount;
+use std::{fs, io};
+
+/// Largest program: micro guests are far smaller, and it has to fit below small memories anyway.
+const ELF_BYTES_MAX: u64 = 64 << 20;
+
+/// Reads a program that is not built in.
+pub fn read_program(micro: &str) -> Result<Vec<u8>, String> {
+    let file = fs::metadata(micro).map_err(|error| {
+        if error.kind() == io::ErrorKind::NotFound && !micro.contains('/') {
+            format!(
+                "no micro program {micro:?}: known are writer, idle, compute; or give the path of an ELF file"
+            )
+        } else {
+            format!("cannot read the program {micro}: {error}")
+        }
+    })?;
+    if !file.is_file() || file.len() > ELF_BYTES_MAX {
+        return Err(format!(
+            "{micro} is no program: expected an ELF file of at most {}",
+            ByteCount::new(ELF_BYTES_MAX)
+        ));
+    }
+    fs::read(micro).map_err(|error| format!("cannot read the program {micro}: {error}"))
+}
+
+/// Refuses a guest for whose memory this host has no room: better now than when it is touched.
+pub fn ensure_memory(shape: Shape) -> Result<(), String> {
+    let Ok(meminfo) = fs::read_to_string("/proc/meminfo") else { return Ok(()) };
+    let needed = ByteCount::new(shape.memory_bytes);
+    let (what, free, advice) = if shape.huge_pages {
+        let pages = value(&meminfo, "HugePages_Free").unwrap_or(0);
+        ("huge pages", pages << 21, " (vm.nr_hugepages reserves them)")
+    } else {
+        let Some(kib) = value(&meminfo, "MemAvailable") else { return Ok(()) };
+        ("memory", kib << 10, "")
+    };
+    if needed.get() <= free {
+        return Ok(());
+    }
+    let free = ByteCount::new(free);
+    Err(format!("not enough {what}: {needed} needed, {free} free on this host{advice}"))
+}
+
+/// The number of a line `name:  number unit`.
+fn value(meminfo: &str, name: &str) -> Option<u64> {
+    let line = meminfo.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'))?;
+    line.split_whitespace().next()?.parse().ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn programs_that_are_none_are_refused() {
+        let check = |micro: &str, expect: &str| {
+            let error = read_program(micro).unwrap_err();
+            assert!(error.contains(expect), "{error}");
+        };
+        check("write", "known are writer, idle, compute");
+        check("/nonexistent/program", "cannot read the program /nonexistent/program");
+        check("/proc", "is no program");
+    }
+
+    #[test]
+    fn a_guest_that_does_not_fit_is_refused() {
+        let shape = Shape { memory_bytes: 1 << 60, vcpus: 1, huge_pages: false };
+        let error = ensure_memory(shape).unwrap_err();
+        assert!(error.starts_with("not enough memory: 1.00 EiB needed"), "{error}");
+        assert!(ensure_memory(Shape { memory_bytes: 4096, ..shape }).is_ok());
+        let error = ensure_memory(Shape { huge_pages: true, ..shape }).unwrap_err();
+        assert!(error.starts_with("not enough huge pages"), "{error}");
+    }
+}

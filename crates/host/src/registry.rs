@@ -1,0 +1,379 @@
+//! The virtual machines of a host by name, and what may be done to each right now.
+//!
+//! ```text
+//!  reserve ─▶ Reserved ──▶ Here ◀──────────────┐ aborted, failed
+//!                 │         │ └──▶ Leaving ────┤
+//!                 │         │                  └─▶ gone (completed), Ended (lost)
+//!                 └▶ Arriving ─▶ Here | gone
+//!                           └───▶ Ended ─▶ gone
+//! ```
+//!
+//! A name is taken from the moment somebody begins to use it, so that two requests never make the
+//! same one. Plain data: requests to VM processes are made by others, outside the registry's lock.
+
+use crate::machine::{Machine, Shape};
+use crate::refusal::Refusal;
+use crate::state_dir::VmName;
+use limosa_engine::handover::{MigrationId, Phase};
+use limosa_engine::report::Outcome;
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+/// Most virtual machines of a host: each takes a process, some threads and descriptors.
+const VMS_MAX: usize = 1024;
+
+/// All virtual machines of a host.
+#[derive(Default)]
+pub struct Registry {
+    slots: BTreeMap<VmName, Slot>,
+}
+
+/// What a name stands for.
+#[derive(Clone)]
+pub enum Slot {
+    /// Being made or ended right now.
+    Reserved,
+    /// A VM process.
+    Alive(Vm),
+    /// A VM process that ended by itself.
+    Ended {
+        /// What it had been.
+        shape: Shape,
+        /// How it ended, in one line.
+        reason: String,
+    },
+}
+
+/// A virtual machine that has a process.
+#[derive(Clone)]
+pub struct Vm {
+    /// The process.
+    pub machine: Arc<dyn Machine>,
+    /// What goes on with it.
+    pub hold: Hold,
+}
+
+/// What goes on with a virtual machine.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Hold {
+    /// It is at home here.
+    Here {
+        /// The migration that brought it.
+        arrived: Option<MigrationId>,
+    },
+    /// A migration moves it away.
+    Leaving {
+        /// Known as soon as it has begun.
+        id: Option<MigrationId>,
+    },
+    /// A migration brings it; it does not run here yet.
+    Arriving {
+        /// The attempt.
+        id: MigrationId,
+    },
+}
+
+/// What a restarted daemon does with a VM process that it finds.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Adoption {
+    /// It is at home here.
+    Resident {
+        /// The migration that brought it and was not confirmed.
+        arrived: Option<MigrationId>,
+    },
+    /// Its migration died with the daemon before the commit: the guest runs here, say so.
+    TakeBack,
+    /// Only the target knows where it runs: ask.
+    Resolve {
+        /// The attempt.
+        id: MigrationId,
+        /// Whom to ask.
+        peer: String,
+    },
+    /// It never was a guest of this host.
+    Discard,
+}
+
+/// Decides by the phase that a VM process has recorded.
+pub fn adoption(phase: &Phase) -> Adoption {
+    match phase {
+        Phase::Running => Adoption::Resident { arrived: None },
+        Phase::Arrived { id } => Adoption::Resident { arrived: Some(*id) },
+        Phase::Offered { .. } => Adoption::TakeBack,
+        Phase::Committed { id, peer } => Adoption::Resolve { id: *id, peer: peer.clone() },
+        Phase::Preparing { .. } => Adoption::Discard,
+    }
+}
+
+impl Registry {
+    /// Takes a name for a virtual machine that is about to be made.
+    ///
+    /// # Errors
+    /// The name is taken, or there are too many.
+    pub fn reserve(&mut self, name: &VmName) -> Result<(), Refusal> {
+        match self.slots.get(name) {
+            Some(Slot::Ended { .. }) => {
+                return Err(Refusal::conflict(format!(
+                    "a VM named '{name}' has ended and is still listed: remove it with 'limosa stop {name}'"
+                )));
+            }
+            Some(Slot::Reserved | Slot::Alive(_)) => {
+                return Err(Refusal::conflict(format!(
+                    "a VM named '{name}' exists on this host: choose another name, or stop it first"
+                )));
+            }
+            None if self.slots.len() >= VMS_MAX => {
+                return Err(Refusal::failed(format!("this host has {VMS_MAX} VMs already")));
+            }
+            None => {}
+        }
+        self.slots.insert(name.clone(), Slot::Reserved);
+        Ok(())
+    }
+
+    /// Fills a reserved name.
+    ///
+    /// # Panics
+    /// If it was not reserved.
+    pub fn fill(&mut self, name: &VmName, machine: Arc<dyn Machine>, hold: Hold) {
+        let slot = self.slots.get_mut(name).expect("a name is reserved before it is filled");
+        assert!(matches!(slot, Slot::Reserved), "a name is filled once");
+        *slot = Slot::Alive(Vm { machine, hold });
+    }
+
+    /// Lets go of a name.
+    pub fn remove(&mut self, name: &VmName) {
+        self.slots.remove(name);
+    }
+
+    /// What a name stands for.
+    ///
+    /// # Errors
+    /// Nothing.
+    pub fn get(&self, name: &VmName) -> Result<&Slot, Refusal> {
+        self.slots.get(name).ok_or_else(|| {
+            Refusal::not_found(format!("no VM named '{name}' on this host: 'limosa list' shows them"))
+        })
+    }
+
+    /// All of them, by name.
+    pub fn iter(&self) -> impl Iterator<Item = (&VmName, &Slot)> {
+        self.slots.iter()
+    }
+
+    /// How many there are.
+    pub fn len(&self) -> usize {
+        self.slots.len()
+    }
+
+    /// The process of a name, whatever goes on with it.
+    ///
+    /// # Errors
+    /// There is none.
+    pub fn alive(&self, name: &VmName) -> Result<&Vm, Refusal> {
+        match self.get(name)? {
+            Slot::Alive(vm) => Ok(vm),
+            Slot::Reserved => Err(Refusal::conflict(format!(
+                "VM '{name}' is being started or stopped right now: try again"
+            ))),
+            Slot::Ended { reason, .. } => Err(Refusal::conflict(format!(
+                "VM '{name}' has ended ({reason}): remove it with 'limosa stop {name}'"
+            ))),
+        }
+    }
+
+    /// The process of a virtual machine that is at home here and held by nothing.
+    ///
+    /// # Errors
+    /// It is not so.
+    pub fn resident(&self, name: &VmName) -> Result<Arc<dyn Machine>, Refusal> {
+        let vm = self.alive(name)?;
+        match vm.hold {
+            Hold::Here { .. } => Ok(Arc::clone(&vm.machine)),
+            Hold::Leaving { .. } => Err(Refusal::conflict(format!(
+                "VM '{name}' is being migrated: wait, or 'limosa abort {name}' first"
+            ))),
+            Hold::Arriving { .. } => Err(Refusal::conflict(format!(
+                "VM '{name}' is still arriving from another host: wait, or abort the migration there"
+            ))),
+        }
+    }
+
+    /// Takes a resident virtual machine for a migration.
+    ///
+    /// # Errors
+    /// It is not resident.
+    pub fn begin_leaving(&mut self, name: &VmName) -> Result<Vm, Refusal> {
+        self.resident(name)?;
+        let vm = self.alive_mut(name).expect("a resident VM has a process");
+        let before = vm.clone();
+        vm.hold = Hold::Leaving { id: None };
+        Ok(before)
+    }
+
+    /// The migration that was begun has an id. Nothing changes if it is over already.
+    pub fn leaving_as(&mut self, name: &VmName, id: MigrationId) {
+        if let Some(vm) = self.alive_mut(name)
+            && vm.hold == (Hold::Leaving { id: None })
+        {
+            vm.hold = Hold::Leaving { id: Some(id) };
+        }
+    }
+
+    /// Tells what goes on with a virtual machine from now on, if its process is still there.
+    pub fn hold(&mut self, name: &VmName, hold: Hold) {
+        if let Some(vm) = self.alive_mut(name) {
+            vm.hold = hold;
+        }
+    }
+
+    /// Takes a virtual machine out of use to end it; what it was comes back.
+    ///
+    /// # Errors
+    /// There is nothing of this name.
+    pub fn begin_removal(&mut self, name: &VmName) -> Result<Slot, Refusal> {
+        let slot = self.get(name)?.clone();
+        self.slots.insert(name.clone(), Slot::Reserved);
+        Ok(slot)
+    }
+
+    /// Puts back what [`Registry::begin_removal`] gave.
+    pub fn put_back(&mut self, name: &VmName, slot: Slot) {
+        self.slots.insert(name.clone(), slot);
+    }
+
+    /// A migration away is over.
+    pub fn left(&mut self, name: &VmName, outcome: &Outcome) {
+        let Some(vm) = self.alive_mut(name) else { return };
+        match outcome {
+            Outcome::Completed => {
+                self.slots.remove(name);
+            }
+            Outcome::Aborted | Outcome::Failed { .. } => match vm.machine.ended() {
+                // Its process ended while the migration held it, and the watcher left it alone.
+                Some(reason) => self.end(name, reason),
+                None => vm.hold = Hold::Here { arrived: None },
+            },
+            Outcome::GuestLost { reason } => {
+                let reason = vm.machine.ended().unwrap_or_else(|| reason.clone());
+                self.end(name, reason);
+            }
+        }
+    }
+
+    /// The name of the virtual machine that attempt `id` brings or brought.
+    pub fn arrival(&self, id: MigrationId) -> Option<(&VmName, &Vm)> {
+        self.slots.iter().find_map(|(name, slot)| match slot {
+            Slot::Alive(vm)
+                if vm.hold == Hold::Arriving { id }
+                    || vm.hold == (Hold::Here { arrived: Some(id) }) =>
+            {
+                Some((name, vm))
+            }
+            Slot::Alive(_) | Slot::Reserved | Slot::Ended { .. } => None,
+        })
+    }
+
+    /// The process `pid` of `name` has ended by itself: true if that is news.
+    pub fn process_ended(&mut self, name: &VmName, pid: u32, reason: &str) -> bool {
+        let Some(vm) = self.alive_mut(name) else { return false };
+        // A migration learns it by itself and decides what it means.
+        let is_news = vm.machine.pid() == pid && matches!(vm.hold, Hold::Here { .. });
+        if is_news {
+            self.end(name, reason.to_owned());
+        }
+        is_news
+    }
+
+    /// Lists it as ended and lets go of its process, descriptors and memory.
+    fn end(&mut self, name: &VmName, reason: String) {
+        let Some(Slot::Alive(vm)) = self.slots.get(name) else { return };
+        let shape = vm.machine.shape();
+        self.slots.insert(name.clone(), Slot::Ended { shape, reason });
+    }
+
+    fn alive_mut(&mut self, name: &VmName) -> Option<&mut Vm> {
+        match self.slots.get_mut(name) {
+            Some(Slot::Alive(vm)) => Some(vm),
+            Some(Slot::Reserved | Slot::Ended { .. }) | None => None,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::machine::fake::FakeMachine;
+
+    const ID: MigrationId = MigrationId(1);
+
+    fn name() -> VmName {
+        VmName::new("web").unwrap()
+    }
+
+    fn registry() -> (Registry, Arc<FakeMachine>) {
+        let machine = FakeMachine::new(7, Phase::Running);
+        let mut registry = Registry::default();
+        registry.reserve(&name()).unwrap();
+        registry.fill(&name(), Arc::clone(&machine) as Arc<dyn Machine>, Hold::Here { arrived: None });
+        (registry, machine)
+    }
+
+    fn tell(registry: &Registry) -> String {
+        match registry.get(&name()) {
+            Err(_) => "gone".to_owned(),
+            Ok(Slot::Reserved) => "reserved".to_owned(),
+            Ok(Slot::Ended { reason, .. }) => format!("ended: {reason}"),
+            Ok(Slot::Alive(vm)) => format!("{:?}", vm.hold),
+        }
+    }
+
+    #[test]
+    fn adoption_follows_from_the_phase() {
+        let peer = "b:1".to_owned();
+        let check = |phase: Phase, expect: Adoption| assert_eq!(adoption(&phase), expect, "{phase}");
+        check(Phase::Running, Adoption::Resident { arrived: None });
+        check(Phase::Arrived { id: ID }, Adoption::Resident { arrived: Some(ID) });
+        check(Phase::Offered { id: ID }, Adoption::TakeBack);
+        check(Phase::Committed { id: ID, peer: peer.clone() }, Adoption::Resolve { id: ID, peer });
+        check(Phase::Preparing { id: ID }, Adoption::Discard);
+    }
+
+    #[test]
+    fn a_migration_away_ends_as_its_outcome_says() {
+        let check = |outcome: Outcome, expect: &str| {
+            let (mut registry, _machine) = registry();
+            registry.begin_leaving(&name()).unwrap();
+            assert!(registry.begin_leaving(&name()).is_err(), "it leaves once");
+            registry.leaving_as(&name(), ID);
+            assert!(!registry.process_ended(&name(), 7, "released"), "the migration says what it means");
+            registry.left(&name(), &outcome);
+            registry.leaving_as(&name(), ID);
+            assert_eq!(tell(&registry), expect);
+        };
+        let reason = || "it broke".to_owned();
+        check(Outcome::Completed, "gone");
+        check(Outcome::Aborted, "Here { arrived: None }");
+        check(Outcome::Failed { reason: reason() }, "Here { arrived: None }");
+        check(Outcome::GuestLost { reason: reason() }, "ended: it broke");
+    }
+
+    #[test]
+    fn a_process_that_ends_is_noticed_once_and_by_its_own_number() {
+        let (mut registry, _machine) = registry();
+        assert!(!registry.process_ended(&name(), 8, "killed"), "another process of that name");
+        assert!(registry.process_ended(&name(), 7, "killed"));
+        assert!(!registry.process_ended(&name(), 7, "killed"));
+        assert_eq!(tell(&registry), "ended: killed");
+        assert!(registry.reserve(&name()).unwrap_err().message.contains("limosa stop web"));
+    }
+
+    #[test]
+    fn a_process_that_ended_during_a_failed_migration_is_not_at_home() {
+        let (mut registry, machine) = registry();
+        registry.begin_leaving(&name()).unwrap();
+        machine.end("killed");
+        registry.left(&name(), &Outcome::Aborted);
+        assert_eq!(tell(&registry), "ended: killed");
+    }
+}

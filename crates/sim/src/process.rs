@@ -1,0 +1,162 @@
+//! A VM process: one guest's memory and registers, a phase, and requests that it serves in order.
+//!
+//! It lives longer than the daemon that made it. Requests are served one after the other, each
+//! takes time; the loss of the daemon is noticed behind everything that the daemon had written into
+//! the socket, as with a real one. What the process refuses, it refuses by its phase.
+
+use crate::guest::Memory;
+use core::time::Duration;
+use limosa_engine::Timestamp;
+use limosa_engine::handover::{MigrationId, Phase};
+use limosa_engine::source::Piece;
+use limosa_pages::{PageCount, PageSet};
+use std::collections::VecDeque;
+
+/// Index of a VM process in its world, dead ones included.
+pub(crate) type VmIndex = usize;
+
+/// Who waits for an answer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Caller {
+    Source(usize),
+    Target(usize),
+    Daemon { host: usize, generation: u32 },
+}
+
+/// What a daemon asks of a VM process.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Request {
+    Attach,
+    Record(Phase),
+    StartTracking,
+    StopTracking,
+    Rehearse,
+    Harvest { round: u32 },
+    Clear(Piece),
+    Pause { harvest: bool },
+    Resume,
+    Load { state: Vec<u8> },
+    CommitAndRun { id: MigrationId },
+    Exit,
+}
+
+/// What waits in the process's socket.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Message {
+    Request(Caller, Request),
+    DaemonLost,
+}
+
+/// What comes back.
+#[derive(Clone, Debug)]
+pub(crate) enum Answer {
+    /// It is there; its phase is its own to be looked at.
+    Attached,
+    Recorded(Phase),
+    TrackingStarted,
+    TrackingStopped,
+    Rehearsed {
+        state: Vec<u8>,
+        stall: Duration,
+        save: Duration,
+    },
+    Harvested {
+        round: u32,
+        log: PageSet,
+    },
+    Cleared(Piece),
+    Paused {
+        log: Option<PageSet>,
+        state: Vec<u8>,
+        moments: [Timestamp; 4],
+    },
+    Resumed,
+    Loaded {
+        took: Duration,
+    },
+    /// Since this time of the world.
+    Running {
+        at: Timestamp,
+    },
+    Exited,
+    /// The process refused; it lives on.
+    Refused(String),
+    /// The process is dead.
+    Gone,
+}
+
+/// A request in work.
+#[derive(Debug)]
+pub(crate) struct Current {
+    pub(crate) message: Message,
+    /// What was found when the work began.
+    pub(crate) draft: Option<Answer>,
+}
+
+/// One VM process; see the module.
+#[derive(Debug)]
+pub(crate) struct VmProcess {
+    pub(crate) host: usize,
+    pub(crate) is_alive: bool,
+    /// Ended by a fault, not by its own or its daemon's decision.
+    pub(crate) was_killed: bool,
+    /// The guest has run elsewhere since: it must never run here again.
+    pub(crate) is_past: bool,
+    pub(crate) phase: Phase,
+    pub(crate) is_running: bool,
+    pub(crate) memory: Memory,
+    pub(crate) registers: u64,
+    pub(crate) queue: VecDeque<Message>,
+    pub(crate) current: Option<Current>,
+    pub(crate) is_woken: bool,
+}
+
+impl VmProcess {
+    pub(crate) fn new(host: usize, pages: PageCount, phase: Phase) -> Self {
+        Self {
+            host,
+            is_alive: true,
+            was_killed: false,
+            is_past: false,
+            phase,
+            is_running: false,
+            memory: Memory::new(pages),
+            registers: 0,
+            queue: VecDeque::new(),
+            current: None,
+            is_woken: false,
+        }
+    }
+
+    /// True while a request waits or is in work.
+    pub(crate) fn is_busy(&self) -> bool {
+        self.current.is_some() || !self.queue.is_empty()
+    }
+
+    /// The registers as a section, with as much filler as real ones would have.
+    pub(crate) fn save(&self, filler: usize) -> Vec<u8> {
+        let mut state = self.registers.to_le_bytes().to_vec();
+        state.resize(8 + filler, 0x5a);
+        state
+    }
+
+    /// Sets the registers from a section.
+    pub(crate) fn load(&mut self, state: &[u8]) -> Result<(), String> {
+        match state.first_chunk::<8>() {
+            Some(bytes) => {
+                self.registers = u64::from_le_bytes(*bytes);
+                Ok(())
+            }
+            None => Err(String::from("a state section is too short")),
+        }
+    }
+
+    /// The process is no more.
+    pub(crate) fn end(&mut self, was_killed: bool) {
+        self.is_alive = false;
+        self.is_running = false;
+        self.was_killed = was_killed;
+        self.queue.clear();
+        self.current = None;
+    }
+}

@@ -1,0 +1,106 @@
+//! A move without faults, as `demo` shows it on a machine without KVM.
+
+use core::time::Duration;
+use limosa_engine::policy::{Limits, Mode, PauseReason};
+use limosa_engine::report::Outcome;
+use limosa_pages::{BytesPerSecond, PageCount};
+use limosa_sim::{LinkProfile, Scenario, SimulatedMove, Workload, run};
+
+fn completed(scenario: &Scenario) -> SimulatedMove {
+    let moved = run(scenario);
+    assert_eq!(moved.report.outcome, Some(Outcome::Completed));
+    assert_eq!(moved.integrity_errors, 0);
+    assert_eq!(moved.report.digest_equal, Some(true));
+    moved
+}
+
+#[test]
+fn the_reported_downtime_is_the_guests_gap() {
+    for mode in Mode::ALL {
+        let moved = completed(&Scenario {
+            mode,
+            ..Scenario::default()
+        });
+        let downtime = moved.report.downtime.unwrap().total();
+        assert!(downtime.abs_diff(moved.guest_gap) <= Duration::from_nanos(2));
+        assert!(moved.worst_stall >= moved.guest_gap);
+    }
+}
+
+#[test]
+fn pre_copy_stops_the_guest_for_milliseconds_and_stop_and_copy_for_the_whole_copy() {
+    let live = completed(&Scenario::default());
+    let cold = completed(&Scenario {
+        mode: Mode::StopAndCopy,
+        ..Scenario::default()
+    });
+    assert!(live.guest_gap < Duration::from_millis(15), "{live:?}");
+    assert!(cold.guest_gap > Duration::from_millis(250), "{cold:?}");
+    assert!(live.report.pages_sent() > cold.report.pages_sent());
+    let former = live.writes_before;
+    assert!((19_000.0..21_000.0).contains(&former), "{former}");
+    assert!(live.writes_during > former * 0.9 && live.writes_after > former * 0.9);
+    assert!(cold.writes_during < former * 0.2);
+}
+
+#[test]
+fn holes_are_neither_read_nor_sent() {
+    let memory = PageCount::new(1 << 18);
+    let touched = PageCount::new(1 << 12);
+    let moved = completed(&Scenario {
+        memory,
+        touched,
+        workload: Workload::Idle,
+        rate: 100,
+        ..Scenario::default()
+    });
+    assert!(moved.report.pages_sent().get() < touched.get() + 100);
+}
+
+#[test]
+fn a_writer_faster_than_the_link_ends_by_the_rules_of_pre_copy() {
+    let moved = completed(&Scenario {
+        rate: 60_000,
+        link: LinkProfile {
+            rate: BytesPerSecond::new(100_000_000),
+            delay: Duration::from_micros(100),
+            jitter: Duration::ZERO,
+        },
+        ..Scenario::default()
+    });
+    assert_eq!(moved.report.pause_reason, Some(PauseReason::NoProgress));
+    let predicted = moved.report.predicted_downtime.unwrap();
+    let ratio = moved.guest_gap.as_secs_f64() / predicted.as_secs_f64();
+    assert!((0.8..1.25).contains(&ratio), "{ratio}");
+}
+
+#[test]
+fn a_deadline_and_a_limit_of_bandwidth_are_kept() {
+    let limits = Limits {
+        deadline: Some(Duration::from_secs(2)),
+        bandwidth_max: Some(BytesPerSecond::new(200_000_000)),
+        ..Limits::default()
+    };
+    let moved = completed(&Scenario {
+        limits,
+        rate: 40_000,
+        ..Scenario::default()
+    });
+    // 268 MB at 200 MB/s are 1.34 s; what another round would take is beyond the deadline.
+    assert_eq!(moved.report.pause_reason, Some(PauseReason::Deadline));
+    assert!(
+        moved.report.total < Duration::from_millis(2300),
+        "{moved:?}"
+    );
+}
+
+#[test]
+fn one_scenario_has_one_result() {
+    let scenario = Scenario {
+        workload: Workload::Phases {
+            working_set: PageCount::new(4096),
+        },
+        ..Scenario::default()
+    };
+    assert_eq!(run(&scenario), run(&scenario));
+}

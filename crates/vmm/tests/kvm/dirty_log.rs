@@ -1,0 +1,143 @@
+//! Dirty tracking: exact, and safe to copy by.
+
+use crate::guests::*;
+use limosa_pages::{PAGE_SIZE, PAGE_SIZE_USIZE, PageCount, PageRange, PageSet, Pfn};
+use limosa_vmm::machine::Machine;
+use std::collections::BTreeSet;
+use std::sync::Arc;
+use std::thread;
+use std::time::Duration;
+
+fn harvested(machine: &Machine) -> PageSet {
+    machine.harvest().unwrap();
+    let mut set = PageSet::empty(machine.memory().page_count());
+    machine.bitmap().copy_to(&mut set);
+    set
+}
+
+fn all(machine: &Machine) -> PageRange {
+    PageRange::new(Pfn::new(0), machine.memory().page_count())
+}
+
+fn numbers(set: &PageSet) -> BTreeSet<u64> {
+    set.iter().map(Pfn::get).collect()
+}
+
+/// A running machine in whose guest all is mapped. KVM maps a page writable when the guest reads it
+/// for the first time, and then counts it as dirty; that is allowed, but not what is tested here.
+fn warm(vcpus: u8) -> Machine {
+    let mut machine = machine(&ORDERS, vcpus);
+    machine.run().unwrap();
+    for vcpu in 0..u64::from(vcpus) {
+        give_order(machine.memory(), vcpu, u64::MAX, 1024, DATA, PAGE_SIZE);
+        wait_done(machine.memory(), vcpu, u64::MAX);
+    }
+    machine
+}
+
+/// Each page that was written is in the next harvest, and in no later one once it was cleared.
+#[test]
+fn every_written_page_is_found_exactly_once() {
+    if !has_kvm() {
+        return;
+    }
+    let mut machine = warm(2);
+    let memory = Arc::clone(machine.memory());
+    machine.start_tracking().unwrap();
+    assert_eq!(harvested(&machine), PageSet::full(memory.page_count()), "at first, all");
+    machine.clear(all(&machine)).unwrap();
+    let mut seed = 1u64;
+    for number in 1..60 {
+        seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+        let vcpu = number % 2;
+        let (pages, stride) = (1 + (seed >> 40) % 60, 1 + (seed >> 50) % 7);
+        let first = DATA + (seed >> 33) % 500 * PAGE_SIZE;
+        give_order(&memory, vcpu, number, pages, first, stride * PAGE_SIZE);
+        wait_done(&memory, vcpu, number);
+        let mut expect: BTreeSet<u64> = (0..pages).map(|page| first / PAGE_SIZE + page * stride).collect();
+        expect.insert(DONE_AT / PAGE_SIZE + vcpu);
+        assert_eq!(numbers(&harvested(&machine)), expect, "order {number}");
+        if number % 3 == 0 {
+            assert_eq!(numbers(&harvested(&machine)), expect, "reading the log clears nothing");
+        }
+        // In two parts, of whole words of the log.
+        machine.clear(PageRange::new(Pfn::new(0), PageCount::new(1088))).unwrap();
+        machine.clear(PageRange::new(Pfn::new(1088), PageCount::new(960))).unwrap();
+    }
+    assert!(harvested(&machine).is_empty());
+    machine.stop_tracking().unwrap();
+    assert!(machine.harvest().is_err());
+    machine.start_tracking().unwrap();
+    assert_eq!(harvested(&machine), PageSet::full(memory.page_count()), "all anew");
+}
+
+/// Only what was harvested is cleared: a write between harvest and clear is not lost.
+#[test]
+fn a_write_between_harvest_and_clear_is_found_later() {
+    if !has_kvm() {
+        return;
+    }
+    let mut machine = warm(1);
+    let memory = Arc::clone(machine.memory());
+    machine.start_tracking().unwrap();
+    harvested(&machine);
+    machine.clear(all(&machine)).unwrap();
+    assert!(harvested(&machine).is_empty());
+    give_order(&memory, 0, 1, 1, DATA, PAGE_SIZE);
+    wait_done(&memory, 0, 1);
+    machine.clear(all(&machine)).unwrap();
+    let expect = BTreeSet::from([DATA / PAGE_SIZE, DONE_AT / PAGE_SIZE]);
+    assert_eq!(numbers(&harvested(&machine)), expect);
+}
+
+#[test]
+fn parts_of_words_are_not_cleared() {
+    if !has_kvm() {
+        return;
+    }
+    let mut machine = machine(&ORDERS, 1);
+    machine.start_tracking().unwrap();
+    harvested(&machine);
+    for (first, count) in [(1, 64), (0, 63), (64, 100)] {
+        let range = PageRange::new(Pfn::new(first), PageCount::new(count));
+        assert!(machine.clear(range).is_err(), "{first}+{count}");
+    }
+}
+
+/// The contract by which memory is copied: harvest, clear, copy, as the guest runs, and a last
+/// harvest when it is paused; then the copy is equal, page by page.
+#[test]
+fn a_copy_made_by_the_log_is_equal() {
+    if !has_kvm() {
+        return;
+    }
+    let mut machine = machine(&STORM, 2);
+    let memory = Arc::clone(machine.memory());
+    let mut copy = vec![[0; PAGE_SIZE_USIZE]; usize::try_from(memory.page_count().get()).unwrap()];
+    let copy_pages = |set: &PageSet, copy: &mut Vec<[u8; PAGE_SIZE_USIZE]>| {
+        set.iter().for_each(|page| memory.read_page(page, &mut copy[usize::try_from(page.get()).unwrap()]));
+    };
+    for _ in 0..3 {
+        machine.start_tracking().unwrap();
+        machine.run().unwrap();
+        for _ in 0..30 {
+            let set = harvested(&machine);
+            machine.clear(all(&machine)).unwrap();
+            copy_pages(&set, &mut copy);
+            // Time for the guest to write, even where processors are scarce.
+            thread::sleep(Duration::from_millis(1));
+        }
+        let snapshot = machine.pause_and_save(true).unwrap();
+        let mut last = PageSet::empty(memory.page_count());
+        machine.bitmap().copy_to(&mut last);
+        assert!(last.count() < PageCount::new(1100), "{last:?}");
+        copy_pages(&last, &mut copy);
+        for (page, copy) in (0..).map(Pfn::new).zip(&copy) {
+            let mut now = [0; PAGE_SIZE_USIZE];
+            memory.read_page(page, &mut now);
+            assert!(now == *copy, "{page} differs");
+        }
+        check_storm(&memory, &snapshot.sections, 2);
+        machine.stop_tracking().unwrap();
+    }
+}

@@ -1,0 +1,115 @@
+//! A guest on a host, as its own reports tell.
+
+use crate::daemon::Daemon;
+use crate::wait::{self, PATIENCE};
+use limosa_host::api::{CommandKind, GuestReport, VmSpec};
+use std::time::Duration;
+
+/// Units of work by which a guest shows that it works: several bursts of a writer.
+const WORK_MIN: u64 = 50;
+/// A sweep checks hundreds of megabytes a second; a busy machine needs longer.
+const SWEEP_MAX: Duration = Duration::from_secs(60);
+
+/// A guest that proves its memory: a writer with 64 MiB, most of them never touched.
+pub fn writer(name: &str, args: &str) -> VmSpec {
+    VmSpec {
+        name: name.to_owned(),
+        micro: "writer".to_owned(),
+        args: args.to_owned(),
+        memory_bytes: 64 << 20,
+        vcpus: 1,
+        huge_pages: false,
+        observer: None,
+    }
+}
+
+/// Starts a guest and waits until all its vCPUs work.
+///
+/// # Panics
+/// If they do not.
+#[track_caller]
+pub fn boot(daemon: &Daemon, spec: &VmSpec) {
+    daemon.client().run(spec).expect("a guest can be started");
+    wait::until_true("all vCPUs work", || {
+        let report = daemon.client().guest(&spec.name);
+        report.is_ok_and(|report| {
+            report.vcpus.len() == usize::from(spec.vcpus)
+                && report.vcpus.iter().all(|vcpu| vcpu.state == "ready")
+        })
+    });
+}
+
+/// Work over all vCPUs, or nothing if there is no such guest.
+pub fn work(daemon: &Daemon, name: &str) -> Option<u64> {
+    let report = daemon.client().guest(name).ok()?;
+    Some(report.vcpus.iter().map(|vcpu| vcpu.work).sum())
+}
+
+/// Waits until the guest has done some more work.
+///
+/// # Panics
+/// If it does none.
+#[track_caller]
+pub fn assert_works(daemon: &Daemon, name: &str) {
+    let before = wait::until("the guest reports", || work(daemon, name));
+    wait::until_true("the guest works", || {
+        work(daemon, name).is_some_and(|now| now >= before + WORK_MIN)
+    });
+}
+
+/// Gives a command and waits until every vCPU has carried it out.
+///
+/// # Panics
+/// If one does not.
+#[track_caller]
+pub fn command(daemon: &Daemon, name: &str, kind: CommandKind) -> GuestReport {
+    let before = daemon.client().guest(name).expect("a guest that reports");
+    daemon
+        .client()
+        .command(name, kind)
+        .expect("a guest that listens");
+    let limit = if kind == CommandKind::Sweep {
+        SWEEP_MAX
+    } else {
+        PATIENCE
+    };
+    let done = wait::poll(limit, || {
+        let report = daemon.client().guest(name).expect("a guest that reports");
+        let mut pairs = report.vcpus.iter().zip(&before.vcpus);
+        pairs
+            .all(|(now, then)| now.command_done != then.command_done)
+            .then_some(report)
+    });
+    done.unwrap_or_else(|| panic!("{name} did not carry out {kind:?}"))
+}
+
+/// Has the guest check all of its memory, and looks at every count of errors. Gives the report.
+///
+/// # Panics
+/// If a check has ever failed, or nothing was checked.
+#[track_caller]
+pub fn assert_whole(daemon: &Daemon, name: &str) -> GuestReport {
+    let report = command(daemon, name, CommandKind::Sweep);
+    for vcpu in &report.vcpus {
+        let errors = (vcpu.errors, vcpu.sweep_errors, vcpu.tsc_backwards);
+        assert_eq!(errors, (0, 0, 0), "vCPU {} of {name}: {vcpu:?}", vcpu.vcpu);
+        assert!(
+            vcpu.sweep_pages > 0,
+            "vCPU {} of {name} swept nothing",
+            vcpu.vcpu
+        );
+        assert_eq!(vcpu.first_error, None, "vCPU {} of {name}", vcpu.vcpu);
+    }
+    report
+}
+
+/// The longest stall of any vCPU since stalls were cleared, in milliseconds.
+pub fn longest_stall_ms(report: &GuestReport) -> f64 {
+    let ticks = report
+        .vcpus
+        .iter()
+        .flat_map(|vcpu| &vcpu.long_stalls)
+        .map(|stall| stall.length_tsc);
+    // A stall lasts far less than 2^53 ticks.
+    ticks.max().unwrap_or(0) as f64 / report.tsc_khz as f64
+}

@@ -1,0 +1,234 @@
+//! Two hosts and a guest that is moved between them.
+
+use crate::beats::Beats;
+use crate::daemon::Daemon;
+use crate::guest;
+use crate::hold::Hold;
+use crate::wait::{self, PATIENCE};
+use limosa_engine::policy::Mode;
+use limosa_engine::source::Stage;
+use limosa_host::api::{MigrateBody, MigrationInfo, Report, VmSpec, VmState};
+use std::time::{Duration, Instant};
+
+/// Name of the guest where there is only one.
+pub const VM: &str = "web";
+
+/// Longest migration of any test.
+const MIGRATION_MAX: Duration = Duration::from_secs(90);
+
+/// Two daemons, `a` at first with the guest, and ears for its heartbeats.
+#[derive(Debug)]
+pub struct Pair {
+    /// Where the guest begins.
+    pub a: Daemon,
+    /// Where it is moved to first.
+    pub b: Daemon,
+    /// Who runs the guest named [`VM`].
+    pub beats: Beats,
+}
+
+impl Pair {
+    /// Starts both daemons.
+    pub fn start() -> Self {
+        Self {
+            a: Daemon::start(),
+            b: Daemon::start(),
+            beats: Beats::listen(),
+        }
+    }
+
+    /// Starts both daemons; the first migration from `a` to `b` waits at `hold`.
+    pub fn start_held(hold: &Hold) -> Self {
+        let (at_a, at_b) = if hold.is_at_source() {
+            (Some(hold), None)
+        } else {
+            (None, Some(hold))
+        };
+        Self {
+            a: Daemon::start_with(at_a),
+            b: Daemon::start_with(at_b),
+            beats: Beats::listen(),
+        }
+    }
+
+    /// Starts the guest at `a`, with its heartbeats heard.
+    ///
+    /// # Panics
+    /// If it does not work.
+    #[track_caller]
+    pub fn boot(&self, mut spec: VmSpec) {
+        spec.observer = Some(self.beats.address().to_string());
+        guest::boot(&self.a, &spec);
+    }
+
+    /// Starts the guest that cases use: 8 MiB that it rewrites at a moderate rate.
+    ///
+    /// # Panics
+    /// If it does not work.
+    #[track_caller]
+    pub fn boot_small(&self) {
+        self.boot(guest::writer(VM, "ws=8M rate=5000 touch=2M"));
+    }
+}
+
+/// What is asked for when nothing special is tested.
+pub fn body(to: &Daemon, mode: Mode) -> MigrateBody {
+    let mut body = MigrateBody::new(to.peer_address(), mode);
+    body.verify = true;
+    body
+}
+
+/// Starts to move [`VM`] and gives the migration's id.
+///
+/// # Panics
+/// If it is refused.
+#[track_caller]
+pub fn begin(from: &Daemon, to: &Daemon, mode: Mode) -> String {
+    from.client()
+        .migrate(VM, &body(to, mode))
+        .expect("a migration that is accepted")
+}
+
+/// Waits for the end of a migration.
+///
+/// # Panics
+/// If it does not end.
+#[track_caller]
+pub fn end(from: &Daemon, id: &str) -> Report {
+    let give_up = Instant::now() + MIGRATION_MAX;
+    loop {
+        let info = from
+            .client()
+            .wait(id, Duration::from_secs(5))
+            .expect("a daemon that answers");
+        if info.stage == Stage::Finished {
+            return info.report;
+        }
+        assert!(
+            Instant::now() < give_up,
+            "a migration does not end: {info:?}"
+        );
+    }
+}
+
+/// Waits until a migration is at one of `stages`.
+///
+/// # Panics
+/// If it does not come there.
+#[track_caller]
+pub fn until_stage(from: &Daemon, id: &str, stages: &[Stage]) -> MigrationInfo {
+    wait::until(&format!("the migration is at {stages:?}"), || {
+        let info = from.client().migration(id).ok()?;
+        stages.contains(&info.stage).then_some(info)
+    })
+}
+
+/// Moves a guest, checks what the report says, and has the guest check its memory.
+///
+/// # Panics
+/// If anything is not as it should be.
+#[track_caller]
+pub fn move_whole(name: &str, from: &Daemon, to: &Daemon, mode: Mode) -> Report {
+    let id = from
+        .client()
+        .migrate(name, &body(to, mode))
+        .expect("a migration that is accepted");
+    let report = end(from, &id);
+    assert_completed(&report);
+    assert_eq!(report.digest_equal, Some(true), "{report:?}");
+    assert_is_at(name, to, from);
+    report
+}
+
+/// The migration was carried out, and its report is complete.
+///
+/// # Panics
+/// If it was not.
+#[track_caller]
+pub fn assert_completed(report: &Report) {
+    assert_eq!(report.outcome.as_deref(), Some("completed"), "{report:?}");
+    let downtime = report
+        .downtime_ms
+        .expect("a completed migration has a downtime");
+    let parts = downtime.pause
+        + downtime.harvest
+        + downtime.save
+        + downtime.transfer
+        + downtime.load
+        + downtime.commit
+        + downtime.start;
+    assert!((parts - downtime.total).abs() < 0.001, "{downtime:?}");
+    assert!(report.switch_ns.is_some(), "{report:?}");
+    assert!(report.pause_reason.is_some(), "{report:?}");
+    assert!(!report.rounds.is_empty(), "{report:?}");
+}
+
+/// The migration did not happen, and says why in one line.
+///
+/// # Panics
+/// If it is otherwise.
+#[track_caller]
+pub fn assert_failed(report: &Report) -> &str {
+    assert_eq!(report.outcome.as_deref(), Some("failed"), "{report:?}");
+    let reason = report.reason.as_deref().expect("a failure has a reason");
+    assert!(reason.len() > 10, "{reason:?}");
+    assert!(!reason.contains(['\n', '\r']), "{reason:?}");
+    reason
+}
+
+/// The guest runs on `here`, works, and its memory is whole; on `there` nothing of it is left.
+///
+/// # Panics
+/// If it is otherwise.
+#[track_caller]
+pub fn assert_is_at(name: &str, here: &Daemon, there: &Daemon) {
+    assert_gone(name, there);
+    wait::until_true("the guest is at home", || {
+        let vm = here.client().vm(name);
+        // The phase ends with the source's last word, a moment after the guest runs.
+        vm.is_ok_and(|vm| vm.state == VmState::Running && vm.phase == "running")
+    });
+    guest::assert_works(here, name);
+    guest::assert_whole(here, name);
+}
+
+/// Nothing of the guest is left on a daemon that has no other guests, or soon will be.
+///
+/// # Panics
+/// If something stays.
+#[track_caller]
+pub fn assert_gone(name: &str, daemon: &Daemon) {
+    let mut seen = String::new();
+    let is_gone = wait::poll(PATIENCE, || {
+        let listed = daemon.client().vms().expect("a daemon that answers");
+        let incoming = daemon.client().incoming().expect("a daemon that answers");
+        let others = listed
+            .iter()
+            .filter(|vm| vm.name != name && vm.pid != 0)
+            .count();
+        let mine = listed.iter().find(|vm| vm.name == name);
+        let processes = daemon.vm_processes();
+        let is_gone = mine.is_none() && incoming.is_empty() && processes.len() == others;
+        seen = format!("listed {mine:?}, incoming {incoming:?}, processes {processes:?}");
+        is_gone.then_some(())
+    });
+    assert!(is_gone.is_some(), "something of {name} is left: {seen}");
+}
+
+/// After a migration to `b` that did not happen: the guest runs on at `a`, there is nothing of it
+/// at `b`, no other process has run it, and the next migration works.
+///
+/// # Panics
+/// If it is otherwise.
+#[track_caller]
+pub fn assert_back_home(pair: &Pair, mode: Mode) {
+    assert_is_at(VM, &pair.a, &pair.b);
+    let turns = pair.beats.assert_one_at_a_time();
+    assert_eq!(
+        turns.len(),
+        1,
+        "another process than the first has run the guest: {turns:#?}"
+    );
+    move_whole(VM, &pair.a, &pair.b, mode);
+    pair.beats.assert_one_at_a_time();
+}

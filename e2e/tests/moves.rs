@@ -1,0 +1,386 @@
+//! Moves that shall succeed: by each mode, of big, sparse, many and busy guests, within limits.
+
+use limosa_e2e::cases::Places;
+use limosa_e2e::pair::{assert_completed, assert_is_at, begin, body, end, move_whole, until_stage};
+use limosa_e2e::resources::Resources;
+use limosa_e2e::{Daemon, Pair, VM, guest, has_kvm, skip, wait};
+use limosa_engine::policy::{Mode, PauseReason};
+use limosa_engine::source::Stage;
+use limosa_host::api::{CommandKind, LimitsPatch, MigrateBody, Report};
+use std::fs;
+use std::time::{Duration, Instant};
+
+const MIB: u64 = 1 << 20;
+
+/// What the machine itself does to a guest that is measured while other processes run: slices of
+/// the scheduler.
+const NOISE_MS: f64 = 25.0;
+
+#[test]
+fn there_and_back_by_each_mode() {
+    if !has_kvm() {
+        return;
+    }
+    let _places = Places::all();
+    let pair = Pair::start();
+    let mut spec = guest::writer(VM, "ws=16M rate=20000 reads=20 touch=4M seed=3");
+    spec.vcpus = 2;
+    pair.boot(spec);
+    for mode in Mode::ALL {
+        for (from, to) in [(&pair.a, &pair.b), (&pair.b, &pair.a)] {
+            guest::command(from, VM, CommandKind::ClearStalls);
+            let report = move_whole(VM, from, to, mode);
+            check_pages(&report, 20 * MIB);
+            check_downtime(
+                &report,
+                guest::longest_stall_ms(&to.client().guest(VM).expect("it works")),
+            );
+            // The old host knows of no such guest, and says so.
+            let gone = from.client().vm(VM).expect_err("it has gone");
+            assert!(gone.to_string().contains("no VM named"), "{gone}");
+        }
+    }
+    let turns = pair.beats.assert_one_at_a_time();
+    assert_eq!(turns.len(), 1 + 2 * Mode::ALL.len(), "{turns:#?}");
+}
+
+/// Everything that was touched was sent, and little else.
+fn check_pages(report: &Report, touched_bytes: u64) {
+    let touched = touched_bytes / 4096;
+    assert!(report.pages_sent >= touched, "{report:?}");
+    let first_time = report.pages_sent - report.pages_resent;
+    assert!(first_time <= touched + 8 * MIB / 4096, "{report:?}");
+    let rounds: u64 = report.rounds.iter().map(|round| round.bytes).sum();
+    assert_eq!(report.wire_bytes, rounds + report.state_bytes, "{report:?}");
+    assert!(report.wire_bytes >= touched_bytes, "{report:?}");
+}
+
+/// The downtime of the report is the stall that the guest saw: the guest was stopped at least so
+/// long, and what it saw beyond that is noise. A guest that rests between its bursts may see less
+/// than the downtime by one rest.
+fn check_downtime(report: &Report, guest_stall_ms: f64) {
+    let downtime = report.downtime_ms.expect("it was completed").total;
+    let rest = 1.5;
+    println!(
+        "{:?}: downtime {downtime:.2} ms, the guest's longest stall {guest_stall_ms:.2} ms",
+        report.pause_reason
+    );
+    assert!(
+        guest_stall_ms >= downtime - rest,
+        "the guest stood {guest_stall_ms} ms: {report:?}"
+    );
+    assert!(
+        guest_stall_ms <= downtime + NOISE_MS,
+        "the guest stood {guest_stall_ms} ms: {report:?}"
+    );
+}
+
+#[test]
+fn memory_that_was_never_touched_costs_nothing() {
+    if !has_kvm() {
+        return;
+    }
+    let _places = Places::all();
+    let pair = Pair::start();
+    let mut spec = guest::writer(VM, "ws=64M rate=10000 touch=192M");
+    spec.memory_bytes = 4096 * MIB;
+    let before = [Resources::of(&pair.a), Resources::of(&pair.b)];
+    pair.boot(spec);
+    for (from, to, mode) in [
+        (&pair.a, &pair.b, Mode::StopAndCopy),
+        (&pair.b, &pair.a, Mode::PreCopy),
+    ] {
+        let id = begin(from, to, mode);
+        let mut most = [0; 2];
+        wait::until_true("the migration is over", || {
+            for (most, daemon) in most.iter_mut().zip([&pair.a, &pair.b]) {
+                *most = (*most).max(Resources::of(daemon).anonymous_bytes);
+            }
+            from.client().migration(&id).expect("it is known").stage == Stage::Finished
+        });
+        let report = end(from, &id);
+        assert_completed(&report);
+        assert_eq!(report.digest_equal, Some(true));
+        let first_time = report.pages_sent - report.pages_resent;
+        println!(
+            "{mode}: {} MiB on the wire, {first_time} pages, daemons at most {most:?} bytes",
+            report.wire_bytes / MIB
+        );
+        assert!(
+            (256 * MIB / 4096..280 * MIB / 4096).contains(&first_time),
+            "{report:?}"
+        );
+        assert!(
+            report.wire_bytes
+                < (280 * MIB / 4096 + report.pages_resent) * 4112 + report.state_bytes
+        );
+        for (most, before) in most.iter().zip(before) {
+            // Buffers of streams and bitmaps of pages; a sixteenth of what was touched.
+            assert!(
+                *most < before.anonymous_bytes + 16 * MIB,
+                "{most} bytes, before {before:?}"
+            );
+        }
+        assert_is_at(VM, to, from);
+    }
+}
+
+#[test]
+fn huge_pages_move_too() {
+    if !has_kvm() {
+        return;
+    }
+    let _places = Places::all();
+    // Two hosts hold the guest for a moment.
+    let Some(_reserved) = HugePages::reserve(2 * 64 * MIB / (2 * MIB)) else {
+        return skip("huge pages cannot be reserved");
+    };
+    let pair = Pair::start();
+    let mut spec = guest::writer(VM, "ws=16M rate=10000");
+    spec.huge_pages = true;
+    pair.boot(spec);
+    for (from, to, mode) in [
+        (&pair.a, &pair.b, Mode::StopAndCopy),
+        (&pair.b, &pair.a, Mode::PreCopy),
+    ] {
+        move_whole(VM, from, to, mode);
+        assert!(to.client().vm(VM).expect("it runs").huge_pages);
+    }
+}
+
+/// Huge pages reserved on top of those that were; given back when it is dropped.
+struct HugePages {
+    before: u64,
+}
+
+impl HugePages {
+    const FILE: &str = "/proc/sys/vm/nr_hugepages";
+
+    fn count() -> Option<u64> {
+        fs::read_to_string(Self::FILE).ok()?.trim().parse().ok()
+    }
+
+    fn reserve(count: u64) -> Option<Self> {
+        let before = Self::count()?;
+        fs::write(Self::FILE, (before + count).to_string()).ok()?;
+        let reserved = Self { before };
+        (Self::count()? >= before + count).then_some(reserved)
+    }
+}
+
+impl Drop for HugePages {
+    fn drop(&mut self) {
+        fs::write(Self::FILE, self.before.to_string()).expect("it could be written before");
+    }
+}
+
+#[test]
+fn several_guests_move_at_once() {
+    if !has_kvm() {
+        return;
+    }
+    let _places = Places::all();
+    let pair = Pair::start();
+    let names = ["one", "two", "three"];
+    for name in names {
+        guest::boot(&pair.a, &guest::writer(name, "ws=8M rate=5000"));
+    }
+    for (from, to, modes) in [
+        (
+            &pair.a,
+            &pair.b,
+            [Mode::PreCopy, Mode::StopAndCopy, Mode::PreCopy],
+        ),
+        (
+            &pair.b,
+            &pair.a,
+            [Mode::StopAndCopy, Mode::PreCopy, Mode::StopAndCopy],
+        ),
+    ] {
+        let start = |(name, mode): (&str, Mode)| {
+            from.client()
+                .migrate(name, &body(to, mode))
+                .expect("a migration that is accepted")
+        };
+        let ids: Vec<String> = names.into_iter().zip(modes).map(start).collect();
+        for id in ids {
+            let report = end(from, &id);
+            assert_completed(&report);
+            assert_eq!(report.digest_equal, Some(true));
+        }
+        for name in names {
+            assert_is_at(name, to, from);
+        }
+    }
+}
+
+/// A guest that rewrites 32 MiB far faster than a link of 100 MB/s carries them.
+fn boot_too_fast(pair: &Pair) {
+    pair.boot(guest::writer(VM, "ws=32M rate=max pattern=seq"));
+}
+
+const LINK: u64 = 100_000_000;
+
+fn body_over_link(to: &Daemon) -> MigrateBody {
+    let mut body = body(to, Mode::PreCopy);
+    body.link = Some(LINK);
+    body
+}
+
+#[test]
+fn a_writer_faster_than_the_link_is_stopped_and_told_the_truth_about() {
+    if !has_kvm() {
+        return;
+    }
+    let _places = Places::all();
+    let pair = Pair::start();
+    boot_too_fast(&pair);
+    guest::command(&pair.a, VM, CommandKind::ClearStalls);
+    let id = pair
+        .a
+        .client()
+        .migrate(VM, &body_over_link(&pair.b))
+        .expect("accepted");
+    let report = end(&pair.a, &id);
+    assert_completed(&report);
+    let ended = matches!(
+        report.pause_reason,
+        Some(PauseReason::NoProgress | PauseReason::RoundsMax)
+    );
+    assert!(ended, "{report:?}");
+    // What was dirty at the pause had to pass the link, and the report says so.
+    let last = report.rounds.last().expect("a last round");
+    assert!(
+        last.pages > 4096,
+        "the guest rewrites more than 16 MiB a round: {report:?}"
+    );
+    let on_link_ms = last.bytes as f64 * 1000.0 / LINK as f64;
+    let downtime = report.downtime_ms.expect("it was completed");
+    assert!(downtime.total >= on_link_ms * 0.9, "{report:?}");
+    assert!(downtime.transfer >= on_link_ms * 0.9, "{report:?}");
+    let predicted = report
+        .predicted_downtime_ms
+        .expect("rounds had shown the bandwidth");
+    let ratio = predicted / downtime.total;
+    assert!(
+        (0.5..2.0).contains(&ratio),
+        "predicted {predicted} ms: {report:?}"
+    );
+    let stalls = pair.b.client().guest(VM).expect("it works");
+    check_downtime(&report, guest::longest_stall_ms(&stalls));
+    assert_is_at(VM, &pair.b, &pair.a);
+}
+
+#[test]
+fn rounds_end_at_their_limit_and_before_the_deadline() {
+    if !has_kvm() {
+        return;
+    }
+    let _places = Places::all();
+    let pair = Pair::start();
+    boot_too_fast(&pair);
+    let mut body = body_over_link(&pair.b);
+    body.rounds_max = Some(2);
+    let report = end(
+        &pair.a,
+        &pair.a.client().migrate(VM, &body).expect("accepted"),
+    );
+    assert_completed(&report);
+    assert_eq!(
+        report.pause_reason,
+        Some(PauseReason::RoundsMax),
+        "{report:?}"
+    );
+    assert_eq!(
+        report.rounds.len(),
+        3,
+        "two with the guest running, one without: {report:?}"
+    );
+    assert_is_at(VM, &pair.b, &pair.a);
+
+    // One round takes a third of a second: there is time for the first and the last one.
+    let mut body = body_over_link(&pair.a);
+    body.deadline_ms = Some(1000.0);
+    let report = end(
+        &pair.b,
+        &pair.b.client().migrate(VM, &body).expect("accepted"),
+    );
+    assert_completed(&report);
+    assert_eq!(
+        report.pause_reason,
+        Some(PauseReason::Deadline),
+        "{report:?}"
+    );
+    assert!(report.total_ms < 1000.0 + NOISE_MS, "{report:?}");
+    assert_is_at(VM, &pair.a, &pair.b);
+}
+
+#[test]
+fn a_bandwidth_set_in_flight_takes_effect() {
+    if !has_kvm() {
+        return;
+    }
+    let _places = Places::all();
+    let pair = Pair::start();
+    pair.boot(guest::writer(VM, "ws=2M rate=500 touch=48M"));
+    let mut body = body(&pair.b, Mode::PreCopy);
+    body.bandwidth_max = Some(4_000_000);
+    let id = pair.a.client().migrate(VM, &body).expect("accepted");
+    until_stage(&pair.a, &id, &[Stage::Copying]);
+    let slow = received_rate(&pair.b, 2_000_000);
+    assert!(
+        (2e6..6e6).contains(&slow),
+        "{slow} bytes a second with a limit of 4 MB/s"
+    );
+
+    let set = |rate| LimitsPatch {
+        bandwidth_max: Some(rate),
+        ..LimitsPatch::default()
+    };
+    let info = pair.a.client().set(&id, &set(20_000_000)).expect("it runs");
+    assert_eq!(info.limits.bandwidth_max, Some(20_000_000));
+    let faster = received_rate(&pair.b, 8_000_000);
+    assert!(
+        (14e6..26e6).contains(&faster),
+        "{faster} bytes a second with a limit of 20 MB/s"
+    );
+
+    let lifted = Instant::now();
+    let info = pair.a.client().set(&id, &set(0)).expect("it runs");
+    assert_eq!(info.limits.bandwidth_max, None);
+    let report = end(&pair.a, &id);
+    assert_completed(&report);
+    // At the former limit the rest would have taken seconds.
+    assert!(
+        lifted.elapsed() < Duration::from_secs(1),
+        "{:?}: {report:?}",
+        lifted.elapsed()
+    );
+    println!(
+        "seen {slow:.0} at 4 MB/s, {faster:.0} at 20 MB/s, over {:?} after that",
+        lifted.elapsed()
+    );
+    assert_is_at(VM, &pair.b, &pair.a);
+}
+
+/// Bytes a second that arrive at a target while `bytes` more come in.
+fn received_rate(target: &Daemon, bytes: u64) -> f64 {
+    let received = || {
+        target
+            .client()
+            .incoming()
+            .ok()?
+            .first()
+            .map(|incoming| incoming.bytes_received)
+    };
+    // A change shows after what was let through before it has passed.
+    let first = wait::until("pages arrive", || received().filter(|bytes| *bytes > 0));
+    let from = wait::until("more pages arrive", || {
+        received().filter(|bytes| *bytes > first + 600_000)
+    });
+    let begun = Instant::now();
+    let to = wait::until("many pages arrive", || {
+        received().filter(|now| *now >= from + bytes)
+    });
+    (to - from) as f64 / begun.elapsed().as_secs_f64()
+}
