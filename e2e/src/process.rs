@@ -1,16 +1,21 @@
 //! Processes as `/proc` and signals know them.
 
+use crate::wait;
 use rustix::process::{Pid, Signal, kill_process};
 use std::fs;
 use std::path::Path;
 
-/// Kills a process, however it is.
+/// Kills a process and waits until it has let go of everything: its memory and its sockets go
+/// after the signal, and whoever asks it something meanwhile cannot know whether it heard.
 ///
 /// # Panics
-/// If there is none of this id.
+/// If there is none of this id, or it does not end.
 #[track_caller]
 pub fn kill(pid: u32) {
     assert!(try_kill(pid), "process {pid} cannot be killed");
+    wait::until_true("a killed process ends", || {
+        matches!(state(pid), None | Some('Z'))
+    });
 }
 
 /// Kills a process; false if there is none.
@@ -38,16 +43,32 @@ pub fn naming(path: &Path, except: Option<u32>) -> Vec<u32> {
 /// Children of a process that have ended and that it has not waited for.
 pub fn zombies_of(parent: u32) -> Vec<u32> {
     pids()
-        .filter(|pid| {
-            let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
-            // The name in parentheses may hold anything; what counts comes after its end.
-            let rest = stat.rsplit_once(')').map_or("", |(_, rest)| rest);
-            let mut fields = rest.split_whitespace();
-            let state = fields.next();
-            let its_parent = fields.next().and_then(|parent| parent.parse().ok());
-            state == Some("Z") && its_parent == Some(parent)
-        })
+        .filter(|pid| stat(*pid).is_some_and(|stat| stat == ('Z', parent)))
         .collect()
+}
+
+/// Names of a process's threads.
+pub fn thread_names(pid: u32) -> Vec<String> {
+    let threads = fs::read_dir(format!("/proc/{pid}/task"));
+    let threads = threads.into_iter().flatten().flatten();
+    // One that ends meanwhile has no name any more.
+    let names = threads.filter_map(|thread| fs::read_to_string(thread.path().join("comm")).ok());
+    names.map(|name| name.trim_end().to_owned()).collect()
+}
+
+/// What a process does, as one letter; `None` if there is none.
+fn state(pid: u32) -> Option<char> {
+    stat(pid).map(|(state, _)| state)
+}
+
+/// What a process does, and its parent.
+fn stat(pid: u32) -> Option<(char, u32)> {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    // The name in parentheses may hold anything; what counts comes after its end.
+    let (_, rest) = stat.rsplit_once(')')?;
+    let mut fields = rest.split_whitespace();
+    let state = fields.next()?.chars().next()?;
+    Some((state, fields.next()?.parse().ok()?))
 }
 
 fn pids() -> impl Iterator<Item = u32> {

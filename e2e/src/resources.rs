@@ -4,20 +4,24 @@ use crate::daemon::Daemon;
 use crate::{process, wait};
 use std::time::Duration;
 
-/// How long a daemon may take to give back what it used: idle threads of its pools end after ten
-/// seconds, connections that say nothing after five.
+/// How long a daemon may take to give back what it used: connections that say nothing end after
+/// five seconds, lost peers count as lost after ten.
 const SETTLE_MAX: Duration = Duration::from_secs(20);
 /// Anonymous memory that a daemon may keep: the allocator's arenas of threads that have ended,
 /// reports of past migrations.
 const MEMORY_SLACK: u64 = 6 << 20;
 
+/// Begin of the names of threads that answer requests: a pool with a limit, whose threads end when
+/// they have had nothing to do for ten seconds, which they have while somebody looks.
+const POOL: &str = "tokio-";
+
 /// What a daemon holds at a moment.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Resources {
     /// Open descriptors.
     pub fds: u64,
-    /// Threads.
-    pub threads: u64,
+    /// Names of threads, but for those of the pool.
+    pub threads: Vec<String>,
     /// Anonymous memory in bytes.
     pub anonymous_bytes: u64,
 }
@@ -29,9 +33,12 @@ impl Resources {
     /// If it does not answer.
     pub fn of(daemon: &Daemon) -> Self {
         let info = daemon.client().host().expect("a daemon that answers");
+        let mut threads = process::thread_names(daemon.pid());
+        threads.retain(|name| !name.starts_with(POOL));
+        threads.sort();
         Self {
             fds: info.open_fds,
-            threads: info.threads,
+            threads,
             anonymous_bytes: info.anonymous_bytes,
         }
     }
@@ -48,7 +55,7 @@ impl Resources {
             last = Self::of(daemon);
             zombies = process::zombies_of(daemon.pid());
             let is_back = last.fds <= self.fds
-                && last.threads <= self.threads
+                && last.threads.len() <= self.threads.len()
                 && last.anonymous_bytes <= self.anonymous_bytes + MEMORY_SLACK
                 && zombies.is_empty();
             is_back.then_some(())

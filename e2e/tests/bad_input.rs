@@ -24,9 +24,14 @@ struct Names(Vec<(String, &'static str)>);
 
 impl Names {
     fn hide(&self, text: &str) -> String {
-        self.0.iter().fold(text.to_owned(), |text, (value, name)| {
+        let text = self.0.iter().fold(text.to_owned(), |text, (value, name)| {
             text.replace(value, name)
-        })
+        });
+        let is_id =
+            |word: &&str| word.len() == 32 && word.bytes().all(|byte| byte.is_ascii_hexdigit());
+        let ids: Vec<&str> = text.split(' ').filter(is_id).collect();
+        ids.iter()
+            .fold(text.clone(), |text, id| text.replace(id, "$ID"))
     }
 
     fn show(&self, text: &str) -> String {

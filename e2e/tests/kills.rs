@@ -155,6 +155,8 @@ fn kill_vm(daemon: &Daemon) {
 enum Winner {
     Source,
     Target,
+    /// The same, and the source had not the time to say that it holds nothing any more.
+    TargetUnconfirmed,
     /// Its one VM process was killed.
     Nobody,
 }
@@ -202,7 +204,11 @@ const AFTER: [(&str, Victim, Winner); 20] = [
     ("target.runs", Victim::TargetVm, Winner::Nobody),
     ("target.runs", Victim::SourceVm, Winner::Target),
     // It runs, and the source knows and still holds the old one.
-    ("source.release", Victim::TargetDaemon, Winner::Target),
+    (
+        "source.release",
+        Victim::TargetDaemon,
+        Winner::TargetUnconfirmed,
+    ),
     ("source.release", Victim::SourceDaemon, Winner::Target),
     ("source.release", Victim::BothDaemons, Winner::Target),
     ("source.release", Victim::TargetVm, Winner::Nobody),
@@ -269,6 +275,14 @@ fn run_after(case: &After) {
         }
         Winner::Target => {
             assert_eq!(report.outcome.as_deref(), Some("completed"), "{report:?}");
+            assert_is_at(VM, &pair.b, &pair.a);
+            assert_has_moved(&pair, case.mode);
+        }
+        Winner::TargetUnconfirmed => {
+            assert_eq!(report.outcome.as_deref(), Some("completed"), "{report:?}");
+            let vm = pair.b.client().vm(VM).expect("it is listed");
+            assert_eq!(vm.state, VmState::Running, "{vm:?}");
+            assert!(vm.phase.starts_with("arrived"), "{vm:?}");
             assert_has_moved(&pair, case.mode);
         }
         Winner::Nobody => {
@@ -297,7 +311,9 @@ fn assert_in_doubt(source: &Daemon, id: &str) {
 /// The guest runs at `b` and nowhere else, and the way back works.
 #[track_caller]
 fn assert_has_moved(pair: &Pair, mode: Mode) {
-    assert_is_at(VM, &pair.b, &pair.a);
+    assert_gone(VM, &pair.a);
+    guest::assert_works(&pair.b, VM);
+    guest::assert_whole(&pair.b, VM);
     let turns = pair.beats.assert_one_at_a_time();
     assert_eq!(turns.len(), 2, "{turns:#?}");
     move_whole(VM, &pair.b, &pair.a, mode);

@@ -16,7 +16,7 @@ const BYTES_MAX: u64 = 256 << 20;
 #[derive(Debug, thiserror::Error)]
 pub enum JournalError {
     /// The file cannot be read.
-    #[error("cannot read the journal: {0}")]
+    #[error("cannot read the journal")]
     Read(#[from] io::Error),
     /// It is no journal, or one of another version, or damaged.
     #[error("not a journal of this version of limosa")]

@@ -14,10 +14,20 @@ use std::path::PathBuf;
 pub(crate) struct Arguments {
     /// Directory of the daemon's state [default: $LIMOSA_STATE_DIR, /run/limosa for root, else
     /// $XDG_RUNTIME_DIR/limosa]
-    #[arg(long, global = true, value_name = "DIR", help_heading = "Global options")]
+    #[arg(
+        long,
+        global = true,
+        value_name = "DIR",
+        help_heading = "Global options"
+    )]
     pub state_dir: Option<PathBuf>,
     /// Socket of the daemon to talk to [default: host.sock in the state directory]
-    #[arg(long, global = true, value_name = "SOCKET", help_heading = "Global options")]
+    #[arg(
+        long,
+        global = true,
+        value_name = "SOCKET",
+        help_heading = "Global options"
+    )]
     pub host_socket: Option<PathBuf>,
     /// Answer with JSON (may stand behind the command, too)
     #[arg(long, id = "json_first", help_heading = "Global options")]
@@ -50,7 +60,10 @@ pub(crate) enum Command {
     /// Make a virtual machine and start it
     Run(Run),
     /// List the virtual machines of this host
-    #[command(visible_alias = "ls", after_help = "Examples:\n  limosa list\n  limosa list --json")]
+    #[command(
+        visible_alias = "ls",
+        after_help = "Examples:\n  limosa list\n  limosa list --json"
+    )]
     List(Format),
     /// Show every part of the state that moves with a virtual machine
     #[command(after_help = "Examples:\n  limosa inspect web\n  limosa inspect web --json")]
@@ -311,8 +324,14 @@ mod tests {
             let name = command.get_name();
             assert!(command.get_about().is_some(), "{name} has no description");
             if !command.is_hide_set() {
-                let help = command.get_after_help().map(ToString::to_string).unwrap_or_default();
-                assert!(help.contains(&format!("limosa {name}")), "{name} has no example");
+                let help = command
+                    .get_after_help()
+                    .map(ToString::to_string)
+                    .unwrap_or_default();
+                assert!(
+                    help.contains(&format!("limosa {name}")),
+                    "{name} has no example"
+                );
             }
         }
     }
@@ -325,10 +344,19 @@ mod tests {
             let text = error.to_string();
             assert!(text.contains(expect), "{line}: {text}");
         };
-        check("limosa run web --micro idle --memory 4X", "like 512M or 1.5G");
+        check(
+            "limosa run web --micro idle --memory 4X",
+            "like 512M or 1.5G",
+        );
         check("limosa run web --micro idle --vcpus 9", "9 is not in 1..=8");
-        check("limosa migrate web --to a:1 --mode fast", "known modes are stop-and-copy, pre-copy");
-        check("limosa migrate web --to a:1 --downtime-max 5", "like 5ms or 1.5s");
+        check(
+            "limosa migrate web --to a:1 --mode fast",
+            "known modes are stop-and-copy, pre-copy",
+        );
+        check(
+            "limosa migrate web --to a:1 --downtime-max 5",
+            "like 5ms or 1.5s",
+        );
         check("limosa migrate web", "--to <HOST:PORT>");
         check("limosa set web", "--downtime-max");
         check("limosa status --follow", "<VM|ID>");
@@ -338,7 +366,9 @@ mod tests {
     fn json_may_stand_before_and_behind_the_command() {
         let parse = |line: &str| Arguments::try_parse_from(line.split(' ')).unwrap();
         assert!(parse("limosa --json list").json);
-        let Command::List(format) = parse("limosa list --json").command else { panic!() };
+        let Command::List(format) = parse("limosa list --json").command else {
+            panic!()
+        };
         assert!(format.json);
         parse("limosa demo --json file.json");
     }

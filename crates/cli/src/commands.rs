@@ -19,9 +19,14 @@ use std::path::PathBuf;
 
 /// Does what was asked for.
 pub(crate) fn run(arguments: Arguments) -> Result<()> {
-    let place = Place { state_dir: arguments.state_dir, host_socket: arguments.host_socket };
+    let place = Place {
+        state_dir: arguments.state_dir,
+        host_socket: arguments.host_socket,
+    };
     let json_first = arguments.json;
-    let output = |json: bool| Output { json: json || json_first };
+    let output = |json: bool| Output {
+        json: json || json_first,
+    };
     match arguments.command {
         Command::Host(host) => serve(&host, &place),
         Command::Run(run) => machines::run(&place.client()?, &run, output(run.format.json)),
@@ -62,7 +67,9 @@ struct Place {
 
 impl Place {
     fn state_dir(&self) -> Result<PathBuf> {
-        self.state_dir.clone().map_or_else(state_dir::default_state_dir, Ok)
+        self.state_dir
+            .clone()
+            .map_or_else(state_dir::default_state_dir, Ok)
     }
 
     fn client(&self) -> Result<Client> {
@@ -94,6 +101,9 @@ fn replay(arguments: &Replay, output: Output) -> Result<()> {
     let steps = limosa_host::replay_journal(journal)
         .with_context(|| format!("{} does not replay", journal.display()))?;
     output.answer(&Replayed { steps }, |replayed| {
-        format!("all {} steps give the same actions", count(replayed.steps as u64))
+        format!(
+            "all {} steps give the same actions",
+            count(replayed.steps as u64)
+        )
     })
 }

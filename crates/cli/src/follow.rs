@@ -7,17 +7,22 @@ use crate::output::{Output, count, time};
 use anyhow::{Result, bail};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use limosa_engine::source::Stage;
-use limosa_host::api::{ErrorKind, MigrationInfo};
+use limosa_host::api::{ErrorKind, MigrationInfo, milliseconds};
 use limosa_host::client::Client;
-use limosa_pages::{ByteCount, BytesPerSecond};
+use limosa_pages::{ByteCount, BytesPerSecond, PAGE_SIZE};
 use signal_hook::consts::SIGINT;
 use std::io::IsTerminal;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// Time between two looks: fast enough for the eye, slow enough to cost a guest nothing.
 const LOOK_EVERY: Duration = Duration::from_millis(100);
+
+/// Time after which a speed can be told.
+const SPEED_AFTER: Duration = Duration::from_millis(250);
+/// Time between two lines about a round that takes long, where there is no bar.
+const TELL_EVERY: Duration = Duration::from_secs(5);
 
 /// Follows migrations of one daemon.
 pub(crate) struct Follower {
@@ -32,12 +37,18 @@ impl Follower {
         let interrupts = Arc::new(AtomicUsize::new(0));
         let counter = Arc::clone(&interrupts);
         let mut signals = signal_hook::iterator::Signals::new([SIGINT])?;
-        std::thread::Builder::new().name("interrupts".to_owned()).spawn(move || {
-            for _ in signals.forever() {
-                counter.fetch_add(1, Ordering::SeqCst);
-            }
-        })?;
-        Ok(Self { client, output, interrupts })
+        std::thread::Builder::new()
+            .name("interrupts".to_owned())
+            .spawn(move || {
+                for _ in signals.forever() {
+                    counter.fetch_add(1, Ordering::SeqCst);
+                }
+            })?;
+        Ok(Self {
+            client,
+            output,
+            interrupts,
+        })
     }
 
     /// The daemon.
@@ -57,6 +68,7 @@ impl Follower {
     /// It did not complete, or it was left.
     pub(crate) fn follow(&self, id: &str, owns: bool) -> Result<()> {
         let mut display = Display::new(self.output);
+        let mut speedometer = Speedometer::default();
         let mut abort_asked = false;
         loop {
             let info = self.client.wait(id, LOOK_EVERY)?;
@@ -64,7 +76,7 @@ impl Follower {
                 display.finish();
                 return self.conclude(&info);
             }
-            display.show(&info)?;
+            display.show(&speedometer.complete(&info))?;
             match self.interrupts.load(Ordering::SeqCst) {
                 0 => {}
                 1 if owns && !abort_asked => {
@@ -74,7 +86,11 @@ impl Follower {
                 1 if owns => {}
                 _ => {
                     display.finish();
-                    bail!("left alone: the migration of {} goes on ('limosa status {} --follow')", info.vm, info.vm);
+                    bail!(
+                        "left alone: the migration of {} goes on ('limosa status {} --follow')",
+                        info.vm,
+                        info.vm
+                    );
                 }
             }
         }
@@ -83,9 +99,9 @@ impl Follower {
     fn abort(&self, id: &str) -> Result<String> {
         match self.client.abort(id) {
             Ok(()) => Ok("aborting (Ctrl-C again leaves it alone)".to_owned()),
-            Err(error) if error.kind() == Some(ErrorKind::Conflict) => {
-                Ok(format!("{error}: waiting for its end (Ctrl-C again leaves it alone)"))
-            }
+            Err(error) if error.kind() == Some(ErrorKind::Conflict) => Ok(format!(
+                "{error}: waiting for its end (Ctrl-C again leaves it alone)"
+            )),
             Err(error) => Err(error.into()),
         }
     }
@@ -98,7 +114,10 @@ impl Follower {
             crate::output::print(&outcome_line(info))?;
         }
         if info.report.digest_equal == Some(false) {
-            bail!("memory or state of {} differ between the two hosts: do not trust this guest", info.vm);
+            bail!(
+                "memory or state of {} differ between the two hosts: do not trust this guest",
+                info.vm
+            );
         }
         if has_completed {
             return Ok(());
@@ -107,29 +126,83 @@ impl Follower {
     }
 }
 
+/// Tells the speed of a round from outside while the engine has none to tell: it measures whole
+/// rounds, and the first one is the longest.
+#[derive(Default)]
+struct Speedometer {
+    began: Option<(u32, u64, Instant)>,
+}
+
+impl Speedometer {
+    /// The same migration with bandwidth and time left filled in, if they can be told.
+    fn complete(&mut self, info: &MigrationInfo) -> MigrationInfo {
+        let mut info = info.clone();
+        let (round, sent, since) =
+            *self
+                .began
+                .get_or_insert((info.round, info.round_sent_pages, Instant::now()));
+        if round != info.round || info.round_sent_pages < sent {
+            self.began = None;
+            return info;
+        }
+        let elapsed = since.elapsed();
+        let bytes = ByteCount::new((info.round_sent_pages - sent).saturating_mul(PAGE_SIZE));
+        let measured = BytesPerSecond::measured(bytes, elapsed).filter(|rate| rate.get() > 0);
+        if info.bandwidth.is_none()
+            && elapsed > SPEED_AFTER
+            && let Some(rate) = measured
+        {
+            info.bandwidth = Some(rate.get());
+            let left = ByteCount::new(info.remaining_pages.saturating_mul(PAGE_SIZE));
+            info.time_left_ms = rate.time_for(left).map(milliseconds);
+        }
+        info
+    }
+}
+
 /// Progress, in the form that suits where it goes.
 enum Display {
     Bar(ProgressBar),
-    Lines { last: Option<(Stage, u32)> },
-    Json { last: Option<(Stage, u32)> },
+    Lines(Changes),
+    Json(Changes),
+}
+
+/// Says when a line is worth printing: at a new stage or round, and every now and then.
+#[derive(Default)]
+struct Changes(Option<(Stage, u32, Instant)>);
+
+impl Changes {
+    fn is_news(&mut self, info: &MigrationInfo) -> bool {
+        let is_known = self.0.is_some_and(|(stage, round, told)| {
+            (stage, round) == (info.stage, info.round) && told.elapsed() < TELL_EVERY
+        });
+        if !is_known {
+            self.0 = Some((info.stage, info.round, Instant::now()));
+        }
+        !is_known
+    }
 }
 
 impl Display {
     fn new(output: Output) -> Self {
         if output.json {
-            return Self::Json { last: None };
+            return Self::Json(Changes::default());
         }
         if !std::io::stderr().is_terminal() {
-            return Self::Lines { last: None };
+            return Self::Lines(Changes::default());
         }
         let bar = ProgressBar::with_draw_target(Some(1), ProgressDrawTarget::stderr());
-        let style = ProgressStyle::with_template("{prefix:<9} [{bar:24}] {percent:>3}%  {wide_msg}");
-        bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()).progress_chars("=> "));
+        let style =
+            ProgressStyle::with_template("{prefix:<9} [{bar:24}] {percent:>3}%  {wide_msg}");
+        bar.set_style(
+            style
+                .unwrap_or_else(|_| ProgressStyle::default_bar())
+                .progress_chars("=> "),
+        );
         Self::Bar(bar)
     }
 
     fn show(&mut self, info: &MigrationInfo) -> Result<()> {
-        let now = (info.stage, info.round);
         match self {
             Self::Bar(bar) => {
                 bar.set_length(info.round_pages.max(1));
@@ -137,15 +210,16 @@ impl Display {
                 bar.set_prefix(headline(info));
                 bar.set_message(numbers(info));
             }
-            Self::Lines { last } if *last != Some(now) => {
-                *last = Some(now);
-                eprintln!("{}: {}", headline(info), numbers(info));
+            Self::Lines(changes) => {
+                if changes.is_news(info) {
+                    eprintln!("{}: {}", headline(info), numbers(info));
+                }
             }
-            Self::Json { last } if *last != Some(now) => {
-                *last = Some(now);
-                Output::json_line(info)?;
+            Self::Json(changes) => {
+                if changes.is_news(info) {
+                    Output::json_line(info)?;
+                }
             }
-            Self::Lines { .. } | Self::Json { .. } => {}
         }
         Ok(())
     }
@@ -153,7 +227,7 @@ impl Display {
     fn say(&self, text: &str) {
         match self {
             Self::Bar(bar) => bar.suspend(|| eprintln!("{text}")),
-            Self::Lines { .. } | Self::Json { .. } => eprintln!("{text}"),
+            Self::Lines(_) | Self::Json(_) => eprintln!("{text}"),
         }
     }
 
@@ -178,7 +252,7 @@ pub(crate) const fn stage_name(stage: Stage) -> &'static str {
     }
 }
 
-fn headline(info: &MigrationInfo) -> String {
+pub(crate) fn headline(info: &MigrationInfo) -> String {
     match info.stage {
         Stage::Copying => format!("round {}", info.round),
         stage => stage_name(stage).to_owned(),
@@ -186,7 +260,7 @@ fn headline(info: &MigrationInfo) -> String {
 }
 
 /// The numbers of a migration in one line, those that are known.
-fn numbers(info: &MigrationInfo) -> String {
+pub(crate) fn numbers(info: &MigrationInfo) -> String {
     if let Some(reason) = &info.unresolved {
         return format!("{reason}; asking again");
     }
@@ -212,6 +286,13 @@ fn numbers(info: &MigrationInfo) -> String {
     parts.join(", ")
 }
 
+fn rounds(number: usize) -> String {
+    match number {
+        1 => "1 round".to_owned(),
+        more => format!("{more} rounds"),
+    }
+}
+
 /// How a migration ended, in one line.
 pub(crate) fn outcome_line(info: &MigrationInfo) -> String {
     let report = &info.report;
@@ -222,11 +303,15 @@ pub(crate) fn outcome_line(info: &MigrationInfo) -> String {
             let downtime = report.downtime_ms.map_or_else(String::new, |parts| {
                 format!(": downtime {}", time(parts.total))
             });
-            let verified = if report.digest_equal == Some(true) { ", digests equal" } else { "" };
+            let verified = if report.digest_equal == Some(true) {
+                ", digests equal"
+            } else {
+                ""
+            };
             format!(
-                "{vm} runs at {to}{downtime}, total {}, {} rounds, {} sent{verified}",
+                "{vm} runs at {to}{downtime}, total {}, {}, {} sent{verified}",
                 time(report.total_ms),
-                report.rounds.len(),
+                rounds(report.rounds.len()),
                 ByteCount::new(report.wire_bytes)
             )
         }
@@ -251,7 +336,10 @@ mod tests {
             "750 pages left, guest writes 50,000 pages/s, 1.20 GiB/s, downtime 3.10 ms expected, 400 ms left"
         );
         info.unresolved = Some("no answer from 127.0.0.1:7071".to_owned());
-        assert_eq!(numbers(&info), "no answer from 127.0.0.1:7071; asking again");
+        assert_eq!(
+            numbers(&info),
+            "no answer from 127.0.0.1:7071; asking again"
+        );
     }
 
     #[test]
@@ -262,9 +350,15 @@ mod tests {
             info.report.reason = Some("the target refused: no memory".to_owned());
             assert_eq!(outcome_line(&info), expect);
         };
-        check("completed", "web runs at 127.0.0.1:7071, total 0 ms, 0 rounds, 256 MiB sent");
+        check(
+            "completed",
+            "web runs at 127.0.0.1:7071, total 0 ms, 0 rounds, 256 MiB sent",
+        );
         check("aborted", "the migration was aborted: web runs on here");
-        check("failed", "the migration failed: the target refused: no memory; web runs on here");
+        check(
+            "failed",
+            "the migration failed: the target refused: no memory; web runs on here",
+        );
         check("guest-lost", "web is lost: the target refused: no memory");
     }
 }

@@ -97,7 +97,11 @@ pub(crate) fn time(milliseconds: f64) -> String {
         0.0 => "0 ms".to_owned(),
         ..1.0 => format!("{:.0} µs", milliseconds * 1000.0),
         ..1000.0 => format!("{milliseconds:.*} ms", digits(milliseconds)),
-        ..120_000.0 => format!("{:.*} s", digits(milliseconds / 1000.0), milliseconds / 1000.0),
+        ..120_000.0 => format!(
+            "{:.*} s",
+            digits(milliseconds / 1000.0),
+            milliseconds / 1000.0
+        ),
         _ => {
             let seconds = (milliseconds / 1000.0).round() as u64;
             format!("{} min {} s", seconds / 60, seconds % 60)
@@ -121,11 +125,23 @@ mod tests {
 
     #[test]
     fn numbers_read_well() {
-        assert_eq!([0, 999, 1000, 1_234_567].map(count), ["0", "999", "1,000", "1,234,567"]);
+        assert_eq!(
+            [0, 999, 1000, 1_234_567].map(count),
+            ["0", "999", "1,000", "1,234,567"]
+        );
         let times = [0.0, 0.87, 4.213, 12.34, 123.4, 1234.0, 61_000.0, 125_000.0].map(time);
         assert_eq!(
             times,
-            ["0 ms", "870 µs", "4.21 ms", "12.3 ms", "123 ms", "1.23 s", "61.0 s", "2 min 5 s"]
+            [
+                "0 ms",
+                "870 µs",
+                "4.21 ms",
+                "12.3 ms",
+                "123 ms",
+                "1.23 s",
+                "61.0 s",
+                "2 min 5 s"
+            ]
         );
     }
 }

@@ -79,10 +79,15 @@ impl FromStr for Milliseconds {
             "" if number == "0" => Some(1.0),
             _ => None,
         };
-        let value = number.parse::<f64>().ok().zip(factor).map(|(number, factor)| number * factor);
-        value.filter(|value| (0.0..=MAX).contains(value)).map(Self).ok_or_else(|| {
-            "expected a number with us, ms, s, m or h, like 5ms or 1.5s".to_owned()
-        })
+        let value = number
+            .parse::<f64>()
+            .ok()
+            .zip(factor)
+            .map(|(number, factor)| number * factor);
+        value
+            .filter(|value| (0.0..=MAX).contains(value))
+            .map(Self)
+            .ok_or_else(|| "expected a number with us, ms, s, m or h, like 5ms or 1.5s".to_owned())
     }
 }
 
@@ -102,7 +107,9 @@ impl<T: FromStr<Err = String>> FromStr for OrNone<T> {
         if text == "none" {
             return Ok(Self::None);
         }
-        text.parse().map(Self::Some).map_err(|error: String| format!("{error}; or none"))
+        text.parse()
+            .map(Self::Some)
+            .map_err(|error: String| format!("{error}; or none"))
     }
 }
 
@@ -142,10 +149,13 @@ impl fmt::Display for PageRate {
 /// # Errors
 /// The known ones.
 pub(crate) fn mode(text: &str) -> Result<Mode, String> {
-    Mode::ALL.into_iter().find(|mode| mode.name() == text).ok_or_else(|| {
-        let known: Vec<&str> = Mode::ALL.iter().map(|mode| mode.name()).collect();
-        format!("known modes are {}", known.join(", "))
-    })
+    Mode::ALL
+        .into_iter()
+        .find(|mode| mode.name() == text)
+        .ok_or_else(|| {
+            let known: Vec<&str> = Mode::ALL.iter().map(|mode| mode.name()).collect();
+            format!("known modes are {}", known.join(", "))
+        })
 }
 
 /// Bytes of `4096`, `512K`, `1.5G`, `1GiB`.
@@ -170,7 +180,9 @@ fn parse_bytes(text: &str) -> Option<u64> {
 /// Splits behind the last digit or point.
 fn split_number(text: &str) -> (&str, &str) {
     let text = text.trim();
-    let end = text.find(|char: char| !char.is_ascii_digit() && char != '.').unwrap_or(text.len());
+    let end = text
+        .find(|char: char| !char.is_ascii_digit() && char != '.')
+        .unwrap_or(text.len());
     (&text[..end], text[end..].trim_start())
 }
 
@@ -181,7 +193,11 @@ mod tests {
     #[test]
     fn sizes() {
         let check = |text: &str, expect: Option<u64>| {
-            assert_eq!(text.parse::<Size>().ok().map(Size::bytes), expect, "{text:?}");
+            assert_eq!(
+                text.parse::<Size>().ok().map(Size::bytes),
+                expect,
+                "{text:?}"
+            );
         };
         check("0", Some(0));
         check("4096", Some(4096));
@@ -190,7 +206,18 @@ mod tests {
         check("1.5G", Some(3 << 29));
         check("64MiB", Some(64 << 20));
         check("1.00 GiB", Some(1 << 30));
-        for text in ["", "G", "4X", "-4G", "4 G B", "1.5", "1e9", "nan", "20000000T", "99999999999999999999"] {
+        for text in [
+            "",
+            "G",
+            "4X",
+            "-4G",
+            "4 G B",
+            "1.5",
+            "1e9",
+            "nan",
+            "20000000T",
+            "99999999999999999999",
+        ] {
             check(text, None);
         }
         let error = "4X".parse::<Size>().unwrap_err();
@@ -211,7 +238,11 @@ mod tests {
     #[test]
     fn times() {
         let check = |text: &str, expect: Option<f64>| {
-            assert_eq!(text.parse::<Milliseconds>().ok().map(Milliseconds::get), expect, "{text:?}");
+            assert_eq!(
+                text.parse::<Milliseconds>().ok().map(Milliseconds::get),
+                expect,
+                "{text:?}"
+            );
         };
         check("5ms", Some(5.0));
         check("500us", Some(0.5));
@@ -229,7 +260,10 @@ mod tests {
         assert_eq!("none".parse(), Ok(OrNone::<Rate>::None));
         assert_eq!("1K".parse(), Ok(OrNone::Some(Rate(1024))));
         let error = "x".parse::<OrNone<Milliseconds>>().unwrap_err();
-        assert_eq!(error, "expected a number with us, ms, s, m or h, like 5ms or 1.5s; or none");
+        assert_eq!(
+            error,
+            "expected a number with us, ms, s, m or h, like 5ms or 1.5s; or none"
+        );
     }
 
     #[test]
@@ -243,6 +277,9 @@ mod tests {
     #[test]
     fn an_unknown_mode_lists_the_known_ones() {
         assert_eq!(mode("pre-copy"), Ok(Mode::PreCopy));
-        assert_eq!(mode("precopy"), Err("known modes are stop-and-copy, pre-copy".to_owned()));
+        assert_eq!(
+            mode("precopy"),
+            Err("known modes are stop-and-copy, pre-copy".to_owned())
+        );
     }
 }

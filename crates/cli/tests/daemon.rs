@@ -18,20 +18,22 @@ const PATIENCE: Duration = Duration::from_secs(20);
 struct Daemon {
     process: Child,
     dir: tempfile::TempDir,
+    /// Where other hosts reach it.
+    peer: String,
 }
 
 impl Daemon {
     fn start() -> Self {
         let dir = tempfile::tempdir().unwrap();
-        let process = spawn(dir.path());
-        Self { process, dir }
+        let (process, peer) = spawn(dir.path());
+        Self { process, dir, peer }
     }
 
     /// Kills the daemon without a word and starts another one.
     fn kill_and_restart(&mut self) {
         self.process.kill().unwrap();
         self.process.wait().unwrap();
-        self.process = spawn(self.dir.path());
+        (self.process, self.peer) = spawn(self.dir.path());
     }
 
     fn limosa(&self, arguments: &[&str]) -> Output {
@@ -46,7 +48,11 @@ impl Daemon {
     /// The answer of a command that has to work.
     fn json(&self, arguments: &[&str]) -> Value {
         let output = self.limosa(&[arguments, &["--json"]].concat());
-        assert!(output.status.success(), "{arguments:?}: {}", errors(&output));
+        assert!(
+            output.status.success(),
+            "{arguments:?}: {}",
+            errors(&output)
+        );
         serde_json::from_slice(&output.stdout).unwrap()
     }
 
@@ -62,7 +68,12 @@ impl Daemon {
 
     fn work(&self, name: &str) -> u64 {
         let vms = self.json(&["list"]);
-        let vm = vms.as_array().unwrap().iter().find(|vm| vm["name"] == name).unwrap();
+        let vm = vms
+            .as_array()
+            .unwrap()
+            .iter()
+            .find(|vm| vm["name"] == name)
+            .unwrap();
         assert_eq!(vm["state"], "running", "{vm}");
         assert_eq!(vm["errors"], 0, "{vm}");
         vm["work"].as_u64().unwrap()
@@ -71,36 +82,44 @@ impl Daemon {
 
 impl Drop for Daemon {
     fn drop(&mut self) {
-        if let Ok(Value::Array(vms)) = serde_json::from_slice(&self.limosa(&["list", "--json"]).stdout) {
+        if let Ok(Value::Array(vms)) =
+            serde_json::from_slice(&self.limosa(&["list", "--json"]).stdout)
+        {
             for vm in vms {
                 self.limosa(&["stop", "--force", vm["name"].as_str().unwrap_or_default()]);
             }
         }
-        drop(self.process.kill());
-        drop(self.process.wait());
+        self.process.kill().ok();
+        self.process.wait().ok();
     }
 }
 
 /// Starts a daemon and waits until it answers.
-fn spawn(dir: &Path) -> Child {
-    let mut process = host(dir, "127.0.0.1:0").stderr(Stdio::piped()).spawn().unwrap();
+fn spawn(dir: &Path) -> (Child, String) {
+    let mut process = host(dir, "127.0.0.1:0")
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
     let stderr = BufReader::new(process.stderr.take().unwrap());
     let (sender, receiver) = std::sync::mpsc::channel();
     thread::spawn(move || {
         for line in stderr.lines().map_while(Result::ok) {
             eprintln!("daemon: {line}");
-            if line.contains("listens for hosts on") {
-                drop(sender.send(()));
+            if let Some((_, rest)) = line.split_once("listens for hosts on ") {
+                let address = rest.split(' ').next().unwrap_or_default();
+                sender.send(address.to_owned()).ok();
             }
         }
     });
-    receiver.recv_timeout(PATIENCE).unwrap();
-    process
+    let peer = receiver.recv_timeout(PATIENCE).unwrap();
+    (process, peer)
 }
 
 fn host(dir: &Path, listen: &str) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_limosa"));
-    command.args(["host", "--listen", listen, "--state-dir"]).arg(dir);
+    command
+        .args(["host", "--listen", listen, "--state-dir"])
+        .arg(dir);
     command
 }
 
@@ -109,7 +128,11 @@ fn errors(output: &Output) -> String {
 }
 
 fn has_kvm() -> bool {
-    let has_kvm = std::fs::File::options().read(true).write(true).open("/dev/kvm").is_ok();
+    let has_kvm = std::fs::File::options()
+        .read(true)
+        .write(true)
+        .open("/dev/kvm")
+        .is_ok();
     if !has_kvm {
         println!("skipped: no /dev/kvm");
     }
@@ -149,23 +172,47 @@ fn a_daemon_refuses_what_it_must() {
     let second = host(daemon.dir.path(), "127.0.0.1:0").output().unwrap();
     let expect = format!("another limosa daemon (process {})", daemon.process.id());
     assert!(errors(&second).contains(&expect), "{}", errors(&second));
-    let open = host(tempfile::tempdir().unwrap().path(), "0.0.0.0:0").output().unwrap();
+    let open = host(tempfile::tempdir().unwrap().path(), "0.0.0.0:0")
+        .output()
+        .unwrap();
     assert_eq!(open.status.code(), Some(1));
     assert!(errors(&open).contains("--insecure"), "{}", errors(&open));
 
     daemon.refused(&["inspect", "web"], "no VM named 'web' on this host");
     daemon.refused(&["stop", "web"], "no VM named 'web' on this host");
-    daemon.refused(&["migrate", "web", "--to", "127.0.0.1:9"], "no VM named 'web' on this host");
+    daemon.refused(
+        &["migrate", "web", "--to", "127.0.0.1:9"],
+        "no VM named 'web' on this host",
+    );
     daemon.refused(&["abort", "web"], "no migration of a VM 'web'");
     daemon.refused(&["status", "web"], "no migration of a VM 'web'");
-    daemon.refused(&["set", "web", "--rounds-max", "3"], "no migration of a VM 'web'");
+    daemon.refused(
+        &["set", "web", "--rounds-max", "3"],
+        "no migration of a VM 'web'",
+    );
     daemon.refused(&["run", "a/b", "--micro", "idle"], "cannot name a VM");
-    daemon.refused(&["run", "web", "--micro", "writr"], "known are writer, idle, compute");
-    daemon.refused(&["run", "web", "--micro", "idle", "--memory", "5000"], "memory");
-    daemon.refused(&["run", "web", "--micro", "idle", "--memory", "100T"], "memory");
-    daemon.refused(&["run", "web", "--micro", "idle", "--observer", "192.0.2.1:9"], "loopback");
+    daemon.refused(
+        &["run", "web", "--micro", "writr"],
+        "known are writer, idle, compute",
+    );
+    daemon.refused(
+        &["run", "web", "--micro", "idle", "--memory", "5000"],
+        "memory",
+    );
+    daemon.refused(
+        &["run", "web", "--micro", "idle", "--memory", "100T"],
+        "memory",
+    );
+    daemon.refused(
+        &["run", "web", "--micro", "idle", "--observer", "192.0.2.1:9"],
+        "loopback",
+    );
     daemon.refused(&["replay", "/dev/null"], "not a journal");
-    assert_eq!(daemon.json(&["list"]), Value::Array(Vec::new()), "nothing is left of what was refused");
+    assert_eq!(
+        daemon.json(&["list"]),
+        Value::Array(Vec::new()),
+        "nothing is left of what was refused"
+    );
 }
 
 #[test]
@@ -178,8 +225,16 @@ fn guests_that_cannot_run_are_refused_in_one_line() {
     std::fs::write(&file, "this is no program").unwrap();
     daemon.refused(&["run", "web", "--micro", file.to_str().unwrap()], "ELF");
     daemon.refused(&["run", "web", "--micro", "/bin/true"], "");
-    daemon.refused(&["run", "web", "--micro", "writer", "--args", "ws=lots"], "ws=lots");
-    daemon.refused(&["run", "web", "--micro", "writer", "--memory", "16M", "--args", "ws=64M"], "memory");
+    daemon.refused(
+        &["run", "web", "--micro", "writer", "--args", "ws=lots"],
+        "ws=lots",
+    );
+    daemon.refused(
+        &[
+            "run", "web", "--micro", "writer", "--memory", "16M", "--args", "ws=64M",
+        ],
+        "memory",
+    );
     assert_eq!(daemon.json(&["list"]), Value::Array(Vec::new()));
 }
 
@@ -189,23 +244,46 @@ fn a_killed_daemon_is_not_missed_by_its_guests() {
         return;
     }
     let mut daemon = Daemon::start();
-    let spec = ["run", "web", "--micro", "writer", "--args", "ws=8M rate=2000", "--memory", "64M"];
+    let spec = [
+        "run",
+        "web",
+        "--micro",
+        "writer",
+        "--args",
+        "ws=8M rate=2000",
+        "--memory",
+        "64M",
+    ];
     let vm = daemon.json(&spec);
-    assert_eq!((&vm["state"], &vm["vcpus"]), (&"running".into(), &1.into()), "{vm}");
+    assert_eq!(
+        (&vm["state"], &vm["vcpus"]),
+        (&"running".into(), &1.into()),
+        "{vm}"
+    );
     daemon.refused(&spec, "a VM named 'web' exists on this host");
 
     wait_until("the guest works", || daemon.work("web") > 0);
     let inspection = daemon.json(&["inspect", "web"]);
     let sections = inspection["sections"].as_array().unwrap();
     assert!(sections.len() > 3, "{inspection}");
-    assert!(inspection["state_bytes"].as_u64().unwrap() > 1000, "{inspection}");
+    assert!(
+        inspection["state_bytes"].as_u64().unwrap() > 1000,
+        "{inspection}"
+    );
 
     // A target that is not there: the guest stays, and one line says why.
-    daemon.refused(&["migrate", "web", "--to", "127.0.0.1:1"], "no limosa host answers at 127.0.0.1:1");
+    daemon.refused(
+        &["migrate", "web", "--to", "127.0.0.1:1"],
+        "no limosa host answers at 127.0.0.1:1",
+    );
     daemon.refused(&["migrate", "web", "--to", "192.0.2.1:7070"], "--insecure");
     let status = daemon.json(&["status", "web"]);
     assert_eq!(status["report"]["outcome"], "failed", "{status}");
-    let steps = std::fs::read_dir(daemon.dir.path().join("journals")).unwrap().next().unwrap().unwrap();
+    let steps = std::fs::read_dir(daemon.dir.path().join("journals"))
+        .unwrap()
+        .next()
+        .unwrap()
+        .unwrap();
     let replayed = daemon.json(&["replay", steps.path().to_str().unwrap()]);
     assert!(replayed["steps"].as_u64().unwrap() > 0, "{replayed}");
 
@@ -216,9 +294,73 @@ fn a_killed_daemon_is_not_missed_by_its_guests() {
     wait_until("the guest works on", || daemon.work("web") > before);
 
     // One that dies is shown as such until it is removed.
-    Command::new("kill").args(["-9", &pid.to_string()]).status().unwrap();
-    wait_until("the end is noticed", || daemon.json(&["list"])[0]["state"] == "ended");
+    Command::new("kill")
+        .args(["-9", &pid.to_string()])
+        .status()
+        .unwrap();
+    wait_until("the end is noticed", || {
+        daemon.json(&["list"])[0]["state"] == "ended"
+    });
     daemon.refused(&["inspect", "web"], "has ended");
     assert_eq!(daemon.json(&["stop", "web"])["stopped"], true);
     assert_eq!(daemon.json(&["list"]), Value::Array(Vec::new()));
+}
+
+#[test]
+fn a_guest_moves_between_two_daemons_or_stays() {
+    if !has_kvm() {
+        return;
+    }
+    let [source, target] = [Daemon::start(), Daemon::start()];
+    let spec = [
+        "run",
+        "web",
+        "--micro",
+        "writer",
+        "--args",
+        "ws=8M rate=2000",
+        "--memory",
+        "64M",
+    ];
+    source.json(&spec);
+    wait_until("the guest works", || source.work("web") > 0);
+
+    // Slow enough to be met on its way: it is shown, steered, and called back.
+    let migrate = ["migrate", "web", "--to", &target.peer];
+    let slow = [&migrate[..], &["--link", "1M", "--detach"]].concat();
+    let id = source.json(&slow)["id"].as_str().unwrap().to_owned();
+    let is_copying = || source.json(&["status", "web"])["stage"] == "copying";
+    wait_until("pages are sent", is_copying);
+    assert_eq!(target.json(&["status"])["incoming"][0]["id"], id.as_str());
+    assert_eq!(target.json(&["list"])[0]["state"], "arriving");
+    let changed = source.json(&["set", &id[..6], "--downtime-max", "7ms"]);
+    assert_eq!(changed["limits"]["downtime_max_ms"], 7.0, "{changed}");
+    source.refused(&["stop", "web"], "is being migrated");
+    source.refused(&migrate, "is being migrated");
+    assert_eq!(
+        source.json(&["abort", "web"])["report"]["outcome"],
+        "aborted"
+    );
+    source.refused(&["abort", "web"], "is over");
+    let before = source.work("web");
+    wait_until("the guest works on", || source.work("web") > before);
+
+    for (from, to) in [(&source, &target), (&target, &source)] {
+        let before = from.work("web");
+        let migrate = ["migrate", "web", "--to", &to.peer, "--verify"];
+        let output = from.limosa(&migrate);
+        assert!(output.status.success(), "{}", errors(&output));
+        let text = String::from_utf8_lossy(&output.stdout);
+        assert!(
+            text.starts_with("web runs at 127.0.0.1:") && text.contains("digests equal"),
+            "{text}"
+        );
+        assert_eq!(from.json(&["list"]), Value::Array(Vec::new()));
+        wait_until("the guest works on", || to.work("web") > before);
+    }
+
+    // Its name is taken at the target: refused there, and it stays here.
+    target.json(&spec);
+    source.refused(&migrate, "a VM named 'web' exists on this host");
+    source.work("web");
 }

@@ -146,9 +146,15 @@ mod tests {
     fn a_lost_or_altered_event_is_found_where_it_matters() {
         let mut lost = journal();
         lost.remove(2);
-        assert_eq!(replay(&mut Sum::default(), lost), Err(Divergence { step: 2 }));
+        assert_eq!(
+            replay(&mut Sum::default(), lost),
+            Err(Divergence { step: 2 })
+        );
         let mut altered = journal();
         altered[3].event += 1;
-        assert_eq!(replay(&mut Sum::default(), altered), Err(Divergence { step: 3 }));
+        assert_eq!(
+            replay(&mut Sum::default(), altered),
+            Err(Divergence { step: 3 })
+        );
     }
 }

@@ -226,6 +226,8 @@ impl Source {
     pub fn recover(config: SourceConfig) -> Self {
         let mut source = Self::new(config);
         source.paused = true;
+        // The daemon that was killed may have switched it on, and nobody has switched it off.
+        source.tracking = true;
         source.state = State::Resolving {
             backoff: RESOLVE_BACKOFF.0,
             asking: false,
@@ -455,7 +457,7 @@ impl Machine for Source {
             SourceEvent::Released => self.released(now),
             SourceEvent::GuestFailed { reason } => self.guest_failed(now, reason),
             SourceEvent::Resolved(resolution) => self.resolved(now, resolution),
-            SourceEvent::ResolveFailed { .. } => self.resolve_failed(now),
+            SourceEvent::ResolveFailed { reason } => self.resolve_failed(now, reason),
             SourceEvent::Set(limits) => self.set(limits),
             SourceEvent::Abort => self.abort(now),
             SourceEvent::Timer => self.timer(now),

@@ -302,7 +302,7 @@ impl Target {
                 vec![TargetAction::Record(Phase::Running)]
             }
             (ControlFrame::Abort { reason }, _) => {
-                self.give_up(alloc::format!("the source ended it: {reason}"))
+                self.give_up(alloc::format!("the source ended it: {}", clip(&reason)))
             }
             (frame, _) => self.lost(alloc::format!(
                 "the source sent {} out of turn",

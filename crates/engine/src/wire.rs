@@ -325,13 +325,14 @@ impl ControlFrame {
     }
 }
 
-/// Cuts a text to what a frame may carry, at a character's end.
+/// Cuts a text to what a frame may carry, at a character's end, and makes one line of it without
+/// anything that a terminal would obey: whoever reads it did not choose the peer's words.
 pub fn clip(text: &str) -> String {
     let mut end = text.len().min(TEXT_BYTES_MAX);
     while !text.is_char_boundary(end) {
         end -= 1;
     }
-    String::from(&text[..end])
+    text[..end].replace(char::is_control, " ")
 }
 
 /// What follows on a push stream. Only [`PushHeader::Pages`] has bytes behind it: its pages.
@@ -460,6 +461,14 @@ mod tests {
         );
         let huge = ControlFrame::check_length([0xff; 4]);
         assert!(matches!(huge, Err(WireError::FrameTooLong { .. })));
+    }
+
+    #[test]
+    fn a_foreign_text_becomes_one_line_of_limited_length() {
+        assert_eq!(clip("no\r\n\u{1b}[31mroom\u{9b}"), "no   [31mroom ");
+        let long = "ä".repeat(TEXT_BYTES_MAX);
+        assert_eq!(clip(&long).len(), TEXT_BYTES_MAX);
+        assert_eq!(clip(&long[2..].replacen('ä', "a", 1)).len(), TEXT_BYTES_MAX - 1);
     }
 
     #[test]

@@ -23,8 +23,13 @@ impl TargetHost for Arrivals {
         }
         let described = host.machines().describe(start)?;
         let name = described.name;
-        host.registry().reserve(&name).map_err(|refusal| refusal.message)?;
-        match host.machines().receive(&name, id, start, host.on_end(&name)) {
+        host.registry()
+            .reserve(&name)
+            .map_err(|refusal| refusal.message)?;
+        match host
+            .machines()
+            .receive(&name, id, start, host.on_end(&name))
+        {
             Ok(machine) => {
                 let guest = machine.guest();
                 tracing::info!(migration_id = %id, vm = %name, pid = machine.pid(), "a guest arrives");
@@ -72,12 +77,18 @@ impl TargetHost for Arrivals {
     }
 
     fn confirmed(&self, id: MigrationId) {
-        let arrival = self.0.registry().arrival(id).map(|(_, vm)| Arc::clone(&vm.machine));
+        let arrival = self
+            .0
+            .registry()
+            .arrival(id)
+            .map(|(_, vm)| Arc::clone(&vm.machine));
         let Some(machine) = arrival else { return };
         match machine.guest().record(&Phase::Running) {
             Ok(()) => self.hold(id, Hold::Here { arrived: None }),
             // It stays Arrived, which only means that its attempt is still remembered.
-            Err(error) => tracing::warn!(migration_id = %id, %error, "a confirmed arrival could not be recorded"),
+            Err(error) => {
+                tracing::warn!(migration_id = %id, %error, "a confirmed arrival could not be recorded")
+            }
         }
     }
 }
@@ -85,9 +96,14 @@ impl TargetHost for Arrivals {
 impl Arrivals {
     fn hold(&self, id: MigrationId, hold: Hold) {
         let mut registry = self.0.registry();
-        let Some(name) = registry.arrival(id).map(|(name, _)| name.clone()) else { return };
+        let Some(name) = registry.arrival(id).map(|(name, _)| name.clone()) else {
+            return;
+        };
         registry.hold(&name, hold);
-        let ended = registry.alive(&name).ok().and_then(|vm| Some((vm.machine.pid(), vm.machine.ended()?)));
+        let ended = registry
+            .alive(&name)
+            .ok()
+            .and_then(|vm| Some((vm.machine.pid(), vm.machine.ended()?)));
         // Its process may have ended while it was still arriving and the watcher let it be.
         if let Some((pid, reason)) = ended {
             registry.process_ended(&name, pid, &reason);
@@ -98,8 +114,12 @@ impl Arrivals {
     fn drop_arrival(&self, id: MigrationId) {
         let host = &self.0;
         let mut registry = host.registry();
-        let arrival = registry.arrival(id).filter(|(_, vm)| vm.hold == Hold::Arriving { id });
-        let Some(name) = arrival.map(|(name, _)| name.clone()) else { return };
+        let arrival = registry
+            .arrival(id)
+            .filter(|(_, vm)| vm.hold == Hold::Arriving { id });
+        let Some(name) = arrival.map(|(name, _)| name.clone()) else {
+            return;
+        };
         let slot = registry.begin_removal(&name);
         drop(registry);
         if let Ok(Slot::Alive(vm)) = slot {
@@ -143,7 +163,12 @@ mod tests {
     }
 
     fn states(arrivals: &Arrivals) -> Vec<(String, VmState)> {
-        arrivals.0.vms().into_iter().map(|vm| (vm.name, vm.state)).collect()
+        arrivals
+            .0
+            .vms()
+            .into_iter()
+            .map(|vm| (vm.name, vm.state))
+            .collect()
     }
 
     #[test]
@@ -155,7 +180,10 @@ mod tests {
         guest.record(&Phase::Arrived { id: ONE }).unwrap();
         arrivals.running(ONE);
         assert_eq!(states(&arrivals), [("web".to_owned(), VmState::Running)]);
-        assert_eq!(arrivals.0.vm("web").unwrap().migration, Some(ONE.to_string()));
+        assert_eq!(
+            arrivals.0.vm("web").unwrap().migration,
+            Some(ONE.to_string())
+        );
         assert_eq!(arrivals.resolve(ONE), Resolution::Runs);
         guest.record(&Phase::Running).unwrap();
         arrivals.finished(ONE, &TargetOutcome::Completed);
@@ -169,9 +197,17 @@ mod tests {
         arrivals.create(ONE, &start("web")).map(drop).unwrap();
         let refused = arrivals.create(TWO, &start("web")).map(drop).unwrap_err();
         assert!(refused.contains("a VM named 'web' exists"), "{refused}");
-        arrivals.finished(ONE, &TargetOutcome::Dropped { reason: "aborted".to_owned() });
+        arrivals.finished(
+            ONE,
+            &TargetOutcome::Dropped {
+                reason: "aborted".to_owned(),
+            },
+        );
         assert_eq!(states(&arrivals), []);
-        assert_eq!(machines.made.lock().unwrap()[0].ended().as_deref(), Some("killed"));
+        assert_eq!(
+            machines.made.lock().unwrap()[0].ended().as_deref(),
+            Some("killed")
+        );
         arrivals.create(TWO, &start("web")).map(drop).unwrap();
     }
 
@@ -187,7 +223,10 @@ mod tests {
     #[test]
     fn a_name_that_is_no_file_name_is_refused() {
         let (arrivals, _machines, _dir) = arrivals();
-        let refused = arrivals.create(ONE, &start("../web")).map(drop).unwrap_err();
+        let refused = arrivals
+            .create(ONE, &start("../web"))
+            .map(drop)
+            .unwrap_err();
         assert!(refused.contains("cannot name a VM"), "{refused}");
     }
 

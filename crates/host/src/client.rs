@@ -197,7 +197,11 @@ impl Client {
     /// # Errors
     /// As for all requests.
     pub fn set(&self, id: &str, patch: &LimitsPatch) -> Result<MigrationInfo, ClientError> {
-        self.request("PATCH", &format!("/v1/migrations/{}", encode(id)), Some(patch))
+        self.request(
+            "PATCH",
+            &format!("/v1/migrations/{}", encode(id)),
+            Some(patch),
+        )
     }
 
     /// Aborts a migration; its report says when it is over and how it ended.
@@ -340,13 +344,22 @@ mod tests {
 
     fn check(answer: &str, expect: Result<(u16, &str), &str>) {
         let split = split_answer(answer.as_bytes());
-        assert_eq!(split, expect.map(|(status, body)| (status, body.as_bytes())));
+        assert_eq!(
+            split,
+            expect.map(|(status, body)| (status, body.as_bytes()))
+        );
     }
 
     #[test]
     fn answers_are_taken_apart() {
-        check("HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n{}", Ok((200, "{}")));
-        check("HTTP/1.1 404 Not Found\r\nContent-Length: 3\r\n\r\nabcdef", Ok((404, "abc")));
+        check(
+            "HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n{}",
+            Ok((200, "{}")),
+        );
+        check(
+            "HTTP/1.1 404 Not Found\r\nContent-Length: 3\r\n\r\nabcdef",
+            Ok((404, "abc")),
+        );
         check("HTTP/1.1 200 OK\r\n\r\n[]", Ok((200, "[]")));
     }
 
@@ -355,8 +368,14 @@ mod tests {
         check("", Err("no HTTP head"));
         check("SSH-2.0-x\r\n\r\n", Err("not HTTP/1.1"));
         check("HTTP/1.1 abc\r\n\r\n", Err("no HTTP status"));
-        check("HTTP/1.1 200 OK\r\ncontent-length: 9\r\n\r\n{}", Err("the answer was cut off"));
-        check("HTTP/1.1 200 OK\r\ncontent-length: x\r\n\r\n{}", Err("bad content length"));
+        check(
+            "HTTP/1.1 200 OK\r\ncontent-length: 9\r\n\r\n{}",
+            Err("the answer was cut off"),
+        );
+        check(
+            "HTTP/1.1 200 OK\r\ncontent-length: x\r\n\r\n{}",
+            Err("bad content length"),
+        );
     }
 
     #[test]

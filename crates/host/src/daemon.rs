@@ -63,7 +63,12 @@ pub fn serve(options: &Options) -> Result<()> {
     let host = Host::new(state, Box::new(processes), ledger);
     host.adopt_all()?;
     let peers = Listener::bind(options.listen, Arc::new(Arrivals(Arc::clone(&host))))
-        .with_context(|| format!("cannot listen on {} for other hosts (--listen gives another address)", options.listen))?;
+        .with_context(|| {
+            format!(
+                "cannot listen on {} for other hosts (--listen gives another address)",
+                options.listen
+            )
+        })?;
     let address = peers.local_addr();
     host.listens(peers);
 
@@ -78,7 +83,7 @@ pub fn serve(options: &Options) -> Result<()> {
         let control = listen_privately(&socket)?;
         let vms = host.vms().len();
         eprintln!(
-            "limosa host {} listens for hosts on {address} and for commands on {} ({vms} VMs found)",
+            "limosa host {} listens for hosts on {address} and for commands on {} ({vms} VMs)",
             env!("CARGO_PKG_VERSION"),
             socket.display()
         );
@@ -101,7 +106,12 @@ pub fn serve(options: &Options) -> Result<()> {
     runtime.shutdown_background();
     let vms = host.registry().len();
     if vms > 0 {
-        eprintln!("{vms} VMs run on without a daemon: 'limosa host --state-dir {root}' takes them up again");
+        let run_on = if vms == 1 {
+            "1 VM runs on".to_owned()
+        } else {
+            format!("{vms} VMs run on")
+        };
+        eprintln!("{run_on} without a daemon: 'limosa host --state-dir {root}' finds them again");
     }
     served
 }
@@ -121,7 +131,9 @@ async fn wind_down(
         _ = interrupt.recv() => 1,
     };
     if left > 0 {
-        eprintln!("migrations were under way: they are resolved when a daemon is started here again");
+        eprintln!(
+            "migrations were under way: they are resolved when a daemon is started here again"
+        );
     }
     Ok(())
 }

@@ -74,7 +74,9 @@ impl Host {
     }
 
     fn migrations_lock(&self) -> MutexGuard<'_, Migrations> {
-        self.migrations.lock().unwrap_or_else(PoisonError::into_inner)
+        self.migrations
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
     }
 
     fn peer_address(&self) -> Option<SocketAddr> {
@@ -91,7 +93,9 @@ impl Host {
         Ok(HostInfo {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             pid: std::process::id(),
-            peer_address: self.peer_address().map_or_else(String::new, |address| address.to_string()),
+            peer_address: self
+                .peer_address()
+                .map_or_else(String::new, |address| address.to_string()),
             boot_id: facts.boot_id,
             state_dir: self.state.root().display().to_string(),
             open_fds: facts.open_fds,
@@ -130,7 +134,9 @@ impl Host {
             }
         }
         let is_left = |migration: &&Arc<Migration>| {
-            migration.wait(until.saturating_duration_since(Instant::now())).is_none()
+            migration
+                .wait(until.saturating_duration_since(Instant::now()))
+                .is_none()
         };
         let left = running.iter().filter(is_left).count();
         while !self.incoming().is_empty() && Instant::now() < until {

@@ -87,14 +87,14 @@ async fn list_vms(State(host): Of) -> Answer<Vec<VmInfo>> {
 
 /// Make a virtual machine and start it
 #[utoipa::path(post, path = "/v1/vms", request_body = VmSpec,
-    responses((status = 200, body = VmInfo), (status = "4XX", body = ErrorBody)))]
+    responses((status = 200, body = VmInfo), (status = "4XX", body = ErrorBody), (status = "5XX", body = ErrorBody)))]
 async fn run_vm(State(host): Of, Body(spec): Body<VmSpec>) -> Answer<VmInfo> {
     blocking(move || host.run(&spec)).await
 }
 
 /// One virtual machine
 #[utoipa::path(get, path = "/v1/vms/{name}", params(("name" = String, Path)),
-    responses((status = 200, body = VmInfo), (status = "4XX", body = ErrorBody)))]
+    responses((status = 200, body = VmInfo), (status = "4XX", body = ErrorBody), (status = "5XX", body = ErrorBody)))]
 async fn show_vm(State(host): Of, Path(name): Path<String>) -> Answer<VmInfo> {
     blocking(move || host.vm(&name)).await
 }
@@ -111,7 +111,7 @@ struct StopQuery {
 
 /// End a virtual machine, or remove one that ended
 #[utoipa::path(delete, path = "/v1/vms/{name}", params(("name" = String, Path), StopQuery),
-    responses((status = 200, body = Done), (status = "4XX", body = ErrorBody)))]
+    responses((status = 200, body = Done), (status = "4XX", body = ErrorBody), (status = "5XX", body = ErrorBody)))]
 async fn stop_vm(
     State(host): Of,
     Path(name): Path<String>,
@@ -122,14 +122,14 @@ async fn stop_vm(
 
 /// Every part of the state that would move with it
 #[utoipa::path(get, path = "/v1/vms/{name}/inspect", params(("name" = String, Path)),
-    responses((status = 200, body = Vec<SectionInfo>), (status = "4XX", body = ErrorBody)))]
+    responses((status = 200, body = Vec<SectionInfo>), (status = "4XX", body = ErrorBody), (status = "5XX", body = ErrorBody)))]
 async fn inspect_vm(State(host): Of, Path(name): Path<String>) -> Answer<Vec<SectionInfo>> {
     blocking(move || host.inspect(&name)).await
 }
 
 /// What a micro guest says about itself
 #[utoipa::path(get, path = "/v1/vms/{name}/guest", params(("name" = String, Path)),
-    responses((status = 200, body = GuestReport), (status = "4XX", body = ErrorBody)))]
+    responses((status = 200, body = GuestReport), (status = "4XX", body = ErrorBody), (status = "5XX", body = ErrorBody)))]
 async fn show_guest(State(host): Of, Path(name): Path<String>) -> Answer<GuestReport> {
     blocking(move || host.guest(&name)).await
 }
@@ -137,7 +137,7 @@ async fn show_guest(State(host): Of, Path(name): Path<String>) -> Answer<GuestRe
 /// Give a micro guest a command
 #[utoipa::path(post, path = "/v1/vms/{name}/command", params(("name" = String, Path)),
     request_body = CommandBody,
-    responses((status = 200, body = Done), (status = "4XX", body = ErrorBody)))]
+    responses((status = 200, body = Done), (status = "4XX", body = ErrorBody), (status = "5XX", body = ErrorBody)))]
 async fn command_guest(
     State(host): Of,
     Path(name): Path<String>,
@@ -149,7 +149,7 @@ async fn command_guest(
 /// Start to move a virtual machine to another host
 #[utoipa::path(post, path = "/v1/vms/{name}/migrate", params(("name" = String, Path)),
     request_body = MigrateBody,
-    responses((status = 200, body = MigrateAnswer), (status = "4XX", body = ErrorBody)))]
+    responses((status = 200, body = MigrateAnswer), (status = "4XX", body = ErrorBody), (status = "5XX", body = ErrorBody)))]
 async fn migrate_vm(
     State(host): Of,
     Path(name): Path<String>,
@@ -180,7 +180,7 @@ struct WaitQuery {
 
 /// One migration
 #[utoipa::path(get, path = "/v1/migrations/{id}", params(("id" = String, Path), WaitQuery),
-    responses((status = 200, body = MigrationInfo), (status = "4XX", body = ErrorBody)))]
+    responses((status = 200, body = MigrationInfo), (status = "4XX", body = ErrorBody), (status = "5XX", body = ErrorBody)))]
 async fn show_migration(
     State(host): Of,
     Path(id): Path<String>,
@@ -192,7 +192,7 @@ async fn show_migration(
 /// Change limits of a running migration
 #[utoipa::path(patch, path = "/v1/migrations/{id}", params(("id" = String, Path)),
     request_body = LimitsPatch,
-    responses((status = 200, body = MigrationInfo), (status = "4XX", body = ErrorBody)))]
+    responses((status = 200, body = MigrationInfo), (status = "4XX", body = ErrorBody), (status = "5XX", body = ErrorBody)))]
 async fn set_limits(
     State(host): Of,
     Path(id): Path<String>,
@@ -203,7 +203,7 @@ async fn set_limits(
 
 /// End a migration; the guest runs on here
 #[utoipa::path(post, path = "/v1/migrations/{id}/abort", params(("id" = String, Path)),
-    responses((status = 200, body = Done), (status = "4XX", body = ErrorBody)))]
+    responses((status = 200, body = Done), (status = "4XX", body = ErrorBody), (status = "5XX", body = ErrorBody)))]
 async fn abort_migration(State(host): Of, Path(id): Path<String>) -> Answer<Done> {
     blocking(move || host.abort(&id).map(|()| Done {})).await
 }
@@ -240,7 +240,10 @@ impl IntoResponse for Refusal {
             ErrorKind::Conflict => StatusCode::CONFLICT,
             ErrorKind::Failed => StatusCode::INTERNAL_SERVER_ERROR,
         };
-        let body = ErrorBody { error: self.message, kind: self.kind };
+        let body = ErrorBody {
+            error: self.message,
+            kind: self.kind,
+        };
         (status, Json(body)).into_response()
     }
 }
@@ -280,14 +283,17 @@ mod tests {
             std::fs::write(path, &text).unwrap();
         }
         let golden = std::fs::read_to_string(path).unwrap_or_default();
-        assert!(golden == text, "docs/openapi.json is out of date: UPDATE_GOLDEN=1 cargo test -p limosa-host");
+        assert!(
+            golden == text,
+            "docs/openapi.json is out of date: UPDATE_GOLDEN=1 cargo test -p limosa-host"
+        );
     }
 
     #[test]
     fn every_route_says_what_it_answers() {
         let document = serde_json::to_value(openapi()).unwrap();
         let paths = document["paths"].as_object().unwrap();
-        assert_eq!(paths.len(), 11);
+        assert_eq!(paths.len(), 12);
         for (path, methods) in paths {
             for (method, route) in methods.as_object().unwrap() {
                 assert!(route["summary"].is_string(), "{method} {path}");

@@ -59,8 +59,10 @@ impl Ledger {
     /// # Errors
     /// The file cannot be read or written.
     pub fn open(path: &Path) -> Result<Self> {
-        let mut file = open_to_append(path).with_context(|| format!("cannot open {}", path.display()))?;
-        let text = read_tail(&mut file).with_context(|| format!("cannot read {}", path.display()))?;
+        let mut file =
+            open_to_append(path).with_context(|| format!("cannot open {}", path.display()))?;
+        let text =
+            read_tail(&mut file).with_context(|| format!("cannot read {}", path.display()))?;
         // A torn last line has no end; the next record must not be glued to it.
         let whole = text.rfind('\n').map_or(0, |end| end + 1);
         if whole < text.len() {
@@ -68,12 +70,20 @@ impl Ledger {
             let length = file.metadata()?.len() - (text.len() - whole) as u64;
             file.set_len(length)?;
         }
-        let mut ledger = Self { path: path.to_owned(), file, lines: 0, attempts: Attempts::default() };
+        let mut ledger = Self {
+            path: path.to_owned(),
+            file,
+            lines: 0,
+            attempts: Attempts::default(),
+        };
         for line in text[..whole].lines() {
             ledger.lines += 1;
             match parse_line(line) {
                 Some((id, resolution)) => ledger.attempts.insert(id, resolution),
-                None => tracing::warn!(line = ledger.lines, "a line of the ledger is not understood"),
+                None => tracing::warn!(
+                    line = ledger.lines,
+                    "a line of the ledger is not understood"
+                ),
             }
         }
         Ok(ledger)
@@ -132,10 +142,12 @@ impl Ledger {
     fn rewrite(&mut self) -> std::io::Result<()> {
         let next = self.path.with_extension("next");
         let mut text = String::new();
-        for (ids, resolution) in
-            [(&self.attempts.barred, Resolution::Barred), (&self.attempts.ran, Resolution::Runs)]
-        {
-            ids.iter().for_each(|id| text.push_str(&line(*id, resolution)));
+        for (ids, resolution) in [
+            (&self.attempts.barred, Resolution::Barred),
+            (&self.attempts.ran, Resolution::Runs),
+        ] {
+            ids.iter()
+                .for_each(|id| text.push_str(&line(*id, resolution)));
         }
         fs::write(&next, &text)?;
         let file = open_to_append(&next)?;
@@ -165,7 +177,12 @@ impl Attempts {
 }
 
 fn open_to_append(path: &Path) -> std::io::Result<File> {
-    OpenOptions::new().read(true).append(true).create(true).mode(0o600).open(path)
+    OpenOptions::new()
+        .read(true)
+        .append(true)
+        .create(true)
+        .mode(0o600)
+        .open(path)
 }
 
 /// The file, or of a file that is too long the last lines of it.
@@ -178,7 +195,10 @@ fn read_tail(file: &mut File) -> std::io::Result<String> {
     // Foreign bytes become characters of one byte each, so that lengths stay what they are.
     let is_text = bytes.iter().all(u8::is_ascii);
     if !is_text {
-        bytes.iter_mut().filter(|byte| !byte.is_ascii()).for_each(|byte| *byte = b'?');
+        bytes
+            .iter_mut()
+            .filter(|byte| !byte.is_ascii())
+            .for_each(|byte| *byte = b'?');
     }
     Ok(bytes.into_iter().map(char::from).collect())
 }
@@ -248,7 +268,10 @@ mod tests {
         let mut ledger = Ledger::open(&path).unwrap();
         assert_eq!(ledger.resolve(ONE), Resolution::Runs);
         assert!(matches!(ledger.note_running(TWO), Err(LedgerError::Barred)));
-        assert_eq!(fs::read_to_string(&path).unwrap(), text(1, "ran") + &text(2, "barred"));
+        assert_eq!(
+            fs::read_to_string(&path).unwrap(),
+            text(1, "ran") + &text(2, "barred")
+        );
     }
 
     #[test]
@@ -272,6 +295,9 @@ mod tests {
         ledger.resolve(TWO);
         assert_eq!(ledger.lines, 2);
         ledger.note_running(MigrationId(3)).unwrap();
-        assert_eq!(fs::read_to_string(&path).unwrap(), text(2, "barred") + &text(1, "ran") + &text(3, "ran"));
+        assert_eq!(
+            fs::read_to_string(&path).unwrap(),
+            text(2, "barred") + &text(1, "ran") + &text(3, "ran")
+        );
     }
 }

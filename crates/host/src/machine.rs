@@ -116,7 +116,12 @@ pub trait Machines: Send + Sync {
     ///
     /// # Errors
     /// What is wrong with the request or the host.
-    fn boot(&self, name: &VmName, spec: &VmSpec, on_end: OnEnd) -> Result<Arc<dyn Machine>, Refusal>;
+    fn boot(
+        &self,
+        name: &VmName,
+        spec: &VmSpec,
+        on_end: OnEnd,
+    ) -> Result<Arc<dyn Machine>, Refusal>;
 
     /// Reads what a source wants to send here.
     ///

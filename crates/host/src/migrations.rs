@@ -39,9 +39,17 @@ impl Migrations {
     pub fn insert(&mut self, migration: Arc<Migration>, vm: String, to: String) {
         self.settle();
         let id = migration.id();
-        self.records.push_back(Record { id, vm, to, progress: Progress::Running(migration) });
+        self.records.push_back(Record {
+            id,
+            vm,
+            to,
+            progress: Progress::Running(migration),
+        });
         while self.records.len() > PAST_MAX {
-            let oldest = self.records.iter().position(|record| matches!(record.progress, Progress::Past(_)));
+            let oldest = self
+                .records
+                .iter()
+                .position(|record| matches!(record.progress, Progress::Past(_)));
             let Some(oldest) = oldest else { break };
             self.records.remove(oldest);
         }
@@ -88,19 +96,25 @@ impl Migrations {
     /// Handles of all that run.
     pub fn all_running(&mut self) -> Vec<Arc<Migration>> {
         self.settle();
-        let running = self.records.iter().filter_map(|record| match &record.progress {
-            Progress::Running(migration) => Some(Arc::clone(migration)),
-            Progress::Past(_) => None,
-        });
+        let running = self
+            .records
+            .iter()
+            .filter_map(|record| match &record.progress {
+                Progress::Running(migration) => Some(Arc::clone(migration)),
+                Progress::Past(_) => None,
+            });
         running.collect()
     }
 
     fn find(&self, id: MigrationId) -> Result<&Record, Refusal> {
-        self.records.iter().find(|record| record.id == id).ok_or_else(|| {
-            Refusal::not_found(format!(
-                "no migration {id} from this host: 'limosa status' shows the last {PAST_MAX}"
-            ))
-        })
+        self.records
+            .iter()
+            .find(|record| record.id == id)
+            .ok_or_else(|| {
+                Refusal::not_found(format!(
+                    "no migration {id} from this host: 'limosa status' shows the last {PAST_MAX}"
+                ))
+            })
     }
 }
 

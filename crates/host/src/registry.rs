@@ -100,7 +100,10 @@ pub fn adoption(phase: &Phase) -> Adoption {
         Phase::Running => Adoption::Resident { arrived: None },
         Phase::Arrived { id } => Adoption::Resident { arrived: Some(*id) },
         Phase::Offered { .. } => Adoption::TakeBack,
-        Phase::Committed { id, peer } => Adoption::Resolve { id: *id, peer: peer.clone() },
+        Phase::Committed { id, peer } => Adoption::Resolve {
+            id: *id,
+            peer: peer.clone(),
+        },
         Phase::Preparing { .. } => Adoption::Discard,
     }
 }
@@ -123,7 +126,9 @@ impl Registry {
                 )));
             }
             None if self.slots.len() >= VMS_MAX => {
-                return Err(Refusal::failed(format!("this host has {VMS_MAX} VMs already")));
+                return Err(Refusal::failed(format!(
+                    "this host has {VMS_MAX} VMs already"
+                )));
             }
             None => {}
         }
@@ -136,7 +141,10 @@ impl Registry {
     /// # Panics
     /// If it was not reserved.
     pub fn fill(&mut self, name: &VmName, machine: Arc<dyn Machine>, hold: Hold) {
-        let slot = self.slots.get_mut(name).expect("a name is reserved before it is filled");
+        let slot = self
+            .slots
+            .get_mut(name)
+            .expect("a name is reserved before it is filled");
         assert!(matches!(slot, Slot::Reserved), "a name is filled once");
         *slot = Slot::Alive(Vm { machine, hold });
     }
@@ -152,7 +160,9 @@ impl Registry {
     /// Nothing.
     pub fn get(&self, name: &VmName) -> Result<&Slot, Refusal> {
         self.slots.get(name).ok_or_else(|| {
-            Refusal::not_found(format!("no VM named '{name}' on this host: 'limosa list' shows them"))
+            Refusal::not_found(format!(
+                "no VM named '{name}' on this host: 'limosa list' shows them"
+            ))
         })
     }
 
@@ -244,7 +254,9 @@ impl Registry {
 
     /// A migration away is over.
     pub fn left(&mut self, name: &VmName, outcome: &Outcome) {
-        let Some(vm) = self.alive_mut(name) else { return };
+        let Some(vm) = self.alive_mut(name) else {
+            return;
+        };
         match outcome {
             Outcome::Completed => {
                 self.slots.remove(name);
@@ -276,7 +288,9 @@ impl Registry {
 
     /// The process `pid` of `name` has ended by itself: true if that is news.
     pub fn process_ended(&mut self, name: &VmName, pid: u32, reason: &str) -> bool {
-        let Some(vm) = self.alive_mut(name) else { return false };
+        let Some(vm) = self.alive_mut(name) else {
+            return false;
+        };
         // A migration learns it by itself and decides what it means.
         let is_news = vm.machine.pid() == pid && matches!(vm.hold, Hold::Here { .. });
         if is_news {
@@ -287,9 +301,12 @@ impl Registry {
 
     /// Lists it as ended and lets go of its process, descriptors and memory.
     fn end(&mut self, name: &VmName, reason: String) {
-        let Some(Slot::Alive(vm)) = self.slots.get(name) else { return };
+        let Some(Slot::Alive(vm)) = self.slots.get(name) else {
+            return;
+        };
         let shape = vm.machine.shape();
-        self.slots.insert(name.clone(), Slot::Ended { shape, reason });
+        self.slots
+            .insert(name.clone(), Slot::Ended { shape, reason });
     }
 
     fn alive_mut(&mut self, name: &VmName) -> Option<&mut Vm> {
@@ -315,7 +332,11 @@ mod tests {
         let machine = FakeMachine::new(7, Phase::Running);
         let mut registry = Registry::default();
         registry.reserve(&name()).unwrap();
-        registry.fill(&name(), Arc::clone(&machine) as Arc<dyn Machine>, Hold::Here { arrived: None });
+        registry.fill(
+            &name(),
+            Arc::clone(&machine) as Arc<dyn Machine>,
+            Hold::Here { arrived: None },
+        );
         (registry, machine)
     }
 
@@ -331,11 +352,21 @@ mod tests {
     #[test]
     fn adoption_follows_from_the_phase() {
         let peer = "b:1".to_owned();
-        let check = |phase: Phase, expect: Adoption| assert_eq!(adoption(&phase), expect, "{phase}");
+        let check =
+            |phase: Phase, expect: Adoption| assert_eq!(adoption(&phase), expect, "{phase}");
         check(Phase::Running, Adoption::Resident { arrived: None });
-        check(Phase::Arrived { id: ID }, Adoption::Resident { arrived: Some(ID) });
+        check(
+            Phase::Arrived { id: ID },
+            Adoption::Resident { arrived: Some(ID) },
+        );
         check(Phase::Offered { id: ID }, Adoption::TakeBack);
-        check(Phase::Committed { id: ID, peer: peer.clone() }, Adoption::Resolve { id: ID, peer });
+        check(
+            Phase::Committed {
+                id: ID,
+                peer: peer.clone(),
+            },
+            Adoption::Resolve { id: ID, peer },
+        );
         check(Phase::Preparing { id: ID }, Adoption::Discard);
     }
 
@@ -346,7 +377,10 @@ mod tests {
             registry.begin_leaving(&name()).unwrap();
             assert!(registry.begin_leaving(&name()).is_err(), "it leaves once");
             registry.leaving_as(&name(), ID);
-            assert!(!registry.process_ended(&name(), 7, "released"), "the migration says what it means");
+            assert!(
+                !registry.process_ended(&name(), 7, "released"),
+                "the migration says what it means"
+            );
             registry.left(&name(), &outcome);
             registry.leaving_as(&name(), ID);
             assert_eq!(tell(&registry), expect);
@@ -354,18 +388,30 @@ mod tests {
         let reason = || "it broke".to_owned();
         check(Outcome::Completed, "gone");
         check(Outcome::Aborted, "Here { arrived: None }");
-        check(Outcome::Failed { reason: reason() }, "Here { arrived: None }");
+        check(
+            Outcome::Failed { reason: reason() },
+            "Here { arrived: None }",
+        );
         check(Outcome::GuestLost { reason: reason() }, "ended: it broke");
     }
 
     #[test]
     fn a_process_that_ends_is_noticed_once_and_by_its_own_number() {
         let (mut registry, _machine) = registry();
-        assert!(!registry.process_ended(&name(), 8, "killed"), "another process of that name");
+        assert!(
+            !registry.process_ended(&name(), 8, "killed"),
+            "another process of that name"
+        );
         assert!(registry.process_ended(&name(), 7, "killed"));
         assert!(!registry.process_ended(&name(), 7, "killed"));
         assert_eq!(tell(&registry), "ended: killed");
-        assert!(registry.reserve(&name()).unwrap_err().message.contains("limosa stop web"));
+        assert!(
+            registry
+                .reserve(&name())
+                .unwrap_err()
+                .message
+                .contains("limosa stop web")
+        );
     }
 
     #[test]

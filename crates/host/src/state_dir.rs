@@ -65,7 +65,10 @@ impl VmName {
     pub fn new(name: &str) -> Result<Self, String> {
         let is_inner = |byte: u8| byte.is_ascii_alphanumeric() || b"-_.".contains(&byte);
         let is_sound = name.len() <= NAME_BYTES_MAX
-            && name.bytes().next().is_some_and(|byte| byte.is_ascii_alphanumeric())
+            && name
+                .bytes()
+                .next()
+                .is_some_and(|byte| byte.is_ascii_alphanumeric())
             && name.bytes().all(is_inner);
         if is_sound {
             return Ok(Self(name.to_owned()));
@@ -105,8 +108,8 @@ impl StateDir {
     pub fn open(root: &Path) -> Result<Self> {
         make_private_dir(root)?;
         // VM processes and restarted daemons may have other working directories.
-        let root = fs::canonicalize(root)
-            .with_context(|| format!("cannot find {}", root.display()))?;
+        let root =
+            fs::canonicalize(root).with_context(|| format!("cannot find {}", root.display()))?;
         let lock = take_lock(&root)?;
         for part in ["vms", "logs", "journals"] {
             make_private_dir(&root.join(part))?;
@@ -154,7 +157,10 @@ impl StateDir {
             tracing::warn!(%error, "old journals could not be removed");
         }
         let number = fs::read_dir(&dir).map_or(0, |entries| {
-            let last = entries.flatten().filter_map(|entry| journal_number(&entry.file_name())).max();
+            let last = entries
+                .flatten()
+                .filter_map(|entry| journal_number(&entry.file_name()))
+                .max();
             last.map_or(0, |last| last + 1)
         });
         dir.join(format!("{number:06}-{name}.journal"))
@@ -166,7 +172,8 @@ impl StateDir {
     /// The directory cannot be read.
     pub fn vm_names(&self) -> Result<Vec<VmName>> {
         let dir = self.root.join("vms");
-        let entries = fs::read_dir(&dir).with_context(|| format!("cannot read {}", dir.display()))?;
+        let entries =
+            fs::read_dir(&dir).with_context(|| format!("cannot read {}", dir.display()))?;
         let mut names: Vec<VmName> = entries
             .flatten()
             .filter_map(|entry| {
@@ -207,7 +214,10 @@ fn make_private_dir(dir: &Path) -> Result<()> {
         .with_context(|| format!("cannot make the directory {}", dir.display()))?;
     let found = fs::metadata(dir).with_context(|| format!("cannot look at {}", dir.display()))?;
     if found.uid() != geteuid().as_raw() {
-        bail!("{} belongs to another user: give --state-dir a directory of your own", dir.display());
+        bail!(
+            "{} belongs to another user: give --state-dir a directory of your own",
+            dir.display()
+        );
     }
     if found.mode() & 0o077 != 0 {
         fs::set_permissions(dir, fs::Permissions::from_mode(0o700))
@@ -275,7 +285,10 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let first = StateDir::open(dir.path()).unwrap();
         let error = StateDir::open(dir.path()).unwrap_err().to_string();
-        let expect = format!("another limosa daemon (process {}) has ", std::process::id());
+        let expect = format!(
+            "another limosa daemon (process {}) has ",
+            std::process::id()
+        );
         assert!(error.starts_with(&expect), "{error}");
         drop(first);
         StateDir::open(dir.path()).unwrap();
@@ -293,7 +306,10 @@ mod tests {
     fn a_path_too_long_for_sockets_is_refused() {
         let dir = tempfile::tempdir().unwrap();
         let error = StateDir::open(&dir.path().join("x".repeat(80))).unwrap_err();
-        assert!(error.to_string().contains("too long for sockets"), "{error}");
+        assert!(
+            error.to_string().contains("too long for sockets"),
+            "{error}"
+        );
     }
 
     #[test]
@@ -304,7 +320,10 @@ mod tests {
         for _ in 0..JOURNALS_MAX + 3 {
             fs::write(state.next_journal(&name), b"").unwrap();
         }
-        assert_eq!(fs::read_dir(state.root().join("journals")).unwrap().count(), JOURNALS_MAX);
+        assert_eq!(
+            fs::read_dir(state.root().join("journals")).unwrap().count(),
+            JOURNALS_MAX
+        );
         assert!(state.next_journal(&name).ends_with("000067-web.journal"));
     }
 
@@ -315,7 +334,12 @@ mod tests {
         for file in ["web.sock", "db.sock", ".hidden.sock", "note.txt"] {
             fs::write(state.root().join("vms").join(file), b"").unwrap();
         }
-        let names: Vec<String> = state.vm_names().unwrap().iter().map(ToString::to_string).collect();
+        let names: Vec<String> = state
+            .vm_names()
+            .unwrap()
+            .iter()
+            .map(ToString::to_string)
+            .collect();
         assert_eq!(names, ["db", "web"]);
     }
 }

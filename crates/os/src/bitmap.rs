@@ -15,7 +15,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 const WORD_BITS: u64 = u64::BITS as u64;
 
 /// Seals of a bitmap: those of memory, and nobody maps it writable any more. `F_SEAL_FUTURE_WRITE`.
-const SEALS: i32 = libc::F_SEAL_SHRINK | libc::F_SEAL_GROW | libc::F_SEAL_FUTURE_WRITE | libc::F_SEAL_SEAL;
+const SEALS: i32 =
+    libc::F_SEAL_SHRINK | libc::F_SEAL_GROW | libc::F_SEAL_FUTURE_WRITE | libc::F_SEAL_SEAL;
 
 /// One bit for each page of a guest, in shared memory.
 #[derive(Debug)]
@@ -54,7 +55,12 @@ impl SharedBitmap {
         file.set_len(bytes).map_err(call("size"))?;
         let mapping = map(file.as_fd(), bytes, Access::ReadWrite).map_err(call("map"))?;
         add_seals(file.as_fd(), SEALS)?;
-        Ok(Self { file, mapping, pages, access: Access::ReadWrite })
+        Ok(Self {
+            file,
+            mapping,
+            pages,
+            access: Access::ReadWrite,
+        })
     }
 
     /// Maps a bitmap that somebody else made for a guest of `pages` pages, for reading.
@@ -71,7 +77,12 @@ impl SharedBitmap {
             return Err(BitmapError::Short { bytes, needed });
         }
         let mapping = map(file.as_fd(), needed, Access::Read).map_err(call("map"))?;
-        Ok(Self { file, mapping, pages, access: Access::Read })
+        Ok(Self {
+            file,
+            mapping,
+            pages,
+            access: Access::Read,
+        })
     }
 
     /// The file, to be lent to another process.
@@ -97,7 +108,10 @@ impl SharedBitmap {
     /// # Panics
     /// If there is no such word, or this is not the maker's mapping.
     pub fn set_bits(&self, index: usize, bits: u64) {
-        assert!(self.access == Access::ReadWrite, "only the maker writes the bitmap");
+        assert!(
+            self.access == Access::ReadWrite,
+            "only the maker writes the bitmap"
+        );
         self.word(index).fetch_or(bits, Ordering::Relaxed);
     }
 
@@ -106,21 +120,35 @@ impl SharedBitmap {
     /// # Panics
     /// If the set is of a larger guest.
     pub fn copy_to(&self, set: &mut PageSet) {
-        assert!(set.capacity() <= self.pages, "the bitmap covers every page of the set");
+        assert!(
+            set.capacity() <= self.pages,
+            "the bitmap covers every page of the set"
+        );
         set.fill_words(|index| self.load(index));
     }
 
     /// Address of the word with the bit of page `first` and, from there, of `pages` bits, for the
     /// kernel to write or read.
     pub(crate) fn kernel_address(&self, first: u64, pages: u64) -> *mut u8 {
-        assert!(self.access == Access::ReadWrite, "only the maker lends the bitmap to the kernel");
-        assert!(first.is_multiple_of(WORD_BITS), "a word starts at a multiple of 64 pages");
+        assert!(
+            self.access == Access::ReadWrite,
+            "only the maker lends the bitmap to the kernel"
+        );
+        assert!(
+            first.is_multiple_of(WORD_BITS),
+            "a word starts at a multiple of 64 pages"
+        );
         let bytes = usize::try_from(pages.div_ceil(WORD_BITS) * 8).expect("fits the address space");
-        self.mapping.at(first / 8, bytes).expect("within the bitmap")
+        self.mapping
+            .at(first / 8, bytes)
+            .expect("within the bitmap")
     }
 
     fn word(&self, index: usize) -> &AtomicU64 {
-        let word = self.mapping.at(index as u64 * 8, 8).expect("a word of this bitmap");
+        let word = self
+            .mapping
+            .at(index as u64 * 8, 8)
+            .expect("a word of this bitmap");
         // SAFETY: the word is valid and aligned as long as `self` lives, and everyone in this
         // process who accesses it while it is borrowed does so atomically (the kernel writes whole
         // words). A read-only mapping is only loaded from, which is a plain move on this processor.
@@ -155,7 +183,11 @@ mod tests {
         assert_eq!(set.iter().map(Pfn::get).collect::<Vec<_>>(), [3, 129]);
         assert_eq!(read.load(2), 0b110);
         assert!(Mapping::new(read.file(), 16, Access::ReadWrite, 0).is_err());
-        assert!(File::from(read.file().try_clone_to_owned().unwrap()).set_len(0).is_err());
+        assert!(
+            File::from(read.file().try_clone_to_owned().unwrap())
+                .set_len(0)
+                .is_err()
+        );
     }
 
     #[test]
@@ -163,7 +195,10 @@ mod tests {
         let made = SharedBitmap::create(PageCount::new(64)).unwrap();
         let file = || made.file().try_clone_to_owned().unwrap();
         let error = SharedBitmap::open(file(), PageCount::new(65)).unwrap_err();
-        assert_eq!(error.to_string(), "the dirty bitmap has 8 bytes, 16 are needed");
+        assert_eq!(
+            error.to_string(),
+            "the dirty bitmap has 8 bytes, 16 are needed"
+        );
         let unsealed = create_file(c"test", 0).unwrap();
         let error = SharedBitmap::open(unsealed, PageCount::new(64)).unwrap_err();
         assert!(error.to_string().contains("not sealed"), "{error}");

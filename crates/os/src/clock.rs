@@ -5,7 +5,10 @@ use std::fs;
 
 /// Reading of `CLOCK_MONOTONIC` in nanoseconds. Comparable between processes of one boot.
 pub fn monotonic_nanos() -> u64 {
-    let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    let mut time = libc::timespec {
+        tv_sec: 0,
+        tv_nsec: 0,
+    };
     // SAFETY: `time` is a valid place for the answer, and the kernel writes nothing else.
     let failed = unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC, &raw mut time) } != 0;
     assert!(!failed, "Linux always has a monotonic clock");

@@ -21,11 +21,21 @@ struct Control([u8; CONTROL_BYTES]);
 ///
 /// # Panics
 /// With more than [`DESCRIPTORS_MAX`] descriptors.
-pub fn send(socket: &UnixStream, buffers: &[&[u8]], descriptors: &[BorrowedFd<'_>]) -> io::Result<usize> {
-    assert!(descriptors.len() <= DESCRIPTORS_MAX, "too many descriptors for one message");
+pub fn send(
+    socket: &UnixStream,
+    buffers: &[&[u8]],
+    descriptors: &[BorrowedFd<'_>],
+) -> io::Result<usize> {
+    assert!(
+        descriptors.len() <= DESCRIPTORS_MAX,
+        "too many descriptors for one message"
+    );
     let mut vectors: Vec<libc::iovec> = buffers
         .iter()
-        .map(|buffer| libc::iovec { iov_base: buffer.as_ptr().cast_mut().cast(), iov_len: buffer.len() })
+        .map(|buffer| libc::iovec {
+            iov_base: buffer.as_ptr().cast_mut().cast(),
+            iov_len: buffer.len(),
+        })
         .collect();
     let mut control = Control([0; CONTROL_BYTES]);
     // SAFETY: a message header that says nothing is all zero.
@@ -40,7 +50,10 @@ pub fn send(socket: &UnixStream, buffers: &[&[u8]], descriptors: &[BorrowedFd<'_
         // (checked below by the kernel's own macro), aligned for it, and lives until the call.
         unsafe {
             message.msg_controllen = libc::CMSG_SPACE(bytes) as usize;
-            assert!(message.msg_controllen <= CONTROL_BYTES, "the numbers fit into the buffer");
+            assert!(
+                message.msg_controllen <= CONTROL_BYTES,
+                "the numbers fit into the buffer"
+            );
             let header = libc::CMSG_FIRSTHDR(&raw const message);
             (*header).cmsg_level = libc::SOL_SOCKET;
             (*header).cmsg_type = libc::SCM_RIGHTS;
@@ -54,7 +67,8 @@ pub fn send(socket: &UnixStream, buffers: &[&[u8]], descriptors: &[BorrowedFd<'_
     }
     loop {
         // SAFETY: buffers, control data and descriptors live until the call returns.
-        let sent = unsafe { libc::sendmsg(socket.as_raw_fd(), &raw const message, libc::MSG_NOSIGNAL) };
+        let sent =
+            unsafe { libc::sendmsg(socket.as_raw_fd(), &raw const message, libc::MSG_NOSIGNAL) };
         match usize::try_from(sent) {
             Ok(sent) => return Ok(sent),
             Err(_) => retry_if_interrupted()?,
@@ -68,8 +82,15 @@ pub fn send(socket: &UnixStream, buffers: &[&[u8]], descriptors: &[BorrowedFd<'_
 /// # Errors
 /// The connection is broken, the socket's time-out has passed, or the peer sent more descriptors
 /// than [`DESCRIPTORS_MAX`].
-pub fn receive(socket: &UnixStream, into: &mut [u8], descriptors: &mut Vec<OwnedFd>) -> io::Result<usize> {
-    let mut vector = libc::iovec { iov_base: into.as_mut_ptr().cast(), iov_len: into.len() };
+pub fn receive(
+    socket: &UnixStream,
+    into: &mut [u8],
+    descriptors: &mut Vec<OwnedFd>,
+) -> io::Result<usize> {
+    let mut vector = libc::iovec {
+        iov_base: into.as_mut_ptr().cast(),
+        iov_len: into.len(),
+    };
     let mut control = Control([0; CONTROL_BYTES]);
     // SAFETY: a message header that says nothing is all zero.
     let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
@@ -102,7 +123,10 @@ pub fn receive(socket: &UnixStream, into: &mut [u8], descriptors: &mut Vec<Owned
         }
     }
     if message.msg_flags & libc::MSG_CTRUNC != 0 || descriptors.len() > DESCRIPTORS_MAX {
-        return Err(io::Error::new(io::ErrorKind::InvalidData, "too many descriptors in one message"));
+        return Err(io::Error::new(
+            io::ErrorKind::InvalidData,
+            "too many descriptors in one message",
+        ));
     }
     Ok(received)
 }
@@ -126,7 +150,10 @@ mod tests {
         let (near, far) = UnixStream::pair().unwrap();
         let mut file = tempfile::tempfile().unwrap();
         file.write_all(b"content").unwrap();
-        assert_eq!(send(&near, &[b"he", b"llo"], &[file.as_fd(), near.as_fd()]).unwrap(), 5);
+        assert_eq!(
+            send(&near, &[b"he", b"llo"], &[file.as_fd(), near.as_fd()]).unwrap(),
+            5
+        );
         assert_eq!(send(&near, &[b"plain"], &[]).unwrap(), 5);
         let mut bytes = [0; 5];
         let mut descriptors = Vec::new();

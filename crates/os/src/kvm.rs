@@ -40,7 +40,9 @@ pub const CPUID_ENTRIES_MAX: usize = abi::KVM_MAX_CPUID_ENTRIES;
 #[derive(Debug, thiserror::Error)]
 pub enum KvmError {
     /// There is no KVM to use.
-    #[error("cannot open /dev/kvm: load the kvm module, or let this user read and write the device")]
+    #[error(
+        "cannot open /dev/kvm: load the kvm module, or let this user read and write the device"
+    )]
     Unavailable {
         /// Why.
         #[source]
@@ -65,7 +67,10 @@ pub enum KvmError {
 
 /// Turns the error number of a call into an error that says what was tried.
 fn failed(what: &'static str) -> impl FnOnce(kvm_ioctls::Error) -> KvmError {
-    move |error| KvmError::Call { what, source: io::Error::from_raw_os_error(error.errno()) }
+    move |error| KvmError::Call {
+        what,
+        source: io::Error::from_raw_os_error(error.errno()),
+    }
 }
 
 /// The host's KVM.
@@ -78,8 +83,9 @@ impl Kvm {
     /// # Errors
     /// There is none, or it may not be opened.
     pub fn open() -> Result<Self, KvmError> {
-        let kvm = kvm_ioctls::Kvm::new()
-            .map_err(|error| KvmError::Unavailable { source: io::Error::from_raw_os_error(error.errno()) })?;
+        let kvm = kvm_ioctls::Kvm::new().map_err(|error| KvmError::Unavailable {
+            source: io::Error::from_raw_os_error(error.errno()),
+        })?;
         vcpu::permit_large_vector_state();
         Ok(Self(kvm))
     }
@@ -89,7 +95,10 @@ impl Kvm {
     /// # Errors
     /// KVM refuses.
     pub fn supported_cpuid(&self) -> Result<Vec<kvm_cpuid_entry2>, KvmError> {
-        let table = self.0.get_supported_cpuid(CPUID_ENTRIES_MAX).map_err(failed("tell the CPU's features"))?;
+        let table = self
+            .0
+            .get_supported_cpuid(CPUID_ENTRIES_MAX)
+            .map_err(failed("tell the CPU's features"))?;
         Ok(table.as_slice().to_vec())
     }
 
@@ -98,7 +107,10 @@ impl Kvm {
     /// # Errors
     /// KVM refuses.
     pub fn state_msrs(&self) -> Result<Vec<u32>, KvmError> {
-        let list = self.0.get_msr_index_list().map_err(failed("list the model-specific registers"))?;
+        let list = self
+            .0
+            .get_msr_index_list()
+            .map_err(failed("list the model-specific registers"))?;
         Ok(list.as_slice().to_vec())
     }
 
@@ -112,25 +124,42 @@ impl Kvm {
     /// # Errors
     /// KVM refuses or lacks what dirty tracking needs.
     pub fn create_vm(&self) -> Result<Vm, KvmError> {
-        let vm = self.0.create_vm().map_err(failed("make a virtual machine"))?;
+        let vm = self
+            .0
+            .create_vm()
+            .map_err(failed("make a virtual machine"))?;
         let wanted = abi::KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE | abi::KVM_DIRTY_LOG_INITIALLY_SET;
         let offered = vm.check_extension_raw(u64::from(abi::KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2));
         if offered & wanted.cast_signed() != wanted.cast_signed() {
-            return Err(KvmError::Lacks { what: "the manually cleared dirty log (Linux 5.7 has it)" });
+            return Err(KvmError::Lacks {
+                what: "the manually cleared dirty log (Linux 5.7 has it)",
+            });
         }
         let capability = abi::kvm_enable_cap {
             cap: abi::KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2,
             args: [u64::from(wanted), 0, 0, 0],
             ..Default::default()
         };
-        vm.enable_cap(&capability).map_err(failed("clear the dirty log manually"))?;
+        vm.enable_cap(&capability)
+            .map_err(failed("clear the dirty log manually"))?;
         if vm.check_extension_raw(u64::from(abi::KVM_CAP_SREGS2)) <= 0 {
-            return Err(KvmError::Lacks { what: "page directory pointers as state (Linux 5.14 has them)" });
+            return Err(KvmError::Lacks {
+                what: "page directory pointers as state (Linux 5.14 has them)",
+            });
         }
         let features = Features {
-            xsave_bytes: vm.check_extension_raw(u64::from(abi::KVM_CAP_XSAVE2)).try_into().unwrap_or(0),
+            xsave_bytes: vm
+                .check_extension_raw(u64::from(abi::KVM_CAP_XSAVE2))
+                .try_into()
+                .unwrap_or(0),
         };
-        Ok(Vm { vm, features, regions: Vec::new(), memory: None, is_tracking: false })
+        Ok(Vm {
+            vm,
+            features,
+            regions: Vec::new(),
+            memory: None,
+            is_tracking: false,
+        })
     }
 }
 
@@ -162,7 +191,10 @@ pub struct Vm {
 
 impl fmt::Debug for Vm {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Vm").field("regions", &self.regions).field("is_tracking", &self.is_tracking).finish()
+        f.debug_struct("Vm")
+            .field("regions", &self.regions)
+            .field("is_tracking", &self.is_tracking)
+            .finish()
     }
 }
 
@@ -175,15 +207,25 @@ impl Vm {
     /// # Panics
     /// If it has memory, or a region is not within the memory, not a multiple of 64 pages, or not
     /// right behind its predecessor in the file.
-    pub fn set_memory(&mut self, memory: Arc<SharedMemory>, regions: &[Region]) -> Result<(), KvmError> {
+    pub fn set_memory(
+        &mut self,
+        memory: Arc<SharedMemory>,
+        regions: &[Region],
+    ) -> Result<(), KvmError> {
         assert!(self.memory.is_none(), "a machine gets its memory once");
         let mut next = Pfn::new(0);
         for region in regions {
             assert!(region.pages.first == next, "regions are dense in the file");
-            assert!(region.pages.count.get().is_multiple_of(LOG_ALIGNMENT), "regions are whole words of the log");
+            assert!(
+                region.pages.count.get().is_multiple_of(LOG_ALIGNMENT),
+                "regions are whole words of the log"
+            );
             next = region.pages.end();
         }
-        assert!(next.get() <= memory.page_count().get(), "regions lie within the memory");
+        assert!(
+            next.get() <= memory.page_count().get(),
+            "regions lie within the memory"
+        );
         self.memory = Some(memory);
         self.regions = regions.to_vec();
         self.set_slots(0)
@@ -196,10 +238,19 @@ impl Vm {
     pub fn create_irqchip(&self) -> Result<(), KvmError> {
         /// Three pages at the end of the hole below 4 GiB, used on old Intel processors only.
         const TSS_ADDRESS: usize = 0xfffb_d000;
-        self.vm.set_tss_address(TSS_ADDRESS).map_err(failed("place the task state segment"))?;
-        self.vm.create_irq_chip().map_err(failed("make interrupt controllers"))?;
-        let timer = abi::kvm_pit_config { flags: abi::KVM_PIT_SPEAKER_DUMMY, ..Default::default() };
-        self.vm.create_pit2(timer).map_err(failed("make an interval timer"))
+        self.vm
+            .set_tss_address(TSS_ADDRESS)
+            .map_err(failed("place the task state segment"))?;
+        self.vm
+            .create_irq_chip()
+            .map_err(failed("make interrupt controllers"))?;
+        let timer = abi::kvm_pit_config {
+            flags: abi::KVM_PIT_SPEAKER_DUMMY,
+            ..Default::default()
+        };
+        self.vm
+            .create_pit2(timer)
+            .map_err(failed("make an interval timer"))
     }
 
     /// Makes the vCPU with that index.
@@ -207,7 +258,10 @@ impl Vm {
     /// # Errors
     /// KVM refuses.
     pub fn create_vcpu(&self, index: u8) -> Result<Vcpu, KvmError> {
-        let vcpu = self.vm.create_vcpu(u64::from(index)).map_err(failed("make a vCPU"))?;
+        let vcpu = self
+            .vm
+            .create_vcpu(u64::from(index))
+            .map_err(failed("make a vCPU"))?;
         Vcpu::new(vcpu, self.features, self.vm.run_size())
     }
 
@@ -224,7 +278,11 @@ impl Vm {
     /// # Panics
     /// If the size differs.
     pub fn read_part(&self, part: VmPart, into: &mut [u8]) -> Result<(), KvmError> {
-        assert_eq!(into.len(), part.bytes(), "a part is read into a place of its size");
+        assert_eq!(
+            into.len(),
+            part.bytes(),
+            "a part is read into a place of its size"
+        );
         part.prepare_read(into);
         // SAFETY: the request writes exactly as many bytes as the place has.
         check("read the machine's state", unsafe {
@@ -240,7 +298,11 @@ impl Vm {
     /// # Panics
     /// If the size differs.
     pub fn write_part(&self, part: VmPart, from: &[u8]) -> Result<(), KvmError> {
-        assert_eq!(from.len(), part.bytes(), "a part is written from a place of its size");
+        assert_eq!(
+            from.len(),
+            part.bytes(),
+            "a part is written from a place of its size"
+        );
         // SAFETY: the request reads exactly as many bytes as the place has.
         check("write the machine's state", unsafe {
             libc::ioctl(self.vm.as_raw_fd(), part.write_request(), from.as_ptr())
@@ -260,7 +322,10 @@ impl Vm {
     /// # Errors
     /// KVM refuses.
     pub fn set_clock_nanos(&self, nanos: u64) -> Result<(), KvmError> {
-        let clock = abi::kvm_clock_data { clock: nanos, ..Default::default() };
+        let clock = abi::kvm_clock_data {
+            clock: nanos,
+            ..Default::default()
+        };
         self.vm.set_clock(&clock).map_err(failed("set its clock"))
     }
 
@@ -302,7 +367,10 @@ impl Vm {
     /// If the bitmap is of another machine.
     pub fn read_dirty_log(&self, bitmap: &SharedBitmap) -> Result<(), KvmError> {
         for (slot, region) in (0..).zip(&self.regions) {
-            let mut log = abi::kvm_dirty_log { slot, ..Default::default() };
+            let mut log = abi::kvm_dirty_log {
+                slot,
+                ..Default::default()
+            };
             let place = bitmap.kernel_address(region.pages.first.get(), region.pages.count.get());
             log.__bindgen_anon_1.dirty_bitmap = place.cast();
             // SAFETY: KVM writes one bit for each page of the slot, rounded up to whole words, and
@@ -327,14 +395,18 @@ impl Vm {
             if first >= stop {
                 continue;
             }
-            if !first.is_multiple_of(LOG_ALIGNMENT) || !(stop.is_multiple_of(LOG_ALIGNMENT) || stop == end) {
+            if !first.is_multiple_of(LOG_ALIGNMENT)
+                || !(stop.is_multiple_of(LOG_ALIGNMENT) || stop == end)
+            {
                 return Err(KvmError::Call {
                     what: "clear a part of the dirty log that is not whole words of it",
                     source: io::ErrorKind::InvalidInput.into(),
                 });
             }
-            let count = u32::try_from(stop - first)
-                .map_err(|_| KvmError::Call { what: "clear so much of the dirty log", source: io::ErrorKind::InvalidInput.into() })?;
+            let count = u32::try_from(stop - first).map_err(|_| KvmError::Call {
+                what: "clear so much of the dirty log",
+                source: io::ErrorKind::InvalidInput.into(),
+            })?;
             let mut clear = abi::kvm_clear_dirty_log {
                 slot,
                 num_pages: count,
@@ -344,18 +416,27 @@ impl Vm {
             clear.__bindgen_anon_1.dirty_bitmap = bitmap.kernel_address(first, stop - first).cast();
             // SAFETY: KVM reads one bit for each of the pages, and the bitmap has them there.
             check("clear the dirty log", unsafe {
-                libc::ioctl(self.vm.as_raw_fd(), request::CLEAR_DIRTY_LOG, &raw const clear)
+                libc::ioctl(
+                    self.vm.as_raw_fd(),
+                    request::CLEAR_DIRTY_LOG,
+                    &raw const clear,
+                )
             })?;
         }
         Ok(())
     }
 
     fn set_slots(&self, flags: u32) -> Result<(), KvmError> {
-        let memory = self.memory.as_ref().expect("slots are set after the memory");
+        let memory = self
+            .memory
+            .as_ref()
+            .expect("slots are set after the memory");
         for (slot, region) in (0..).zip(&self.regions) {
             let bytes = region.pages.bytes().get();
             let len = usize::try_from(bytes).expect("mapped here");
-            let host = memory.host_address(region.pages.first.file_offset(), len).expect("checked when set");
+            let host = memory
+                .host_address(region.pages.first.file_offset(), len)
+                .expect("checked when set");
             let description = abi::kvm_userspace_memory_region {
                 slot,
                 flags,
@@ -365,7 +446,8 @@ impl Vm {
             };
             // SAFETY: the range is mapped, and stays so as long as the machine, which owns a
             // reference to it; nobody in this process holds a Rust reference into it.
-            unsafe { self.vm.set_user_memory_region(description) }.map_err(failed("use the guest's memory"))?;
+            unsafe { self.vm.set_user_memory_region(description) }
+                .map_err(failed("use the guest's memory"))?;
         }
         Ok(())
     }
@@ -373,7 +455,10 @@ impl Vm {
 
 fn check(what: &'static str, result: libc::c_int) -> Result<(), KvmError> {
     if result < 0 {
-        return Err(KvmError::Call { what, source: io::Error::last_os_error() });
+        return Err(KvmError::Call {
+            what,
+            source: io::Error::last_os_error(),
+        });
     }
     Ok(())
 }

@@ -20,7 +20,12 @@ pub(crate) enum Access {
 
 impl Mapping {
     /// Maps the first `len` bytes of a file. `flags` are added to `MAP_SHARED`.
-    pub(crate) fn new(file: BorrowedFd<'_>, len: usize, access: Access, flags: i32) -> io::Result<Self> {
+    pub(crate) fn new(
+        file: BorrowedFd<'_>,
+        len: usize,
+        access: Access,
+        flags: i32,
+    ) -> io::Result<Self> {
         let protection = match access {
             Access::Read => libc::PROT_READ,
             Access::ReadWrite => libc::PROT_READ | libc::PROT_WRITE,
@@ -28,7 +33,14 @@ impl Mapping {
         // SAFETY: a new mapping at an address that the kernel chooses touches no memory that anyone
         // uses.
         let start = unsafe {
-            libc::mmap(ptr::null_mut(), len, protection, libc::MAP_SHARED | flags, file.as_raw_fd(), 0)
+            libc::mmap(
+                ptr::null_mut(),
+                len,
+                protection,
+                libc::MAP_SHARED | flags,
+                file.as_raw_fd(),
+                0,
+            )
         };
         if start == libc::MAP_FAILED {
             return Err(io::Error::last_os_error());
@@ -50,7 +62,10 @@ impl Mapping {
             .ok()
             .filter(|start| start.checked_add(len).is_some_and(|end| end <= self.len));
         let Some(offset) = fits else {
-            return Err(io::Error::new(io::ErrorKind::InvalidInput, "beyond the end of the memory"));
+            return Err(io::Error::new(
+                io::ErrorKind::InvalidInput,
+                "beyond the end of the memory",
+            ));
         };
         // SAFETY: `offset` lies within the mapping, as was just checked.
         Ok(unsafe { self.start.as_ptr().add(offset) })

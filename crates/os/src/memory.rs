@@ -15,7 +15,9 @@ mod transfer;
 
 use crate::mapping::{Access, Mapping};
 use limosa_pages::{ByteCount, PAGE_SIZE, PAGE_SIZE_USIZE, PageCount, PageRange, Pfn};
-use std::arch::x86_64::{_mm_cmpeq_epi8, _mm_load_si128, _mm_movemask_epi8, _mm_or_si128, _mm_setzero_si128};
+use std::arch::x86_64::{
+    _mm_cmpeq_epi8, _mm_load_si128, _mm_movemask_epi8, _mm_or_si128, _mm_setzero_si128,
+};
 use std::ffi::CStr;
 use std::fs::File;
 use std::io;
@@ -50,7 +52,9 @@ pub enum MemoryError {
         unit: u64,
     },
     /// Too few huge pages are free.
-    #[error("{needed} huge pages of 2 MiB are needed and not free: raise /proc/sys/vm/nr_hugepages, or run without huge pages")]
+    #[error(
+        "{needed} huge pages of 2 MiB are needed and not free: raise /proc/sys/vm/nr_hugepages, or run without huge pages"
+    )]
     NoHugePages {
         /// How many.
         needed: u64,
@@ -74,7 +78,10 @@ pub enum MemoryError {
 
 impl MemoryError {
     fn last(action: &'static str) -> Self {
-        Self::Call { action, source: io::Error::last_os_error() }
+        Self::Call {
+            action,
+            source: io::Error::last_os_error(),
+        }
     }
 }
 
@@ -94,7 +101,9 @@ impl SharedMemory {
     pub fn create(size: ByteCount, kind: PageKind) -> Result<Self, MemoryError> {
         let unit = kind.bytes();
         let bytes = size.get();
-        let length = libc::off_t::try_from(bytes).ok().filter(|_| bytes > 0 && bytes.is_multiple_of(unit));
+        let length = libc::off_t::try_from(bytes)
+            .ok()
+            .filter(|_| bytes > 0 && bytes.is_multiple_of(unit));
         let Some(length) = length else {
             return Err(MemoryError::BadSize { bytes, unit });
         };
@@ -118,11 +127,20 @@ impl SharedMemory {
     pub fn open(file: OwnedFd) -> Result<Self, MemoryError> {
         check_seals(file.as_fd())?;
         let file = File::from(file);
-        let status = file.metadata().map_err(|source| MemoryError::Call { action: "inspect", source })?;
+        let status = file.metadata().map_err(|source| MemoryError::Call {
+            action: "inspect",
+            source,
+        })?;
         // The block size of a file on hugetlbfs is that of its pages.
-        let kind = if status.blksize() == HUGE_PAGE_BYTES { PageKind::Huge } else { PageKind::Small };
+        let kind = if status.blksize() == HUGE_PAGE_BYTES {
+            PageKind::Huge
+        } else {
+            PageKind::Small
+        };
         let (bytes, unit) = (status.size(), kind.bytes());
-        let length = usize::try_from(bytes).ok().filter(|_| bytes > 0 && bytes.is_multiple_of(unit));
+        let length = usize::try_from(bytes)
+            .ok()
+            .filter(|_| bytes > 0 && bytes.is_multiple_of(unit));
         let length = length.ok_or(MemoryError::BadSize { bytes, unit })?;
         let flags = match kind {
             // Memory is overcommitted on purpose: a guest may never touch most of it.
@@ -131,11 +149,20 @@ impl SharedMemory {
             PageKind::Huge => 0,
         };
         match Mapping::new(file.as_fd(), length, Access::ReadWrite, flags) {
-            Ok(mapping) => Ok(Self { file, mapping, kind }),
+            Ok(mapping) => Ok(Self {
+                file,
+                mapping,
+                kind,
+            }),
             Err(error) if kind == PageKind::Huge && error.raw_os_error() == Some(libc::ENOMEM) => {
-                Err(MemoryError::NoHugePages { needed: bytes / unit })
+                Err(MemoryError::NoHugePages {
+                    needed: bytes / unit,
+                })
             }
-            Err(source) => Err(MemoryError::Call { action: "map", source }),
+            Err(source) => Err(MemoryError::Call {
+                action: "map",
+                source,
+            }),
         }
     }
 
@@ -188,7 +215,8 @@ impl SharedMemory {
     /// # Panics
     /// If the page is not one of this memory.
     pub fn read_page(&self, page: Pfn, into: &mut [u8; PAGE_SIZE_USIZE]) {
-        self.read_at(page.file_offset(), into).expect("a page of this memory");
+        self.read_at(page.file_offset(), into)
+            .expect("a page of this memory");
     }
 
     /// The aligned word of eight bytes at `offset`, never torn.
@@ -210,7 +238,10 @@ impl SharedMemory {
     /// If the page is not one of this memory.
     pub fn is_zero(&self, page: Pfn) -> bool {
         const LANES: usize = PAGE_SIZE_USIZE / 64;
-        let start = self.mapping.at(page.file_offset(), PAGE_SIZE_USIZE).expect("a page of this memory");
+        let start = self
+            .mapping
+            .at(page.file_offset(), PAGE_SIZE_USIZE)
+            .expect("a page of this memory");
         // SAFETY: the page is valid and 16-byte aligned in each of its 256 parts; SSE2 is part of
         // x86-64. Bytes that change meanwhile give one answer or the other, both of which were true.
         unsafe {
@@ -303,7 +334,9 @@ pub(crate) fn check_seals(file: BorrowedFd<'_>) -> Result<(), MemoryError> {
     // no seals answer with an error, which is no seal.
     let seals = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_GET_SEALS) };
     if seals < 0 || seals & SEALS != SEALS {
-        return Err(MemoryError::NotSealed { seals: seals.max(0) });
+        return Err(MemoryError::NotSealed {
+            seals: seals.max(0),
+        });
     }
     Ok(())
 }
@@ -324,9 +357,22 @@ mod tests {
         memory.read_at(4090, &mut back).unwrap();
         assert_eq!(&back, b"across a page");
         let end = 3 * PAGE_SIZE;
-        for (offset, len, fits) in [(0, 12288, true), (end, 0, true), (end - 1, 2, false), (u64::MAX, 1, false)] {
-            assert_eq!(memory.read_at(offset, &mut vec![0; len]).is_ok(), fits, "{offset} {len}");
-            assert_eq!(memory.write_at(offset, &vec![0; len]).is_ok(), fits, "{offset} {len}");
+        for (offset, len, fits) in [
+            (0, 12288, true),
+            (end, 0, true),
+            (end - 1, 2, false),
+            (u64::MAX, 1, false),
+        ] {
+            assert_eq!(
+                memory.read_at(offset, &mut vec![0; len]).is_ok(),
+                fits,
+                "{offset} {len}"
+            );
+            assert_eq!(
+                memory.write_at(offset, &vec![0; len]).is_ok(),
+                fits,
+                "{offset} {len}"
+            );
         }
         memory.write_at(8, &7u64.to_le_bytes()).unwrap();
         assert_eq!(memory.read_word(8).unwrap(), 7);
@@ -354,11 +400,20 @@ mod tests {
     fn another_mapping_sees_the_same_bytes() {
         let memory = small(2);
         let other = SharedMemory::open(memory.file().try_clone_to_owned().unwrap()).unwrap();
-        assert_eq!((other.page_count(), other.kind()), (PageCount::new(2), PageKind::Small));
+        assert_eq!(
+            (other.page_count(), other.kind()),
+            (PageCount::new(2), PageKind::Small)
+        );
         memory.write_at(5000, b"x").unwrap();
         assert!(!other.is_zero(Pfn::new(1)));
-        other.populate(PageRange::new(Pfn::new(0), PageCount::new(2))).unwrap();
-        assert!(other.populate(PageRange::new(Pfn::new(1), PageCount::new(2))).is_err());
+        other
+            .populate(PageRange::new(Pfn::new(0), PageCount::new(2)))
+            .unwrap();
+        assert!(
+            other
+                .populate(PageRange::new(Pfn::new(1), PageCount::new(2)))
+                .is_err()
+        );
     }
 
     #[test]
@@ -378,16 +433,28 @@ mod tests {
         assert!(refused(libc::F_SEAL_SHRINK | libc::F_SEAL_GROW).starts_with(expect));
         let ordinary = tempfile::tempfile().unwrap();
         ordinary.set_len(8192).unwrap();
-        assert!(SharedMemory::open(ordinary.into()).unwrap_err().to_string().starts_with(expect));
+        assert!(
+            SharedMemory::open(ordinary.into())
+                .unwrap_err()
+                .to_string()
+                .starts_with(expect)
+        );
     }
 
     #[test]
     fn sizes_that_are_no_pages_are_refused() {
-        for (bytes, kind) in [(0, PageKind::Small), (4097, PageKind::Small), (4096, PageKind::Huge)] {
+        for (bytes, kind) in [
+            (0, PageKind::Small),
+            (4097, PageKind::Small),
+            (4096, PageKind::Huge),
+        ] {
             let error = SharedMemory::create(ByteCount::new(bytes), kind).unwrap_err();
             assert!(matches!(error, MemoryError::BadSize { .. }), "{error}");
         }
         let much = SharedMemory::create(ByteCount::new(1 << 45), PageKind::Huge).unwrap_err();
-        assert!(matches!(much, MemoryError::NoHugePages { needed: 0x100_0000 }), "{much}");
+        assert!(
+            matches!(much, MemoryError::NoHugePages { needed: 0x100_0000 }),
+            "{much}"
+        );
     }
 }

@@ -52,7 +52,8 @@ impl Process {
         let handle = i32::try_from(handle).ok().filter(|&handle| handle >= 0);
         let handle = handle.ok_or_else(io::Error::last_os_error)?;
         // SAFETY: the kernel has just made this descriptor for us alone.
-        Ok(Self { pid, handle: unsafe { OwnedFd::from_raw_fd(handle) } })
+        let handle = unsafe { OwnedFd::from_raw_fd(handle) };
+        Ok(Self { pid, handle })
     }
 
     /// Its number.
@@ -65,7 +66,13 @@ impl Process {
         let nothing = std::ptr::null::<libc::siginfo_t>();
         // SAFETY: the call takes numbers and a pointer that may be null.
         unsafe {
-            libc::syscall(libc::SYS_pidfd_send_signal, self.handle.as_raw_fd(), libc::SIGKILL, nothing, 0) == 0
+            libc::syscall(
+                libc::SYS_pidfd_send_signal,
+                self.handle.as_raw_fd(),
+                libc::SIGKILL,
+                nothing,
+                0,
+            ) == 0
         }
     }
 

@@ -35,7 +35,11 @@ fn set_buffer(socket: &impl AsFd, option: libc::c_int, bytes: usize) -> io::Resu
             size_of_val(&value) as libc::socklen_t,
         )
     } != 0;
-    if failed { Err(io::Error::last_os_error()) } else { Ok(()) }
+    if failed {
+        Err(io::Error::last_os_error())
+    } else {
+        Ok(())
+    }
 }
 
 /// Process number of the peer of a Unix socket, as the kernel knows it.
@@ -43,7 +47,11 @@ fn set_buffer(socket: &impl AsFd, option: libc::c_int, bytes: usize) -> io::Resu
 /// # Errors
 /// It is not connected.
 pub fn peer_pid(socket: &UnixStream) -> io::Result<u32> {
-    let mut peer = libc::ucred { pid: 0, uid: 0, gid: 0 };
+    let mut peer = libc::ucred {
+        pid: 0,
+        uid: 0,
+        gid: 0,
+    };
     let mut len = size_of_val(&peer) as libc::socklen_t;
     // SAFETY: the option writes this structure, whose address and size are given.
     let failed = unsafe {
@@ -95,7 +103,9 @@ pub fn wait_readable<const N: usize>(
         events: libc::POLLIN,
         revents: 0,
     });
-    let timeout = milliseconds.map_or(-1, |time| libc::c_int::try_from(time).unwrap_or(libc::c_int::MAX));
+    let timeout = milliseconds.map_or(-1, |time| {
+        libc::c_int::try_from(time).unwrap_or(libc::c_int::MAX)
+    });
     // SAFETY: the array is valid for its length; descriptors are borrowed for the call.
     if unsafe { libc::poll(polled.as_mut_ptr(), N as libc::nfds_t, timeout) } < 0 {
         let error = io::Error::last_os_error();
@@ -116,8 +126,14 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("s");
         let first = listen_privately(&path).unwrap();
-        assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
-        assert_eq!(listen_privately(&path).unwrap_err().kind(), io::ErrorKind::AddrInUse);
+        assert_eq!(
+            fs::metadata(&path).unwrap().permissions().mode() & 0o777,
+            0o600
+        );
+        assert_eq!(
+            listen_privately(&path).unwrap_err().kind(),
+            io::ErrorKind::AddrInUse
+        );
         drop(first);
         let second = listen_privately(&path).unwrap();
         let client = UnixStream::connect(&path).unwrap();
@@ -130,8 +146,14 @@ mod tests {
     fn waiting_tells_who_is_ready() {
         let (mut near, far) = UnixStream::pair().unwrap();
         set_receive_buffer(&far, 64 << 10).unwrap();
-        assert_eq!(wait_readable([Some(&far), None], Some(0)).unwrap(), [false, false]);
+        assert_eq!(
+            wait_readable([Some(&far), None], Some(0)).unwrap(),
+            [false, false]
+        );
         near.write_all(b"x").unwrap();
-        assert_eq!(wait_readable([None, Some(&far)], None).unwrap(), [false, true]);
+        assert_eq!(
+            wait_readable([None, Some(&far)], None).unwrap(),
+            [false, true]
+        );
     }
 }

@@ -31,8 +31,14 @@ impl ThreadId {
     /// # Errors
     /// This user may not do so, or the thread has ended.
     pub fn set_urgent(self, is_urgent: bool) -> io::Result<()> {
-        let (class, priority) = if is_urgent { (libc::SCHED_RR, 1) } else { (libc::SCHED_OTHER, 0) };
-        let parameters = libc::sched_param { sched_priority: priority };
+        let (class, priority) = if is_urgent {
+            (libc::SCHED_RR, 1)
+        } else {
+            (libc::SCHED_OTHER, 0)
+        };
+        let parameters = libc::sched_param {
+            sched_priority: priority,
+        };
         // SAFETY: the parameters are valid and are only read.
         if unsafe { libc::sched_setscheduler(self.0, class, &raw const parameters) } != 0 {
             return Err(io::Error::last_os_error());
@@ -98,7 +104,9 @@ mod tests {
         let me = ThreadId::current();
         match me.set_urgent(true).and_then(|()| me.set_nice(-20)) {
             Ok(()) => {}
-            Err(error) if error.kind() == io::ErrorKind::PermissionDenied => println!("skipped: {error}"),
+            Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
+                println!("skipped: {error}")
+            }
             Err(error) => panic!("{error}"),
         }
         me.set_urgent(false).unwrap();

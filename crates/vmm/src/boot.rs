@@ -96,9 +96,12 @@ fn write_segments(memory: &SharedMemory) -> io::Result<()> {
     // Base and limit of the task state segment are scattered over its descriptor: busy, present.
     let limit = TSS_BYTES - 1;
     let low = limit & 0xffff | (TSS & 0xff_ffff) << 16 | 0x8b << 40 | (TSS >> 24 & 0xff) << 56;
-    for (selector, descriptor) in
-        [(DATA_SELECTOR & !7, DATA), (CODE_SELECTOR & !7, CODE), (TSS_SELECTOR, low), (TSS_SELECTOR + 8, TSS >> 32)]
-    {
+    for (selector, descriptor) in [
+        (DATA_SELECTOR & !7, DATA),
+        (CODE_SELECTOR & !7, CODE),
+        (TSS_SELECTOR, low),
+        (TSS_SELECTOR + 8, TSS >> 32),
+    ] {
         memory.write_at(GDT + u64::from(selector), &descriptor.to_le_bytes())?;
     }
     Ok(())
@@ -109,12 +112,20 @@ fn write_page_tables(memory: &SharedMemory) -> io::Result<()> {
     memory.write_at(ROOT_TABLE, &(UPPER_TABLE | TABLE_ENTRY).to_le_bytes())?;
     for gibibyte in 0..size.div_ceil(GIBIBYTE) {
         let table = FIRST_TABLE + gibibyte * TABLE_BYTES;
-        assert!(table + TABLE_BYTES <= memory_map::MONITOR_END, "limited memory has few tables");
-        memory.write_at(UPPER_TABLE + gibibyte * 8, &(table | TABLE_ENTRY).to_le_bytes())?;
+        assert!(
+            table + TABLE_BYTES <= memory_map::MONITOR_END,
+            "limited memory has few tables"
+        );
+        memory.write_at(
+            UPPER_TABLE + gibibyte * 8,
+            &(table | TABLE_ENTRY).to_le_bytes(),
+        )?;
         let entries: Vec<u8> = (0..ENTRIES)
             .map(|entry| gibibyte * GIBIBYTE + entry * LARGE_PAGE)
             .take_while(|&address| address < size)
-            .flat_map(|address| (layout::physical_address(address).get() | PAGE_ENTRY).to_le_bytes())
+            .flat_map(|address| {
+                (layout::physical_address(address).get() | PAGE_ENTRY).to_le_bytes()
+            })
             .collect();
         memory.write_at(table, &entries)?;
     }
@@ -152,7 +163,13 @@ pub(crate) fn set_special_registers(registers: &mut kvm_sregs) {
     };
     let data = flat(DATA_SELECTOR, DATA, 0);
     registers.cs = flat(CODE_SELECTOR, CODE, 1);
-    (registers.ss, registers.ds, registers.es, registers.fs, registers.gs) = (data, data, data, data, data);
+    (
+        registers.ss,
+        registers.ds,
+        registers.es,
+        registers.fs,
+        registers.gs,
+    ) = (data, data, data, data, data);
     registers.tr = kvm_segment {
         base: TSS,
         limit: u32::try_from(TSS_BYTES - 1).expect("a small number"),
@@ -168,7 +185,8 @@ pub(crate) fn set_special_registers(registers: &mut kvm_sregs) {
 
 const _: () = assert!(TSS + TSS_BYTES <= GDT);
 const _: () = assert!(
-    FIRST_TABLE + crate::config::MEMORY_MAX.get() / GIBIBYTE * TABLE_BYTES <= memory_map::MONITOR_END
+    FIRST_TABLE + crate::config::MEMORY_MAX.get() / GIBIBYTE * TABLE_BYTES
+        <= memory_map::MONITOR_END
 );
 
 #[cfg(test)]
@@ -182,7 +200,9 @@ mod tests {
     fn translate(memory: &SharedMemory, address: u64) -> Option<u64> {
         let mut table = ROOT_TABLE;
         for level in [39, 30, 21] {
-            let entry = memory.read_word(table + (address >> level) % ENTRIES * 8).unwrap();
+            let entry = memory
+                .read_word(table + (address >> level) % ENTRIES * 8)
+                .unwrap();
             if entry & 1 == 0 {
                 return None;
             }
@@ -197,8 +217,12 @@ mod tests {
         const SIZE: u64 = (4 << 30) + LARGE_PAGE;
         let memory = SharedMemory::create(ByteCount::new(SIZE), PageKind::Small).unwrap();
         let elf = image(0x20_0000, &[(0x20_0000, b"code", 0x20_0001)]);
-        assert_eq!(fill_memory(&memory, &elf, 2, 1000, "a=b").unwrap(), 0x20_0000);
-        let check = |address: u64, expect: Option<u64>| assert_eq!(translate(&memory, address), expect);
+        assert_eq!(
+            fill_memory(&memory, &elf, 2, 1000, "a=b").unwrap(),
+            0x20_0000
+        );
+        let check =
+            |address: u64, expect: Option<u64>| assert_eq!(translate(&memory, address), expect);
         check(0, Some(0));
         check((3 << 30) - 1, Some((3 << 30) - 1));
         check(3 << 30, Some(4 << 30));
@@ -208,7 +232,13 @@ mod tests {
         memory.read_at(memory_map::BOOT_INFO, &mut page).unwrap();
         let (boot, _) = <BootInfo as zerocopy::FromBytes>::read_from_prefix(&page).unwrap();
         assert!(boot.is_usable());
-        assert_eq!((boot.heap_start, boot.memory_bytes, boot.arguments()), (6 << 20, SIZE, Some("a=b")));
-        assert_eq!(memory.read_word(0x20_0000).unwrap(), u64::from(u32::from_le_bytes(*b"code")));
+        assert_eq!(
+            (boot.heap_start, boot.memory_bytes, boot.arguments()),
+            (6 << 20, SIZE, Some("a=b"))
+        );
+        assert_eq!(
+            memory.read_word(0x20_0000).unwrap(),
+            u64::from(u32::from_le_bytes(*b"code"))
+        );
     }
 }

@@ -8,7 +8,9 @@
 use crate::answer::{Loaded, RunState, Running, SaveTimes, Saved, SectionInfo};
 use crate::config::VmConfig;
 use crate::process::command_number;
-use crate::protocol::{self, Frame, FrameError, PROTOCOL_VERSION, Refusal, Reply, Request, in_one_line};
+use crate::protocol::{
+    self, Frame, FrameError, PROTOCOL_VERSION, Refusal, Reply, Request, in_one_line,
+};
 use crate::state::STATE_BYTES_MAX;
 use limosa_engine::Timestamp;
 use limosa_engine::handover::{MigrationId, Phase};
@@ -129,10 +131,17 @@ impl VmHandle {
     /// # Errors
     /// Nobody listens there, somebody else controls it, or it lends memory that cannot be trusted.
     pub fn connect(path: &Path) -> Result<Self, VmError> {
-        let connect = |source| VmError::Connect { path: path.to_owned(), source };
+        let connect = |source| VmError::Connect {
+            path: path.to_owned(),
+            source,
+        };
         let connection = UnixStream::connect(path).map_err(connect)?;
-        connection.set_read_timeout(Some(ANSWER_LIMIT)).map_err(connect)?;
-        connection.set_write_timeout(Some(ANSWER_LIMIT)).map_err(connect)?;
+        connection
+            .set_read_timeout(Some(ANSWER_LIMIT))
+            .map_err(connect)?;
+        connection
+            .set_write_timeout(Some(ANSWER_LIMIT))
+            .map_err(connect)?;
         // The process answers on this connection afterwards, so it is the one that has this number.
         let pid = socket::peer_pid(&connection).map_err(connect)?;
         let process = Process::open(pid).map_err(connect)?;
@@ -149,7 +158,12 @@ impl VmHandle {
             attached: Mutex::new(nothing),
             lent: OnceLock::new(),
         };
-        let frame = handle.exchange(&Request::Attach { version: PROTOCOL_VERSION }, &[])?;
+        let frame = handle.exchange(
+            &Request::Attach {
+                version: PROTOCOL_VERSION,
+            },
+            &[],
+        )?;
         handle.attach(frame)?;
         Ok(handle)
     }
@@ -171,7 +185,10 @@ impl VmHandle {
 
     /// What it said when it was found, or when its machine was made.
     pub fn attached(&self) -> Attached {
-        self.attached.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        self.attached
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone()
     }
 
     /// The process.
@@ -184,8 +201,17 @@ impl VmHandle {
     ///
     /// # Errors
     /// There is one, it is not possible here, or the image is no micro guest's.
-    pub fn create(&self, config: &VmConfig, elf: Option<&[u8]>, phase: Phase) -> Result<(), VmError> {
-        let request = Request::Create { config: config.clone(), phase, has_image: elf.is_some() };
+    pub fn create(
+        &self,
+        config: &VmConfig,
+        elf: Option<&[u8]>,
+        phase: Phase,
+    ) -> Result<(), VmError> {
+        let request = Request::Create {
+            config: config.clone(),
+            phase,
+            has_image: elf.is_some(),
+        };
         let frame = self.exchange(&request, elf.unwrap_or_default())?;
         self.attach(frame)
     }
@@ -218,9 +244,15 @@ impl VmHandle {
         const END_LIMIT_MS: u32 = 10_000;
         let answer = self.ask(&Request::Stop);
         if !matches!(answer, Ok(Reply::Done)) && self.process.kill() {
-            tracing::warn!(pid = self.pid(), "a VM process that did not answer was killed");
+            tracing::warn!(
+                pid = self.pid(),
+                "a VM process that did not answer was killed"
+            );
         }
-        *self.connection.lock().unwrap_or_else(PoisonError::into_inner) = None;
+        *self
+            .connection
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner) = None;
         match self.process.wait_end(END_LIMIT_MS) {
             Ok(true) => Ok(()),
             Ok(false) => Err(VmError::Lost("it does not end".to_owned())),
@@ -290,7 +322,11 @@ impl VmHandle {
     /// # Panics
     /// If the set is of another machine.
     pub fn harvest(&self, into: &mut PageSet) -> Result<(), VmError> {
-        assert_eq!(into.capacity(), self.memory().page_count(), "a set of this machine");
+        assert_eq!(
+            into.capacity(),
+            self.memory().page_count(),
+            "a set of this machine"
+        );
         self.order(&Request::Harvest)?;
         self.lent().bitmap.copy_to(into);
         Ok(())
@@ -317,7 +353,11 @@ impl VmHandle {
             self.lent().bitmap.copy_to(&mut set);
             set
         });
-        Ok(Saved { sections, dirty, times })
+        Ok(Saved {
+            sections,
+            dirty,
+            times,
+        })
     }
 
     /// Pauses, saves, and runs on.
@@ -326,7 +366,11 @@ impl VmHandle {
     /// The machine has ended or cannot be saved; it runs on.
     pub fn rehearse(&self) -> Result<Saved, VmError> {
         let (times, sections) = self.saved(&Request::Rehearse)?;
-        Ok(Saved { sections, dirty: None, times })
+        Ok(Saved {
+            sections,
+            dirty: None,
+            times,
+        })
     }
 
     /// Gives the machine a state. After a rehearsal it cannot run, only be given another one.
@@ -334,7 +378,10 @@ impl VmHandle {
     /// # Errors
     /// The state is damaged, is of another machine, or something in it is not known here.
     pub fn load(&self, sections: &[u8], is_rehearsal: bool) -> Result<Loaded, VmError> {
-        match self.exchange(&Request::Load { is_rehearsal }, sections)?.message {
+        match self
+            .exchange(&Request::Load { is_rehearsal }, sections)?
+            .message
+        {
             Reply::Loaded(loaded) => Ok(loaded),
             _ => Err(self.foreign()),
         }
@@ -345,7 +392,9 @@ impl VmHandle {
     /// # Errors
     /// The step is not legal.
     pub fn record(&self, phase: &Phase) -> Result<(), VmError> {
-        self.order(&Request::Record { phase: phase.clone() })
+        self.order(&Request::Record {
+            phase: phase.clone(),
+        })
     }
 
     /// Records that the guest has arrived and runs it: one request. Its clocks go on as if it had
@@ -354,7 +403,11 @@ impl VmHandle {
     ///
     /// # Errors
     /// The phase is not [`Phase::Preparing`] of that migration, or no state was loaded.
-    pub fn commit_and_run(&self, id: MigrationId, stopped_at: Timestamp) -> Result<Running, VmError> {
+    pub fn commit_and_run(
+        &self,
+        id: MigrationId,
+        stopped_at: Timestamp,
+    ) -> Result<Running, VmError> {
         match self.ask(&Request::CommitAndRun { id, stopped_at })? {
             Reply::Running(running) => Ok(running),
             _ => Err(self.foreign()),
@@ -375,7 +428,9 @@ impl VmHandle {
     /// # Errors
     /// The process does not answer.
     pub fn command(&self, kind: CommandKind) -> Result<u32, VmError> {
-        match self.ask(&Request::Command { kind: command_number(kind) })? {
+        match self.ask(&Request::Command {
+            kind: command_number(kind),
+        })? {
             Reply::Sequence(sequence) => Ok(sequence),
             _ => Err(self.foreign()),
         }
@@ -390,7 +445,9 @@ impl VmHandle {
         let lent = self.lent();
         let read = |vcpu: u8| {
             let mut page = [0; PAGE_BYTES as usize];
-            lent.memory.read_at(memory_map::report_address(u32::from(vcpu)), &mut page).ok()?;
+            lent.memory
+                .read_at(memory_map::report_address(u32::from(vcpu)), &mut page)
+                .ok()?;
             Report::parse(&page)
         };
         (0..lent.config.vcpus).map(read).collect()
@@ -402,23 +459,38 @@ impl VmHandle {
 
     /// Takes what a process with a machine lends.
     fn attach(&self, frame: Frame<Reply>) -> Result<(), VmError> {
-        let Reply::Attached { config, phase, run_state } = frame.message else {
+        let Reply::Attached {
+            config,
+            phase,
+            run_state,
+        } = frame.message
+        else {
             return Err(self.foreign());
         };
         if let Some(config) = &config {
             config.check().map_err(|_| self.foreign())?;
-            let [memory, bitmap]: [OwnedFd; 2] = frame.descriptors.try_into().map_err(|_| self.foreign())?;
+            let [memory, bitmap]: [OwnedFd; 2] =
+                frame.descriptors.try_into().map_err(|_| self.foreign())?;
             let memory = Arc::new(SharedMemory::open(memory)?);
             if memory.size() != config.memory {
                 return Err(self.foreign());
             }
             let bitmap = SharedBitmap::open(bitmap, memory.page_count())?;
-            let lent = Lent { config: config.clone(), memory, bitmap };
+            let lent = Lent {
+                config: config.clone(),
+                memory,
+                bitmap,
+            };
             self.lent.set(lent).map_err(|_| self.foreign())?;
         }
         let name = config.as_ref().map(|config| config.name.clone());
-        *self.attached.lock().unwrap_or_else(PoisonError::into_inner) =
-            Attached { name, config, phase, run_state, pid: self.pid() };
+        *self.attached.lock().unwrap_or_else(PoisonError::into_inner) = Attached {
+            name,
+            config,
+            phase,
+            run_state,
+            pid: self.pid(),
+        };
         Ok(())
     }
 
@@ -443,7 +515,10 @@ impl VmHandle {
 
     /// One request and its reply. A refusal is an error.
     fn exchange(&self, request: &Request, bytes: &[u8]) -> Result<Frame<Reply>, VmError> {
-        let mut connection = self.connection.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut connection = self
+            .connection
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
         let Some(Connection(socket)) = connection.as_ref() else {
             return Err(VmError::Gone("the connection was lost before".to_owned()));
         };
@@ -452,7 +527,10 @@ impl VmHandle {
             return Err(VmError::Gone(in_one_line(&FrameError::from(error))));
         }
         match protocol::receive::<Reply>(socket) {
-            Ok(Frame { message: Reply::Refused { why, message }, .. }) => Err(match why {
+            Ok(Frame {
+                message: Reply::Refused { why, message },
+                ..
+            }) => Err(match why {
                 Refusal::Phase => VmError::Phase(message),
                 Refusal::Exited => VmError::Exited(message),
                 Refusal::Busy => VmError::Busy(message),
@@ -468,7 +546,10 @@ impl VmHandle {
 
     /// A process that answers something else than was asked for is not talked to any more.
     fn foreign(&self) -> VmError {
-        *self.connection.lock().unwrap_or_else(PoisonError::into_inner) = None;
+        *self
+            .connection
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner) = None;
         VmError::Foreign
     }
 }
@@ -493,10 +574,18 @@ mod tests {
             scope.spawn(|| {
                 let (connection, _) = listener.accept().unwrap();
                 let frame: Frame<Request> = protocol::receive(&connection).unwrap();
-                assert!(matches!(frame.message, Request::Attach { version: PROTOCOL_VERSION }));
+                assert!(matches!(
+                    frame.message,
+                    Request::Attach {
+                        version: PROTOCOL_VERSION
+                    }
+                ));
                 let config = Some(VmConfig::new("vm", MEMORY, 1));
-                let reply =
-                    Reply::Attached { config, phase: Phase::Running, run_state: RunState::Paused };
+                let reply = Reply::Attached {
+                    config,
+                    phase: Phase::Running,
+                    run_state: RunState::Paused,
+                };
                 protocol::send(&connection, &reply, &[], lent).unwrap();
             });
             VmHandle::connect(&path).map_or_else(|error| error.to_string(), |_| "ok".to_owned())
@@ -517,7 +606,10 @@ mod tests {
         let larger = SharedMemory::create(ByteCount::new(16 << 20), PageKind::Small).unwrap();
         check(&[larger.file(), bitmap.file()], foreign);
         let short = SharedBitmap::create(PageCount::new(pages.get() - 64)).unwrap();
-        check(&[memory.file(), short.file()], "the dirty bitmap has 248 bytes, 256 are needed");
+        check(
+            &[memory.file(), short.file()],
+            "the dirty bitmap has 248 bytes, 256 are needed",
+        );
         let unsealed: File = tempfile::tempfile().unwrap();
         unsealed.set_len(MEMORY.get()).unwrap();
         let message = "the memory file is not sealed against resizing (seals 0x0)";

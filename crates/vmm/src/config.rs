@@ -54,10 +54,14 @@ pub struct VmConfig {
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
     /// The name is empty, too long, or has other characters than letters, digits, `.`, `_`, `-`.
-    #[error("a machine's name has 1 to {NAME_BYTES_MAX} letters, digits, dots, dashes or underscores")]
+    #[error(
+        "a machine's name has 1 to {NAME_BYTES_MAX} letters, digits, dots, dashes or underscores"
+    )]
     Name,
     /// The memory is too small, too large, or no multiple of 2 MiB.
-    #[error("memory of {memory} is not possible: it takes {MEMORY_MIN} to {MEMORY_MAX} in steps of {MEMORY_STEP}")]
+    #[error(
+        "memory of {memory} is not possible: it takes {MEMORY_MIN} to {MEMORY_MAX} in steps of {MEMORY_STEP}"
+    )]
     Memory {
         /// What was asked for.
         memory: ByteCount,
@@ -80,6 +84,9 @@ pub enum ConfigError {
         /// How many entries it has.
         leaves: usize,
     },
+    /// A clock that stands still.
+    #[error("a clock rate of 0 kHz is not possible")]
+    Clock,
     /// The bytes are no description.
     #[error("this is no description of a machine, or one of another version")]
     Description,
@@ -90,7 +97,9 @@ pub enum ConfigError {
         features: Vec<String>,
     },
     /// The clock runs at another rate and cannot be scaled.
-    #[error("the guest's clock runs at {wanted} kHz, this host's at {offered} kHz and cannot be scaled")]
+    #[error(
+        "the guest's clock runs at {wanted} kHz, this host's at {offered} kHz and cannot be scaled"
+    )]
     ClockRate {
         /// The guest's.
         wanted: u32,
@@ -128,18 +137,27 @@ impl VmConfig {
             return Err(ConfigError::Name);
         }
         let memory = self.memory;
-        if !(MEMORY_MIN..=MEMORY_MAX).contains(&memory) || !memory.get().is_multiple_of(MEMORY_STEP.get()) {
+        if !(MEMORY_MIN..=MEMORY_MAX).contains(&memory)
+            || !memory.get().is_multiple_of(MEMORY_STEP.get())
+        {
             return Err(ConfigError::Memory { memory });
         }
         if !(1..=VCPUS_MAX).contains(&u32::from(self.vcpus)) {
             return Err(ConfigError::Vcpus { vcpus: self.vcpus });
         }
         if self.args.len() > ARGS_BYTES_MAX {
-            return Err(ConfigError::Args { bytes: self.args.len() });
+            return Err(ConfigError::Args {
+                bytes: self.args.len(),
+            });
+        }
+        if self.tsc_khz == Some(0) {
+            return Err(ConfigError::Clock);
         }
         match &self.cpuid {
             Some(table) if !(1..=cpu::LEAVES_MAX).contains(&table.len()) => {
-                Err(ConfigError::Cpuid { leaves: table.len() })
+                Err(ConfigError::Cpuid {
+                    leaves: table.len(),
+                })
             }
             _ => Ok(()),
         }
@@ -166,10 +184,19 @@ impl VmConfig {
             return Ok(());
         };
         let features = cpu::missing_features(wanted, &cpu::neutral_table(kvm)?);
-        if features.is_empty() { Ok(()) } else { Err(ConfigError::Features { features }) }
+        if features.is_empty() {
+            Ok(())
+        } else {
+            Err(ConfigError::Features { features })
+        }
     }
 
-    pub(crate) fn check_clock(&self, kvm: &Kvm, offered: u32, wanted: u32) -> Result<(), ConfigError> {
+    pub(crate) fn check_clock(
+        &self,
+        kvm: &Kvm,
+        offered: u32,
+        wanted: u32,
+    ) -> Result<(), ConfigError> {
         if is_same_rate(offered, wanted) || kvm.scales_tsc() {
             return Ok(());
         }
@@ -181,8 +208,12 @@ impl VmConfig {
     /// # Panics
     /// If the configuration does not hold its limits.
     pub fn to_description(&self) -> Vec<u8> {
-        let bytes = postcard::to_extend(self, MAGIC.to_vec()).expect("a configuration can always be written");
-        assert!(bytes.len() <= DESCRIPTION_BYTES_MAX, "limits keep a description small");
+        let bytes = postcard::to_extend(self, MAGIC.to_vec())
+            .expect("a configuration can always be written");
+        assert!(
+            bytes.len() <= DESCRIPTION_BYTES_MAX,
+            "limits keep a description small"
+        );
         bytes
     }
 
@@ -191,9 +222,12 @@ impl VmConfig {
     /// # Errors
     /// It is none, or a limit does not hold.
     pub fn from_description(bytes: &[u8]) -> Result<Self, ConfigError> {
-        let body = bytes.strip_prefix(&MAGIC).filter(|_| bytes.len() <= DESCRIPTION_BYTES_MAX);
+        let body = bytes
+            .strip_prefix(&MAGIC)
+            .filter(|_| bytes.len() <= DESCRIPTION_BYTES_MAX);
         let body = body.ok_or(ConfigError::Description)?;
-        let (config, rest): (Self, _) = postcard::take_from_bytes(body).map_err(|_| ConfigError::Description)?;
+        let (config, rest): (Self, _) =
+            postcard::take_from_bytes(body).map_err(|_| ConfigError::Description)?;
         if !rest.is_empty() {
             return Err(ConfigError::Description);
         }
@@ -202,7 +236,11 @@ impl VmConfig {
     }
 
     pub(crate) const fn page_kind(&self) -> PageKind {
-        if self.huge_pages { PageKind::Huge } else { PageKind::Small }
+        if self.huge_pages {
+            PageKind::Huge
+        } else {
+            PageKind::Small
+        }
     }
 
     /// The least memory that would hold `bytes`.
@@ -230,7 +268,9 @@ mod tests {
     fn check(change: impl FnOnce(&mut VmConfig), expect: &str) {
         let mut config = config();
         change(&mut config);
-        let text = config.check().map_or_else(|error| error.to_string(), |()| "ok".to_owned());
+        let text = config
+            .check()
+            .map_or_else(|error| error.to_string(), |()| "ok".to_owned());
         assert_eq!(text, expect);
     }
 
@@ -242,19 +282,50 @@ mod tests {
         check(|config| config.name = "a/b".to_owned(), name);
         check(|config| config.name = "a".repeat(65), name);
         let memory = " is not possible: it takes 4.00 MiB to 128 GiB in steps of 2.00 MiB";
-        for (bytes, shown) in [(2 << 20, "2.00 MiB"), (5 << 20, "5.00 MiB"), (129 << 30, "129 GiB")] {
-            check(|config| config.memory = ByteCount::new(bytes), &format!("memory of {shown}{memory}"));
+        for (bytes, shown) in [
+            (2 << 20, "2.00 MiB"),
+            (5 << 20, "5.00 MiB"),
+            (129 << 30, "129 GiB"),
+        ] {
+            check(
+                |config| config.memory = ByteCount::new(bytes),
+                &format!("memory of {shown}{memory}"),
+            );
         }
-        check(|config| config.vcpus = 0, "0 vCPUs are not possible: a machine has 1 to 8");
-        check(|config| config.vcpus = 9, "9 vCPUs are not possible: a machine has 1 to 8");
-        check(|config| config.args = "x".repeat(2049), "guest arguments have 2049 bytes, at most 2048 fit");
-        check(|config| config.cpuid = Some(Vec::new()), "the table of CPU features has 0 entries");
+        check(
+            |config| config.vcpus = 0,
+            "0 vCPUs are not possible: a machine has 1 to 8",
+        );
+        check(
+            |config| config.vcpus = 9,
+            "9 vCPUs are not possible: a machine has 1 to 8",
+        );
+        check(
+            |config| config.args = "x".repeat(2049),
+            "guest arguments have 2049 bytes, at most 2048 fit",
+        );
+        check(
+            |config| config.tsc_khz = Some(0),
+            "a clock rate of 0 kHz is not possible",
+        );
+        check(
+            |config| config.cpuid = Some(Vec::new()),
+            "the table of CPU features has 0 entries",
+        );
     }
 
     #[test]
     fn descriptions_come_back_and_foreign_bytes_do_not_panic() {
         let mut config = config();
-        config.cpuid = Some(vec![CpuidLeaf { function: 1, index: 2, flags: 3, registers: [u32::MAX; 4] }; 256]);
+        config.cpuid = Some(vec![
+            CpuidLeaf {
+                function: 1,
+                index: 2,
+                flags: 3,
+                registers: [u32::MAX; 4]
+            };
+            256
+        ]);
         config.args = "x".repeat(ARGS_BYTES_MAX);
         let bytes = config.to_description();
         assert_eq!(VmConfig::from_description(&bytes).unwrap(), config);

@@ -34,7 +34,11 @@ const EDX: usize = 3;
 /// # Errors
 /// KVM does not tell.
 pub fn neutral_table(kvm: &Kvm) -> Result<Vec<CpuidLeaf>, KvmError> {
-    let mut table: Vec<CpuidLeaf> = kvm.supported_cpuid()?.iter().map(CpuidLeaf::from_kvm).collect();
+    let mut table: Vec<CpuidLeaf> = kvm
+        .supported_cpuid()?
+        .iter()
+        .map(CpuidLeaf::from_kvm)
+        .collect();
     for leaf in &mut table {
         let registers = &mut leaf.registers;
         match (leaf.function, leaf.index) {
@@ -85,16 +89,26 @@ pub(crate) fn vcpu_table(neutral: &[CpuidLeaf], vcpu: u8, vcpus: u8) -> Vec<kvm_
 pub fn missing_features(wanted: &[CpuidLeaf], offered: &[CpuidLeaf]) -> Vec<String> {
     let mut missing = Vec::new();
     let find = |table: &[CpuidLeaf], function, index| {
-        table.iter().find(|leaf| leaf.function == function && leaf.index == index).map(|leaf| leaf.registers)
+        table
+            .iter()
+            .find(|leaf| leaf.function == function && leaf.index == index)
+            .map(|leaf| leaf.registers)
     };
-    let vendor = |table| find(table, 0, 0).map(|registers| [registers[EBX], registers[ECX], registers[EDX]]);
+    let vendor =
+        |table| find(table, 0, 0).map(|registers| [registers[EBX], registers[ECX], registers[EDX]]);
     if vendor(wanted) != vendor(offered) {
         missing.push("the processor's vendor".to_owned());
     }
     for &(function, index, register, ignored) in &FEATURE_REGISTERS {
-        let bits = |table| find(table, function, index).map_or(0, |registers| registers[register]) & !ignored;
+        let bits = |table| {
+            find(table, function, index).map_or(0, |registers| registers[register]) & !ignored
+        };
         let lacking = bits(wanted) & !bits(offered);
-        missing.extend((0..32).filter(|bit| lacking >> bit & 1 == 1).map(|bit| name(function, index, register, bit)));
+        missing.extend(
+            (0..32)
+                .filter(|bit| lacking >> bit & 1 == 1)
+                .map(|bit| name(function, index, register, bit)),
+        );
     }
     let width = |table| find(table, 0x8000_0008, 0).map_or(36, |registers| registers[EAX] & 0xff);
     if width(wanted) > width(offered) {
@@ -169,9 +183,9 @@ const NAMES: [(u32, u32, usize, u32, &str); 40] = [
 ];
 
 fn name(function: u32, index: u32, register: usize, bit: u32) -> String {
-    let known = NAMES
-        .iter()
-        .find(|&&(of, at, within, number, _)| (of, at, within, number) == (function, index, register, bit));
+    let known = NAMES.iter().find(|&&(of, at, within, number, _)| {
+        (of, at, within, number) == (function, index, register, bit)
+    });
     match known {
         Some((.., name)) => (*name).to_owned(),
         None => {
@@ -210,7 +224,12 @@ mod tests {
     use super::*;
 
     const fn leaf(function: u32, index: u32, registers: [u32; 4]) -> CpuidLeaf {
-        CpuidLeaf { function, index, flags: 0, registers }
+        CpuidLeaf {
+            function,
+            index,
+            flags: 0,
+            registers,
+        }
     }
 
     fn host() -> Vec<CpuidLeaf> {
@@ -235,10 +254,22 @@ mod tests {
         check(|_| {}, "");
         check(|table| table[1].registers[ECX] = 0, "");
         check(|table| table[2].registers[EBX] |= 1 << 16, "avx512f");
-        check(|table| table[2].registers[ECX] |= 1 << 30, "cpuid 0x7.0 ecx bit 30");
-        check(|table| table.push(leaf(0x7, 1, [1 << 5, 0, 0, 0])), "avx512_bf16");
-        check(|table| table[5].registers[EAX] = 52, "physical addresses of 52 bits");
-        check(|table| table[0].registers[ECX] = 9, "the processor's vendor");
+        check(
+            |table| table[2].registers[ECX] |= 1 << 30,
+            "cpuid 0x7.0 ecx bit 30",
+        );
+        check(
+            |table| table.push(leaf(0x7, 1, [1 << 5, 0, 0, 0])),
+            "avx512_bf16",
+        );
+        check(
+            |table| table[5].registers[EAX] = 52,
+            "physical addresses of 52 bits",
+        );
+        check(
+            |table| table[0].registers[ECX] = 9,
+            "the processor's vendor",
+        );
     }
 
     #[test]
@@ -246,7 +277,10 @@ mod tests {
         let table = vcpu_table(&host(), 2, 3);
         assert_eq!(table[1].ebx, 2 << 24 | 3 << 16);
         assert_eq!((table[3].ebx, table[3].edx), (1, 2));
-        assert_eq!((table[4].eax, table[4].ebx, table[4].ecx, table[4].edx), (2, 3, 0x201, 2));
+        assert_eq!(
+            (table[4].eax, table[4].ebx, table[4].ecx, table[4].edx),
+            (2, 3, 0x201, 2)
+        );
     }
 
     #[test]
@@ -255,7 +289,11 @@ mod tests {
             return println!("skipped: no /dev/kvm");
         };
         let table = neutral_table(&kvm).unwrap();
-        assert_eq!(neutral_table(&kvm).unwrap(), table, "nothing in it depends on where it is asked");
+        assert_eq!(
+            neutral_table(&kvm).unwrap(),
+            table,
+            "nothing in it depends on where it is asked"
+        );
         assert_eq!(missing_features(&table, &table), Vec::<String>::new());
     }
 }

@@ -52,7 +52,9 @@ pub enum ElfError {
         bytes: u64,
     },
     /// A segment where no image may be.
-    #[error("the segment at {address:#x} lies outside of what an image may use, {IMAGE_START:#x} upwards")]
+    #[error(
+        "the segment at {address:#x} lies outside of what an image may use, {IMAGE_START:#x} upwards"
+    )]
     Outside {
         /// Where it goes.
         address: u64,
@@ -112,20 +114,31 @@ impl Image {
         let entry = check_file_header(elf)?;
         let mut segments = read_segments(elf)?;
         segments.sort_by_key(|segment| segment.address);
-        if let Some(pair) = segments.windows(2).find(|pair| pair[0].end > pair[1].address) {
-            return Err(ElfError::Overlap { first: pair[0].address, second: pair[1].address });
+        if let Some(pair) = segments
+            .windows(2)
+            .find(|pair| pair[0].end > pair[1].address)
+        {
+            return Err(ElfError::Overlap {
+                first: pair[0].address,
+                second: pair[1].address,
+            });
         }
         let end = segments.last().ok_or(ElfError::Nothing)?.end;
         if end > memory.get() {
             let needed = crate::config::VmConfig::memory_for(end);
             return Err(ElfError::TooLittleMemory { end, needed });
         }
-        let is_code =
-            |segment: &Segment| segment.is_executable && (segment.address..segment.end).contains(&entry);
+        let is_code = |segment: &Segment| {
+            segment.is_executable && (segment.address..segment.end).contains(&entry)
+        };
         if !segments.iter().any(is_code) {
             return Err(ElfError::Entry { entry });
         }
-        Ok(Self { entry, end, segments })
+        Ok(Self {
+            entry,
+            end,
+            segments,
+        })
     }
 }
 
@@ -139,7 +152,9 @@ fn check_file_header(elf: &[u8]) -> Result<u64, ElfError> {
         return Err(ElfError::NotElf);
     }
     if elf.len() < FILE_HEADER_BYTES {
-        return Err(ElfError::CutOff { what: "first headers" });
+        return Err(ElfError::CutOff {
+            what: "first headers",
+        });
     }
     if elf[4] != CLASS_64 {
         return kind("not a 64-bit one".to_owned(), "a 64-bit one");
@@ -153,9 +168,18 @@ fn check_file_header(elf: &[u8]) -> Result<u64, ElfError> {
     }
     match half(elf, 16) {
         2 => Ok(word(elf, 24)),
-        1 => kind("a relocatable object".to_owned(), "a static executable at a fixed address"),
-        3 => kind("position independent".to_owned(), "a static executable at a fixed address"),
-        other => kind(format!("of type {other}"), "a static executable at a fixed address"),
+        1 => kind(
+            "a relocatable object".to_owned(),
+            "a static executable at a fixed address",
+        ),
+        3 => kind(
+            "position independent".to_owned(),
+            "a static executable at a fixed address",
+        ),
+        other => kind(
+            format!("of type {other}"),
+            "a static executable at a fixed address",
+        ),
     }
 }
 
@@ -164,20 +188,29 @@ fn read_segments(elf: &[u8]) -> Result<Vec<Segment>, ElfError> {
     const DYNAMIC: u32 = 2;
     const INTERPRETER: u32 = 3;
     let (bytes, count) = (half(elf, 54), half(elf, 56));
-    if usize::from(bytes) != PROGRAM_HEADER_BYTES || !(1..=HEADERS_MAX).contains(&usize::from(count)) {
+    if usize::from(bytes) != PROGRAM_HEADER_BYTES
+        || !(1..=HEADERS_MAX).contains(&usize::from(count))
+    {
         return Err(ElfError::Headers { count, bytes });
     }
     let headers = usize::try_from(word(elf, 32))
         .ok()
-        .and_then(|start| elf.get(start..start.checked_add(usize::from(count) * PROGRAM_HEADER_BYTES)?))
-        .ok_or(ElfError::CutOff { what: "program headers" })?;
+        .and_then(|start| {
+            elf.get(start..start.checked_add(usize::from(count) * PROGRAM_HEADER_BYTES)?)
+        })
+        .ok_or(ElfError::CutOff {
+            what: "program headers",
+        })?;
     let mut segments = Vec::new();
     for header in headers.chunks_exact(PROGRAM_HEADER_BYTES) {
         match u32::from(half(header, 0)) | u32::from(half(header, 2)) << 16 {
             LOAD => segments.extend(read_segment(elf, header)?),
             DYNAMIC | INTERPRETER => {
                 let found = "dynamically linked".to_owned();
-                return Err(ElfError::Kind { found, wanted: "a static executable at a fixed address" });
+                return Err(ElfError::Kind {
+                    found,
+                    wanted: "a static executable at a fixed address",
+                });
             }
             _ => {}
         }
@@ -194,9 +227,15 @@ fn read_segment(elf: &[u8], header: &[u8]) -> Result<Option<Segment>, ElfError> 
         return Ok(None);
     }
     if file_bytes > bytes {
-        return Err(ElfError::SegmentSize { address, file_bytes, bytes });
+        return Err(ElfError::SegmentSize {
+            address,
+            file_bytes,
+            bytes,
+        });
     }
-    let end = address.checked_add(bytes).filter(|_| address >= IMAGE_START);
+    let end = address
+        .checked_add(bytes)
+        .filter(|_| address >= IMAGE_START);
     let end = end.ok_or(ElfError::Outside { address })?;
     let file = usize::try_from(offset)
         .ok()
@@ -205,7 +244,12 @@ fn read_segment(elf: &[u8], header: &[u8]) -> Result<Option<Segment>, ElfError> 
         .filter(|file| file.end <= elf.len())
         .ok_or(ElfError::CutOff { what: "segments" })?;
     let is_executable = half(header, 4) & EXECUTABLE != 0;
-    Ok(Some(Segment { address, file, end, is_executable }))
+    Ok(Some(Segment {
+        address,
+        file,
+        end,
+        is_executable,
+    }))
 }
 
 fn half(bytes: &[u8], at: usize) -> u16 {
@@ -213,7 +257,11 @@ fn half(bytes: &[u8], at: usize) -> u16 {
 }
 
 fn word(bytes: &[u8], at: usize) -> u64 {
-    u64::from_le_bytes(bytes[at..at + 8].try_into().expect("eight bytes are eight bytes"))
+    u64::from_le_bytes(
+        bytes[at..at + 8]
+            .try_into()
+            .expect("eight bytes are eight bytes"),
+    )
 }
 
 #[cfg(test)]
@@ -233,24 +281,39 @@ pub(crate) mod tests {
         let mut offset = 64 + 56 * segments.len();
         for (address, content, bytes) in segments {
             elf.extend([1, 0, 0, 0, 7, 0, 0, 0]);
-            for value in [offset as u64, *address, *address, content.len() as u64, *bytes, 0x1000] {
+            for value in [
+                offset as u64,
+                *address,
+                *address,
+                content.len() as u64,
+                *bytes,
+                0x1000,
+            ] {
                 elf.extend(value.to_le_bytes());
             }
             offset += content.len();
         }
-        segments.iter().for_each(|(_, content, _)| elf.extend(*content));
+        segments
+            .iter()
+            .for_each(|(_, content, _)| elf.extend(*content));
         elf
     }
 
     fn sound() -> Vec<u8> {
-        image(0x20_0000, &[(0x20_0000, b"code", 4), (0x20_1000, b"data", 0x2000)])
+        image(
+            0x20_0000,
+            &[(0x20_0000, b"code", 4), (0x20_1000, b"data", 0x2000)],
+        )
     }
 
     fn check(change: impl FnOnce(&mut Vec<u8>), expect: &str) {
         let mut elf = sound();
         change(&mut elf);
         let result = Image::parse(&elf, ByteCount::new(4 << 20));
-        assert_eq!(result.map_or_else(|error| error.to_string(), |_| "ok".to_owned()), expect);
+        assert_eq!(
+            result.map_or_else(|error| error.to_string(), |_| "ok".to_owned()),
+            expect
+        );
     }
 
     #[test]
@@ -262,23 +325,63 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn everything_else_is_refused_by_name() {
+    fn files_of_another_kind_are_refused_by_name() {
         let fixed = "a micro guest is a static executable at a fixed address";
         check(|_| {}, "ok");
         check(|elf| elf.clear(), "this is no ELF file");
         check(|elf| elf[0] = b'#', "this is no ELF file");
-        check(|elf| elf.truncate(40), "the ELF file is cut off: its first headers are missing");
-        check(|elf| elf[4] = 1, "the ELF file is not a 64-bit one, a micro guest is a 64-bit one");
-        check(|elf| elf[5] = 2, "the ELF file is not little-endian, a micro guest is little-endian");
-        check(|elf| elf[18] = 183, "the ELF file is for machine 183, a micro guest is for x86-64 (62)");
-        check(|elf| elf[16] = 3, &format!("the ELF file is position independent, {fixed}"));
-        check(|elf| elf[16] = 4, &format!("the ELF file is of type 4, {fixed}"));
-        check(|elf| elf[64] = 3, &format!("the ELF file is dynamically linked, {fixed}"));
-        check(|elf| elf[56] = 0, "the ELF file has 0 program headers of 56 bytes, it takes 1 to 64 of 56");
-        check(|elf| elf[57] = 1, "the ELF file has 258 program headers of 56 bytes, it takes 1 to 64 of 56");
-        check(|elf| elf[39] = 255, "the ELF file is cut off: its program headers are missing");
-        check(|elf| elf.truncate(180), "the ELF file is cut off: its segments are missing");
-        check(|elf| elf[64 + 40] = 1, "the segment at 0x200000 has 4 bytes in the file and 1 in memory");
+        check(
+            |elf| elf.truncate(40),
+            "the ELF file is cut off: its first headers are missing",
+        );
+        check(
+            |elf| elf[4] = 1,
+            "the ELF file is not a 64-bit one, a micro guest is a 64-bit one",
+        );
+        check(
+            |elf| elf[5] = 2,
+            "the ELF file is not little-endian, a micro guest is little-endian",
+        );
+        check(
+            |elf| elf[18] = 183,
+            "the ELF file is for machine 183, a micro guest is for x86-64 (62)",
+        );
+        check(
+            |elf| elf[16] = 3,
+            &format!("the ELF file is position independent, {fixed}"),
+        );
+        check(
+            |elf| elf[16] = 4,
+            &format!("the ELF file is of type 4, {fixed}"),
+        );
+        check(
+            |elf| elf[64] = 3,
+            &format!("the ELF file is dynamically linked, {fixed}"),
+        );
+    }
+
+    #[test]
+    fn bad_headers_and_segments_are_refused_by_name() {
+        check(
+            |elf| elf[56] = 0,
+            "the ELF file has 0 program headers of 56 bytes, it takes 1 to 64 of 56",
+        );
+        check(
+            |elf| elf[57] = 1,
+            "the ELF file has 258 program headers of 56 bytes, it takes 1 to 64 of 56",
+        );
+        check(
+            |elf| elf[39] = 255,
+            "the ELF file is cut off: its program headers are missing",
+        );
+        check(
+            |elf| elf.truncate(180),
+            "the ELF file is cut off: its segments are missing",
+        );
+        check(
+            |elf| elf[64 + 40] = 1,
+            "the segment at 0x200000 has 4 bytes in the file and 1 in memory",
+        );
         check(
             |elf| elf[64 + 18] = 0x10,
             "the segment at 0x100000 lies outside of what an image may use, 0x200000 upwards",
@@ -287,10 +390,25 @@ pub(crate) mod tests {
             |elf| elf[64 + 40..64 + 48].fill(0xff),
             "the segment at 0x200000 lies outside of what an image may use, 0x200000 upwards",
         );
-        check(|elf| elf[64 + 41] = 0x20, "the segments at 0x200000 and 0x201000 overlap");
-        check(|elf| elf[24] = 4, "the entry at 0x200004 is in no executable segment");
-        check(|elf| elf[64 + 56 + 43] = 1, "the image ends at 0x1203000, beyond the guest's memory: give it at least 20.0 MiB");
-        check(|elf| { elf[64] = 4; elf[64 + 56] = 4; }, "the ELF file has nothing to load");
+        check(
+            |elf| elf[64 + 41] = 0x20,
+            "the segments at 0x200000 and 0x201000 overlap",
+        );
+        check(
+            |elf| elf[24] = 4,
+            "the entry at 0x200004 is in no executable segment",
+        );
+        check(
+            |elf| elf[64 + 56 + 43] = 1,
+            "the image ends at 0x1203000, beyond the guest's memory: give it at least 20.0 MiB",
+        );
+        check(
+            |elf| {
+                elf[64] = 4;
+                elf[64 + 56] = 4;
+            },
+            "the ELF file has nothing to load",
+        );
     }
 
     #[test]
@@ -306,7 +424,12 @@ pub(crate) mod tests {
             }
             if let Ok(image) = Image::parse(&mutant, ByteCount::new(4 << 20)) {
                 assert!(image.end <= 4 << 20);
-                assert!(image.segments.iter().all(|segment| segment.file.end <= mutant.len()));
+                assert!(
+                    image
+                        .segments
+                        .iter()
+                        .all(|segment| segment.file.end <= mutant.len())
+                );
             }
         }
     }

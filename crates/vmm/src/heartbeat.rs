@@ -42,7 +42,9 @@ impl Heartbeat {
 
     /// Reads a datagram; `None` if it is no heartbeat.
     pub fn decode(datagram: &[u8]) -> Option<Self> {
-        let body = datagram.strip_prefix(&MAGIC).filter(|_| datagram.len() <= HEARTBEAT_BYTES_MAX)?;
+        let body = datagram
+            .strip_prefix(&MAGIC)
+            .filter(|_| datagram.len() <= HEARTBEAT_BYTES_MAX)?;
         postcard::from_bytes(body).ok()
     }
 }

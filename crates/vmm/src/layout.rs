@@ -16,7 +16,10 @@ pub(crate) fn regions(memory: ByteCount) -> Vec<Region> {
     let low = memory.get().min(HOLE_START);
     let region = |start, offset: u64, bytes: u64| Region {
         start: Gpa::new(start),
-        pages: PageRange::new(Pfn::new(offset / PAGE_SIZE), PageCount::new(bytes / PAGE_SIZE)),
+        pages: PageRange::new(
+            Pfn::new(offset / PAGE_SIZE),
+            PageCount::new(bytes / PAGE_SIZE),
+        ),
     };
     let mut regions = vec![region(0, 0, low)];
     if memory.get() > low {
@@ -27,7 +30,11 @@ pub(crate) fn regions(memory: ByteCount) -> Vec<Region> {
 
 /// Where the guest sees the byte at `offset` of the memory file.
 pub(crate) const fn physical_address(offset: u64) -> Gpa {
-    Gpa::new(if offset < HOLE_START { offset } else { offset + HOLE_BYTES })
+    Gpa::new(if offset < HOLE_START {
+        offset
+    } else {
+        offset + HOLE_BYTES
+    })
 }
 
 #[cfg(test)]
@@ -39,7 +46,12 @@ mod tests {
             .iter()
             .map(|region| {
                 let pages = region.pages;
-                format!("{:#x}: {:#x}+{:#x}", region.start.get(), pages.first.get(), pages.count.get())
+                format!(
+                    "{:#x}: {:#x}+{:#x}",
+                    region.start.get(),
+                    pages.first.get(),
+                    pages.count.get()
+                )
             })
             .collect();
         assert_eq!(text.join(", "), expect);

@@ -71,7 +71,9 @@ pub enum MachineError {
     #[error(transparent)]
     State(#[from] StateError),
     /// A register without which the guest would break does not take its value.
-    #[error("this host's KVM does not take {value:#x} in model-specific register {index:#x} of vCPU {vcpu}, on which the guest depends")]
+    #[error(
+        "this host's KVM does not take {value:#x} in model-specific register {index:#x} of vCPU {vcpu}, on which the guest depends"
+    )]
     LostMsr {
         /// Of which vCPU.
         vcpu: u8,
@@ -172,20 +174,39 @@ impl Machine {
             Some(table) => table,
             None => cpu::neutral_table(&kvm)?,
         };
-        let vcpus = (0..config.vcpus).map(|index| vm.create_vcpu(index)).collect::<Result<Vec<_>, _>>()?;
+        let vcpus = (0..config.vcpus)
+            .map(|index| vm.create_vcpu(index))
+            .collect::<Result<Vec<_>, _>>()?;
         let host_khz = vcpus.first().expect("a machine has a vCPU").tsc_khz()?;
         let guest_khz = config.tsc_khz.unwrap_or(host_khz);
         config.check_clock(&kvm, host_khz, guest_khz)?;
         config.tsc_khz = Some(guest_khz);
         config.cpuid = Some(neutral);
-        let device =
-            Arc::new(MicroDevice::new(&config.name, host, config.vcpus, Arc::clone(&memory)));
-        let no_observer = |source| MachineError::Io { action: "send heartbeats to the observer", source };
+        let device = Arc::new(MicroDevice::new(
+            &config.name,
+            host,
+            config.vcpus,
+            Arc::clone(&memory),
+        ));
+        let no_observer = |source| MachineError::Io {
+            action: "send heartbeats to the observer",
+            source,
+        };
         device.set_observer(config.observer).map_err(no_observer)?;
         let shared = Arc::new(Shared::default());
         let threads = make_threads(&kvm, &config, host_khz, vcpus, &device, &shared)?;
         let seats = Seats::start(threads, Arc::clone(&shared))?;
-        Ok(Self { seats, vm, config, memory, bitmap, device, shared, host_khz, life: Life::Empty })
+        Ok(Self {
+            seats,
+            vm,
+            config,
+            memory,
+            bitmap,
+            device,
+            shared,
+            host_khz,
+            life: Life::Empty,
+        })
     }
 
     /// Puts a micro guest into the empty machine.
@@ -195,7 +216,8 @@ impl Machine {
     pub fn boot(&mut self, elf: &[u8]) -> Result<(), MachineError> {
         self.need(Life::Empty, "empty")?;
         let khz = self.config.tsc_khz.expect("set when the machine was made");
-        let entry = boot::fill_memory(&self.memory, elf, self.config.vcpus, khz, &self.config.args)?;
+        let entry =
+            boot::fill_memory(&self.memory, elf, self.config.vcpus, khz, &self.config.args)?;
         for reply in self.seats.ask(|_| Order::Boot { entry })? {
             reply.into_done()?;
         }
@@ -251,7 +273,10 @@ impl Machine {
             let elapsed = u64::try_from(elapsed.as_nanos()).unwrap_or(u64::MAX);
             self.vm.set_clock_nanos(clock.saturating_add(elapsed))?;
         }
-        Ok(Ready(StartAt { stopped_at: stopped_at.as_nanos(), pair }))
+        Ok(Ready(StartAt {
+            stopped_at: stopped_at.as_nanos(),
+            pair,
+        }))
     }
 
     /// Runs the machine that is ready. A vCPU that cannot start ends the machine, as one that cannot
@@ -272,12 +297,17 @@ impl Machine {
         if self.life == Life::Empty {
             return Err(self.wrong_state("running or paused"));
         }
-        let vcpus = self.seats.pause(|| Order::Save)?;
+        let vcpus = self.seats.pause(|| Order::Save);
+        // Even if one does not come out: it will stop when it does, and can be run on.
         self.life = Life::Paused;
+        let vcpus = vcpus?;
         if let Some(reason) = self.shared.exit() {
             return Err(MachineError::Exited(reason));
         }
-        let vcpus = vcpus.into_iter().map(Reply::into_saved).collect::<Result<Vec<_>, _>>()?;
+        let vcpus = vcpus
+            .into_iter()
+            .map(Reply::into_saved)
+            .collect::<Result<Vec<_>, _>>()?;
         let pair = ClockPair::sample();
         let stops = || vcpus.iter().map(|vcpu| vcpu.stopped_at);
         let stopped_first = stops().min().expect("a machine has a vCPU");
@@ -287,7 +317,9 @@ impl Machine {
         let mut writers = vec![machine.into_writer()];
         let mut stopped_guest_tsc = 0;
         for (index, vcpu) in (0..).zip(vcpus) {
-            let tsc = vcpu.tsc.guest_at(stopped_first, pair, self.host_khz, self.guest_khz());
+            let tsc = vcpu
+                .tsc
+                .guest_at(stopped_first, pair, self.host_khz, self.guest_khz());
             if index == 0 {
                 stopped_guest_tsc = tsc;
             }
@@ -322,10 +354,10 @@ impl Machine {
             return Err(self.wrong_state("empty or paused"));
         }
         let mut state = MachineState::parse(state, &self.config)?;
-        self.shared.hurry();
         let mut vcpus = std::mem::take(&mut state.vcpus).into_iter();
-        let replies =
-            self.seats.ask(|_| Order::Load(Box::new(vcpus.next().expect("one for each vCPU"))))?;
+        let replies = self
+            .seats
+            .ask(|_| Order::Load(Box::new(vcpus.next().expect("one for each vCPU"))))?;
         let mut refused_msrs = Vec::new();
         for reply in replies {
             refused_msrs.extend(reply.into_loaded()?);
@@ -333,7 +365,10 @@ impl Machine {
         state.load(&self.vm, &self.device)?;
         self.shared.set_clock(state.clock_nanos);
         self.life = Life::Paused;
-        Ok(Loaded { took: began.elapsed(), refused_msrs })
+        Ok(Loaded {
+            took: began.elapsed(),
+            refused_msrs,
+        })
     }
 
     /// Dirty tracking on: every page counts as dirty until it is cleared.
@@ -374,7 +409,10 @@ impl Machine {
     /// # Errors
     /// There is no socket for that address.
     pub fn set_observer(&mut self, address: Option<SocketAddr>) -> Result<(), MachineError> {
-        let no_observer = |source| MachineError::Io { action: "send heartbeats to the observer", source };
+        let no_observer = |source| MachineError::Io {
+            action: "send heartbeats to the observer",
+            source,
+        };
         self.device.set_observer(address).map_err(no_observer)?;
         self.config.observer = address;
         Ok(())
@@ -400,7 +438,10 @@ impl Machine {
     fn wrong_state(&self, wanted: &'static str) -> MachineError {
         match self.shared.exit() {
             Some(reason) => MachineError::Exited(reason),
-            None => MachineError::WrongState { state: self.run_state(), wanted },
+            None => MachineError::WrongState {
+                state: self.run_state(),
+                wanted,
+            },
         }
     }
 }

@@ -34,7 +34,9 @@ pub(crate) struct MicroDevice {
 pub(crate) enum AfterOut {
     GoOn,
     /// The guest is finished.
-    Exit { status: u32 },
+    Exit {
+        status: u32,
+    },
 }
 
 /// What a vCPU thread has to do to answer the guest's reading a port.
@@ -72,7 +74,8 @@ impl MicroDevice {
     pub(crate) fn command(&self, kind: CommandKind) -> u32 {
         let now = Command::from_word(self.command.load(Ordering::SeqCst));
         let sequence = now.sequence.wrapping_add(1) & command::SEQUENCE_MASK;
-        self.command.store(Command { kind, sequence }.to_word(), Ordering::SeqCst);
+        self.command
+            .store(Command { kind, sequence }.to_word(), Ordering::SeqCst);
         sequence
     }
 
@@ -83,8 +86,10 @@ impl MicroDevice {
     }
 
     pub(crate) fn load(&self, section: Section<'_>) -> Result<(), StateError> {
-        let bytes: [u8; Self::STATE_BYTES] =
-            section.bytes.try_into().map_err(|_| section.content("it has another size"))?;
+        let bytes: [u8; Self::STATE_BYTES] = section
+            .bytes
+            .try_into()
+            .map_err(|_| section.content("it has another size"))?;
         let (command, heartbeats) = bytes.split_at(8);
         let command = u32::from_le_bytes(command[..4].try_into().expect("four bytes"));
         let heartbeats = u64::from_le_bytes(heartbeats.try_into().expect("eight bytes"));
@@ -101,7 +106,9 @@ impl MicroDevice {
                 self.memory.read_word(report + field as u64).unwrap_or(0)
             };
             let sum = |field: usize| {
-                (0..self.vcpus).map(|vcpu| word(vcpu, field)).fold(0, u64::wrapping_add)
+                (0..self.vcpus)
+                    .map(|vcpu| word(vcpu, field))
+                    .fold(0, u64::wrapping_add)
             };
             observer.send(&Heartbeat {
                 name: self.name.clone(),
@@ -144,7 +151,10 @@ impl Ports {
     pub(crate) const STATE_BYTES: usize = 4;
 
     pub(crate) const fn new(device: Arc<MicroDevice>) -> Self {
-        Self { device, wait_microseconds: 0 }
+        Self {
+            device,
+            wait_microseconds: 0,
+        }
     }
 
     /// The guest writes a port.
@@ -158,7 +168,11 @@ impl Ports {
         match port {
             port::WAIT_MICROSECONDS => self.wait_microseconds = word(bytes),
             port::CONSOLE => self.device.print(bytes),
-            port::EXIT => return AfterOut::Exit { status: word(bytes) },
+            port::EXIT => {
+                return AfterOut::Exit {
+                    status: word(bytes),
+                };
+            }
             // Nobody is there; real machines ignore it too.
             _ => tracing::trace!(port, "write to a port that nobody has"),
         }
@@ -209,10 +223,16 @@ mod tests {
         ports.write(port::WAIT_MICROSECONDS, &700u32.to_le_bytes());
         let mut state = [0; Ports::STATE_BYTES];
         ports.save(&mut state);
-        assert_eq!(ports.read(port::WAIT), Answer::Wait(Duration::from_micros(700)));
+        assert_eq!(
+            ports.read(port::WAIT),
+            Answer::Wait(Duration::from_micros(700))
+        );
         assert_eq!(ports.read(port::WAIT), Answer::Wait(Duration::ZERO));
         ports.load(state);
-        assert_eq!(ports.read(port::WAIT), Answer::Wait(Duration::from_micros(700)));
+        assert_eq!(
+            ports.read(port::WAIT),
+            Answer::Wait(Duration::from_micros(700))
+        );
     }
 
     #[test]
@@ -220,7 +240,11 @@ mod tests {
         let source = device();
         assert_eq!(source.command(CommandKind::Sweep), 1);
         let mut ports = Ports::new(Arc::clone(&source));
-        let word = Command { kind: CommandKind::Sweep, sequence: 1 }.to_word();
+        let word = Command {
+            kind: CommandKind::Sweep,
+            sequence: 1,
+        }
+        .to_word();
         assert_eq!(ports.read(port::HEARTBEAT), Answer::Word(word));
         let mut writer = Writer::default();
         let mut bytes = [0; MicroDevice::STATE_BYTES];
@@ -231,14 +255,21 @@ mod tests {
         target.load(parse(&state).unwrap()[0]).unwrap();
         assert_eq!(target.heartbeats.load(Ordering::SeqCst), 1);
         assert_eq!(target.command(CommandKind::Finish), 2);
-        let short = Section { kind: Kind::Micro, instance: 0, bytes: &[0; 3] };
+        let short = Section {
+            kind: Kind::Micro,
+            instance: 0,
+            bytes: &[0; 3],
+        };
         assert!(target.load(short).is_err());
     }
 
     #[test]
     fn the_end_and_unknown_ports() {
         let mut ports = Ports::new(device());
-        assert_eq!(ports.write(port::EXIT, &3u32.to_le_bytes()), AfterOut::Exit { status: 3 });
+        assert_eq!(
+            ports.write(port::EXIT, &3u32.to_le_bytes()),
+            AfterOut::Exit { status: 3 }
+        );
         assert_eq!(ports.write(0x80, &[1]), AfterOut::GoOn);
         assert_eq!(ports.write(port::CONSOLE, &[b'x'; 1000]), AfterOut::GoOn);
         assert_eq!(ports.read(0x60), Answer::Word(u32::MAX));

@@ -11,7 +11,9 @@
 use crate::answer::{RunState, Running};
 use crate::config::VmConfig;
 use crate::machine::{Machine, MachineError, Snapshot};
-use crate::protocol::{self, Frame, FrameError, PROTOCOL_VERSION, Refusal, Reply, Request, in_one_line};
+use crate::protocol::{
+    self, Frame, FrameError, PROTOCOL_VERSION, Refusal, Reply, Request, in_one_line,
+};
 use crate::state;
 use limosa_engine::Timestamp;
 use limosa_engine::handover::{IllegalTransition, MigrationId, OnDaemonLost, Phase};
@@ -66,7 +68,10 @@ pub fn serve(options: &ServeOptions) -> Result<(), ServeError> {
         tracing::warn!(%error, "requests will be answered late");
     }
     let path = &options.socket;
-    let listen = |source| ServeError::Listen { path: path.clone(), source };
+    let listen = |source| ServeError::Listen {
+        path: path.clone(),
+        source,
+    };
     let listener = socket::listen_privately(path).map_err(listen)?;
     let mut process = Process {
         options,
@@ -120,7 +125,9 @@ enum RequestError {
     NoGuest,
     #[error("a machine begins running with an image, or preparing without one")]
     Beginning,
-    #[error("the daemon speaks version {0} of the protocol, this process speaks {PROTOCOL_VERSION}")]
+    #[error(
+        "the daemon speaks version {0} of the protocol, this process speaks {PROTOCOL_VERSION}"
+    )]
     Version(u32),
     #[error("a state is loaded while the guest is preparing, now it is {0}")]
     MustNotLoad(Phase),
@@ -148,7 +155,10 @@ impl Process<'_> {
         loop {
             let is_orphan = self.machine.is_none() && daemon.is_none();
             let limit = is_orphan.then_some(1000);
-            let sources = [Some(self.listener as &dyn AsFd), daemon.as_ref().map(|daemon| daemon as &dyn AsFd)];
+            let sources = [
+                Some(self.listener as &dyn AsFd),
+                daemon.as_ref().map(|daemon| daemon as &dyn AsFd),
+            ];
             let [knocks, asks] = socket::wait_readable(sources, limit).map_err(ServeError::Wait)?;
             if asks && let Some(connection) = &daemon {
                 match self.answer(connection) {
@@ -190,7 +200,10 @@ impl Process<'_> {
             return;
         }
         let message = "another daemon controls this machine".to_owned();
-        let reply = Reply::Refused { why: Refusal::Busy, message };
+        let reply = Reply::Refused {
+            why: Refusal::Busy,
+            message,
+        };
         if let Err(error) = protocol::send(&connection, &reply, &[], &[]) {
             tracing::debug!(%error, "a second daemon did not wait for its refusal");
         }
@@ -237,13 +250,20 @@ impl Process<'_> {
                 return Err(RequestError::Version(version));
             }
             Request::Attach { .. } => return Ok(Outcome::Lend(self.attached())),
-            Request::Create { config, phase, has_image } => {
+            Request::Create {
+                config,
+                phase,
+                has_image,
+            } => {
                 self.create(config, phase, has_image.then_some(frame.bytes))?;
                 return Ok(Outcome::Lend(self.attached()));
             }
             Request::Run => Reply::Running(self.run()?),
             Request::Stop => return Ok(Outcome::End),
-            Request::Status => Reply::Status { phase: self.phase.clone(), run_state: self.run_state() },
+            Request::Status => Reply::Status {
+                phase: self.phase.clone(),
+                run_state: self.run_state(),
+            },
             Request::Inspect => Reply::Sections(self.inspect()?),
             Request::StartTracking => done(self.machine()?.start_tracking())?,
             Request::StopTracking => done(self.machine()?.stop_tracking())?,
@@ -270,22 +290,34 @@ impl Process<'_> {
                 self.record(phase)?;
                 Reply::Done
             }
-            Request::CommitAndRun { id, stopped_at } => Reply::Running(self.commit_and_run(id, stopped_at)?),
+            Request::CommitAndRun { id, stopped_at } => {
+                Reply::Running(self.commit_and_run(id, stopped_at)?)
+            }
             Request::SetObserver { address } => done(self.machine()?.set_observer(address))?,
-            Request::Command { kind } => Reply::Sequence(self.machine()?.command(command_kind(kind)?)),
+            Request::Command { kind } => {
+                Reply::Sequence(self.machine()?.command(command_kind(kind)?))
+            }
         };
         Ok(Outcome::Reply(reply, Vec::new()))
     }
 
     fn attached(&self) -> Reply {
         Reply::Attached {
-            config: self.machine.as_ref().map(|machine| machine.config().clone()),
+            config: self
+                .machine
+                .as_ref()
+                .map(|machine| machine.config().clone()),
             phase: self.phase.clone(),
             run_state: self.run_state(),
         }
     }
 
-    fn create(&mut self, config: VmConfig, phase: Phase, image: Option<Vec<u8>>) -> Result<(), RequestError> {
+    fn create(
+        &mut self,
+        config: VmConfig,
+        phase: Phase,
+        image: Option<Vec<u8>>,
+    ) -> Result<(), RequestError> {
         if self.machine.is_some() {
             return Err(RequestError::HasMachine);
         }
@@ -341,7 +373,11 @@ impl Process<'_> {
         Ok(())
     }
 
-    fn commit_and_run(&mut self, id: MigrationId, stopped_at: Timestamp) -> Result<Running, RequestError> {
+    fn commit_and_run(
+        &mut self,
+        id: MigrationId,
+        stopped_at: Timestamp,
+    ) -> Result<Running, RequestError> {
         let arrived = Phase::Arrived { id };
         if let (true, Some(running)) = (self.phase == arrived, self.running) {
             return Ok(running);
@@ -354,7 +390,10 @@ impl Process<'_> {
         let ready = self.machine()?.get_ready(stopped_at)?;
         // Recorded before the first instruction: from here on the source must never run it again.
         let from = std::mem::replace(&mut self.phase, arrived);
-        let running = self.machine()?.start(ready).map_err(RequestError::Unknown)?;
+        let running = self
+            .machine()?
+            .start(ready)
+            .map_err(RequestError::Unknown)?;
         self.running = Some(running);
         tracing::info!(%from, to = %self.phase, "committed and running");
         Ok(running)
@@ -397,7 +436,9 @@ impl Process<'_> {
     }
 
     fn run_state(&self) -> RunState {
-        self.machine.as_ref().map_or(RunState::Empty, Machine::run_state)
+        self.machine
+            .as_ref()
+            .map_or(RunState::Empty, Machine::run_state)
     }
 
     fn remove_socket(&self) {

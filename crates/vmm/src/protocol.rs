@@ -33,9 +33,15 @@ const READ_BYTES: usize = 64 << 10;
 #[derive(Debug, Serialize, Deserialize)]
 pub(crate) enum Request {
     /// The first one: who are you? Answered with descriptors if there is a machine.
-    Attach { version: u32 },
+    Attach {
+        version: u32,
+    },
     /// Make the machine; with an image as bytes, boot it.
-    Create { config: VmConfig, phase: Phase, has_image: bool },
+    Create {
+        config: VmConfig,
+        phase: Phase,
+        has_image: bool,
+    },
     Run,
     Stop,
     Status,
@@ -43,30 +49,55 @@ pub(crate) enum Request {
     StartTracking,
     StopTracking,
     Harvest,
-    Clear { range: PageRange },
-    PauseAndSave { harvest: bool },
+    Clear {
+        range: PageRange,
+    },
+    PauseAndSave {
+        harvest: bool,
+    },
     Rehearse,
     /// The state is in the bytes.
-    Load { is_rehearsal: bool },
-    Record { phase: Phase },
-    CommitAndRun { id: MigrationId, stopped_at: Timestamp },
-    SetObserver { address: Option<SocketAddr> },
-    Command { kind: u8 },
+    Load {
+        is_rehearsal: bool,
+    },
+    Record {
+        phase: Phase,
+    },
+    CommitAndRun {
+        id: MigrationId,
+        stopped_at: Timestamp,
+    },
+    SetObserver {
+        address: Option<SocketAddr>,
+    },
+    Command {
+        kind: u8,
+    },
 }
 
 /// What the process answers.
 #[derive(Debug, Serialize, Deserialize)]
 pub(crate) enum Reply {
     Done,
-    Attached { config: Option<VmConfig>, phase: Phase, run_state: RunState },
-    Status { phase: Phase, run_state: RunState },
+    Attached {
+        config: Option<VmConfig>,
+        phase: Phase,
+        run_state: RunState,
+    },
+    Status {
+        phase: Phase,
+        run_state: RunState,
+    },
     Running(Running),
     /// The state is in the bytes, the dirty log in the shared bitmap.
     Saved(SaveTimes),
     Loaded(Loaded),
     Sections(Vec<SectionInfo>),
     Sequence(u32),
-    Refused { why: Refusal, message: String },
+    Refused {
+        why: Refusal,
+        message: String,
+    },
 }
 
 /// Kinds of refusals that a daemon tells apart.
@@ -115,14 +146,21 @@ pub(crate) fn send<T: Serialize>(
         .map_err(|error| io::Error::new(io::ErrorKind::InvalidInput, error))?;
     let message_bytes = head.len() - HEADER_BYTES;
     let is_small = message_bytes <= MESSAGE_BYTES_MAX && bytes.len() <= BYTES_MAX;
-    let lengths = u32::try_from(message_bytes).ok().zip(u32::try_from(bytes.len()).ok()).filter(|_| is_small);
+    let lengths = u32::try_from(message_bytes)
+        .ok()
+        .zip(u32::try_from(bytes.len()).ok())
+        .filter(|_| is_small);
     let (message_bytes, extra) = lengths.ok_or(io::ErrorKind::InvalidInput)?;
     head[..4].copy_from_slice(&message_bytes.to_le_bytes());
     head[4..HEADER_BYTES].copy_from_slice(&extra.to_le_bytes());
     let mut sent = 0;
     while sent < head.len() + bytes.len() {
         let with = if sent == 0 { descriptors } else { &[] };
-        let (first, second) = if sent < head.len() { (&head[sent..], bytes) } else { (&[][..], &bytes[sent - head.len()..]) };
+        let (first, second) = if sent < head.len() {
+            (&head[sent..], bytes)
+        } else {
+            (&[][..], &bytes[sent - head.len()..])
+        };
         sent += descriptor::send(socket, &[first, second], with)?;
     }
     Ok(())
@@ -136,25 +174,42 @@ pub(crate) fn receive<T: DeserializeOwned>(socket: &UnixStream) -> Result<Frame<
     let mut scratch = vec![0; READ_BYTES];
     while frame.len() < len {
         // Never beyond this frame, so that nothing has to be kept for the next one.
-        let wanted = if frame.len() < HEADER_BYTES { HEADER_BYTES - frame.len() } else { READ_BYTES.min(len - frame.len()) };
+        let wanted = if frame.len() < HEADER_BYTES {
+            HEADER_BYTES - frame.len()
+        } else {
+            READ_BYTES.min(len - frame.len())
+        };
         let received = descriptor::receive(socket, &mut scratch[..wanted], &mut descriptors)?;
         if received == 0 {
-            let error = if frame.is_empty() { FrameError::Closed } else { FrameError::Broken(io::ErrorKind::UnexpectedEof.into()) };
+            let error = if frame.is_empty() {
+                FrameError::Closed
+            } else {
+                FrameError::Broken(io::ErrorKind::UnexpectedEof.into())
+            };
             return Err(error);
         }
         frame.extend(&scratch[..received]);
         if frame.len() == HEADER_BYTES {
-            let length = |at: usize| u32::from_le_bytes([frame[at], frame[at + 1], frame[at + 2], frame[at + 3]]) as usize;
+            let length = |at: usize| {
+                u32::from_le_bytes([frame[at], frame[at + 1], frame[at + 2], frame[at + 3]])
+                    as usize
+            };
             if length(0) > MESSAGE_BYTES_MAX || length(4) > BYTES_MAX {
                 return Err(FrameError::Foreign);
             }
             len = HEADER_BYTES + length(0) + length(4);
         }
     }
-    let message_end = HEADER_BYTES + u32::from_le_bytes([frame[0], frame[1], frame[2], frame[3]]) as usize;
-    let message = postcard::from_bytes(&frame[HEADER_BYTES..message_end]).map_err(|_| FrameError::Foreign)?;
+    let message_end =
+        HEADER_BYTES + u32::from_le_bytes([frame[0], frame[1], frame[2], frame[3]]) as usize;
+    let message =
+        postcard::from_bytes(&frame[HEADER_BYTES..message_end]).map_err(|_| FrameError::Foreign)?;
     frame.drain(..message_end);
-    Ok(Frame { message, bytes: frame, descriptors })
+    Ok(Frame {
+        message,
+        bytes: frame,
+        descriptors,
+    })
 }
 
 /// An error and its causes in one line.
@@ -182,17 +237,29 @@ mod tests {
         let bytes = vec![7; 3 << 20];
         thread::scope(|scope| {
             scope.spawn(|| {
-                send(&near, &Request::Load { is_rehearsal: true }, &bytes, &[near.as_fd()]).unwrap();
+                send(
+                    &near,
+                    &Request::Load { is_rehearsal: true },
+                    &bytes,
+                    &[near.as_fd()],
+                )
+                .unwrap();
                 send(&near, &Request::Status, &[], &[]).unwrap();
             });
             let frame: Frame<Request> = receive(&far).unwrap();
-            assert!(matches!(frame.message, Request::Load { is_rehearsal: true }));
+            assert!(matches!(
+                frame.message,
+                Request::Load { is_rehearsal: true }
+            ));
             assert_eq!((frame.bytes.len(), frame.descriptors.len()), (3 << 20, 1));
             let frame: Frame<Request> = receive(&far).unwrap();
             assert!(matches!(frame.message, Request::Status));
         });
         drop(near);
-        assert!(matches!(receive::<Request>(&far).unwrap_err(), FrameError::Closed));
+        assert!(matches!(
+            receive::<Request>(&far).unwrap_err(),
+            FrameError::Closed
+        ));
     }
 
     #[test]
@@ -206,8 +273,17 @@ mod tests {
         check(b"", "the connection was closed");
         check(b"GET / HTTP/1.1\r\n\r\n", "the peer sent what is no frame");
         check(&[1, 0, 0, 0], "the connection broke");
-        check(&[1, 0, 0, 0, 0, 0, 0, 0, 99], "the peer sent what is no frame");
-        check(&[1, 0, 0, 0, 0xff, 0xff, 0xff, 0x03, 2], "the connection broke");
-        check(&[1, 0, 0, 0, 0xff, 0xff, 0xff, 0x7f, 2], "the peer sent what is no frame");
+        check(
+            &[1, 0, 0, 0, 0, 0, 0, 0, 99],
+            "the peer sent what is no frame",
+        );
+        check(
+            &[1, 0, 0, 0, 0xff, 0xff, 0xff, 0x03, 2],
+            "the connection broke",
+        );
+        check(
+            &[1, 0, 0, 0, 0xff, 0xff, 0xff, 0x7f, 2],
+            "the peer sent what is no frame",
+        );
     }
 }

@@ -83,7 +83,11 @@ const KINDS: [(Kind, &str, u16); 17] = [
     (Kind::Vectors, "vcpu.vectors", 1),
     (Kind::VectorControl, "vcpu.vector-control", 1),
     (Kind::DebugRegisters, "vcpu.debug-registers", 1),
-    (Kind::LocalInterruptController, "vcpu.interrupt-controller", 1),
+    (
+        Kind::LocalInterruptController,
+        "vcpu.interrupt-controller",
+        1,
+    ),
     (Kind::TimeStampCounter, "vcpu.time-stamp-counter", 1),
     (Kind::Cpuid, "vcpu.cpuid", 1),
     (Kind::Msrs, "vcpu.msrs", 1),
@@ -103,7 +107,10 @@ impl Kind {
     }
 
     fn row(self) -> &'static (Self, &'static str, u16) {
-        KINDS.iter().find(|row| row.0 == self).expect("every kind is in the table")
+        KINDS
+            .iter()
+            .find(|row| row.0 == self)
+            .expect("every kind is in the table")
     }
 }
 
@@ -154,7 +161,9 @@ pub enum StateError {
         name: String,
     },
     /// A known section in an unknown layout.
-    #[error("section {name} of the state has version {version}, this version of limosa knows {known}")]
+    #[error(
+        "section {name} of the state has version {version}, this version of limosa knows {known}"
+    )]
     UnknownVersion {
         /// Which.
         name: &'static str,
@@ -209,7 +218,10 @@ pub struct Writer {
 impl Writer {
     /// A writer with room for that many bytes.
     pub fn with_capacity(bytes: usize) -> Self {
-        Self { bytes: Vec::with_capacity(bytes), count: 0 }
+        Self {
+            bytes: Vec::with_capacity(bytes),
+            count: 0,
+        }
     }
 
     /// Appends a section of `len` bytes that `fill` writes in place.
@@ -258,14 +270,19 @@ impl Writer {
 
     /// The state of all these writers' sections, in order.
     pub fn join(writers: &[Self]) -> Vec<u8> {
-        let len = writers.iter().map(|writer| writer.bytes.len()).sum::<usize>();
+        let len = writers
+            .iter()
+            .map(|writer| writer.bytes.len())
+            .sum::<usize>();
         let count: u32 = writers.iter().map(|writer| writer.count).sum();
         let mut state = Vec::with_capacity(HEADER_BYTES + len);
         state.extend(MAGIC);
         state.extend(VERSION.to_le_bytes());
         state.extend([0; 2]);
         state.extend(count.to_le_bytes());
-        writers.iter().for_each(|writer| state.extend(&writer.bytes));
+        writers
+            .iter()
+            .for_each(|writer| state.extend(&writer.bytes));
         state
     }
 }
@@ -284,7 +301,11 @@ pub struct Section<'a> {
 impl Section<'_> {
     /// An error about its content.
     pub(crate) fn content(&self, why: impl Into<String>) -> StateError {
-        StateError::Content { name: self.kind.name(), instance: self.instance, why: why.into() }
+        StateError::Content {
+            name: self.kind.name(),
+            instance: self.instance,
+            why: why.into(),
+        }
     }
 }
 
@@ -297,16 +318,29 @@ pub fn parse(state: &[u8]) -> Result<Vec<Section<'_>>, StateError> {
     for raw in Raw::read_all(state)? {
         let row = KINDS.iter().find(|row| row.1 == raw.name);
         let Some(&(kind, name, known)) = row else {
-            return Err(StateError::UnknownSection { name: raw.name.to_owned() });
+            return Err(StateError::UnknownSection {
+                name: raw.name.to_owned(),
+            });
         };
         let (instance, version) = (raw.instance, raw.version);
         if version != known {
-            return Err(StateError::UnknownVersion { name, version, known });
+            return Err(StateError::UnknownVersion {
+                name,
+                version,
+                known,
+            });
         }
-        if sections.iter().any(|section| (section.kind, section.instance) == (kind, instance)) {
+        if sections
+            .iter()
+            .any(|section| (section.kind, section.instance) == (kind, instance))
+        {
             return Err(StateError::Twice { name, instance });
         }
-        sections.push(Section { kind, instance, bytes: raw.bytes });
+        sections.push(Section {
+            kind,
+            instance,
+            bytes: raw.bytes,
+        });
     }
     Ok(sections)
 }
@@ -335,13 +369,20 @@ struct Raw<'a> {
 
 impl<'a> Raw<'a> {
     fn read_all(state: &'a [u8]) -> Result<Vec<Self>, StateError> {
-        let (header, mut rest) = state.split_at_checked(HEADER_BYTES).ok_or(StateError::NotState)?;
-        if header[..8] != MAGIC || header[8..12] != [VERSION.to_le_bytes()[0], VERSION.to_le_bytes()[1], 0, 0] {
+        let (header, mut rest) = state
+            .split_at_checked(HEADER_BYTES)
+            .ok_or(StateError::NotState)?;
+        if header[..8] != MAGIC
+            || header[8..12] != [VERSION.to_le_bytes()[0], VERSION.to_le_bytes()[1], 0, 0]
+        {
             return Err(StateError::NotState);
         }
         let count = u32::from_le_bytes(header[12..].try_into().expect("four bytes are four bytes"));
         if state.len() > STATE_BYTES_MAX || count as usize > SECTIONS_MAX {
-            return Err(StateError::TooLarge { bytes: state.len(), sections: count });
+            return Err(StateError::TooLarge {
+                bytes: state.len(),
+                sections: count,
+            });
         }
         let mut sections = Vec::new();
         for index in 0..count {
@@ -349,7 +390,11 @@ impl<'a> Raw<'a> {
             sections.push(section);
             rest = behind;
         }
-        if rest.is_empty() { Ok(sections) } else { Err(StateError::Trailing { bytes: rest.len() }) }
+        if rest.is_empty() {
+            Ok(sections)
+        } else {
+            Err(StateError::Trailing { bytes: rest.len() })
+        }
     }
 
     fn read(bytes: &'a [u8], index: u32) -> Result<(Self, &'a [u8]), StateError> {
@@ -361,7 +406,10 @@ impl<'a> Raw<'a> {
         let (instance, version) = (half(NAME_BYTES), half(NAME_BYTES + 2));
         let len = usize::from(half(NAME_BYTES + 4)) | usize::from(half(NAME_BYTES + 6)) << 16;
         let padded = &header[..NAME_BYTES];
-        let end = padded.iter().position(|&byte| byte == 0).unwrap_or(NAME_BYTES);
+        let end = padded
+            .iter()
+            .position(|&byte| byte == 0)
+            .unwrap_or(NAME_BYTES);
         let is_name = end > 0
             && padded[..end].iter().all(u8::is_ascii_graphic)
             && padded[end..].iter().all(|&byte| byte == 0);
@@ -371,11 +419,26 @@ impl<'a> Raw<'a> {
             return Err(cut_off);
         }
         let (bytes, rest) = rest.split_at(len);
-        let sum = u64::from_le_bytes(header[CHECKED_BYTES..].try_into().expect("eight bytes are eight bytes"));
+        let sum = u64::from_le_bytes(
+            header[CHECKED_BYTES..]
+                .try_into()
+                .expect("eight bytes are eight bytes"),
+        );
         if checksum(&header[..CHECKED_BYTES], bytes) != sum {
-            return Err(StateError::Damaged { name: name.to_owned(), instance });
+            return Err(StateError::Damaged {
+                name: name.to_owned(),
+                instance,
+            });
         }
-        Ok((Self { name, instance, version, bytes }, rest))
+        Ok((
+            Self {
+                name,
+                instance,
+                version,
+                bytes,
+            },
+            rest,
+        ))
     }
 }
 
@@ -408,7 +471,14 @@ mod tests {
         let text = match parse(&state) {
             Ok(sections) => sections
                 .iter()
-                .map(|section| format!("{} {} {}", section.kind.name(), section.instance, section.bytes.len()))
+                .map(|section| {
+                    format!(
+                        "{} {} {}",
+                        section.kind.name(),
+                        section.instance,
+                        section.bytes.len()
+                    )
+                })
                 .collect::<Vec<_>>()
                 .join(", "),
             Err(error) => error.to_string(),
@@ -424,18 +494,53 @@ mod tests {
 
     #[test]
     fn sections_come_back_and_damage_has_a_name() {
-        check(|_| {}, "machine 0 7, clock 0 8, vcpu.registers 1 144, vcpu.msrs 1 0");
-        check(|state| state.clear(), "this is no machine state, or one of another version");
-        check(|state| state[8] = 2, "this is no machine state, or one of another version");
-        check(|state| state[15] = 1, "a state of 415 bytes in 16777220 sections is larger than any machine's".replace("415", &sample().len().to_string()).as_str());
+        check(
+            |_| {},
+            "machine 0 7, clock 0 8, vcpu.registers 1 144, vcpu.msrs 1 0",
+        );
+        check(
+            |state| state.clear(),
+            "this is no machine state, or one of another version",
+        );
+        check(
+            |state| state[8] = 2,
+            "this is no machine state, or one of another version",
+        );
+        check(
+            |state| state[15] = 1,
+            "a state of 415 bytes in 16777220 sections is larger than any machine's"
+                .replace("415", &sample().len().to_string())
+                .as_str(),
+        );
         check(|state| state[12] = 5, "the state is cut off in section 4");
-        check(|state| state[12] = 3, "48 bytes follow the last section of the state");
-        check(|state| state.push(0), "1 bytes follow the last section of the state");
-        check(|state| state[66] ^= 1, "section machine 0 of the state is damaged");
-        check(|state| state[48] = 1, "section machine 1 of the state is damaged");
-        check(|state| state[16] = 0, "section 0 of the state has no proper name");
-        check(|state| state[40] = b'x', "section 0 of the state has no proper name");
-        check(|state| state[55] = 0xff, "the state is cut off in section 0");
+        check(
+            |state| state[12] = 3,
+            "48 bytes follow the last section of the state",
+        );
+        check(
+            |state| state.push(0),
+            "1 bytes follow the last section of the state",
+        );
+        check(
+            |state| state[66] ^= 1,
+            "section machine 0 of the state is damaged",
+        );
+        check(
+            |state| state[48] = 1,
+            "section machine 1 of the state is damaged",
+        );
+        check(
+            |state| state[16] = 0,
+            "section 0 of the state has no proper name",
+        );
+        check(
+            |state| state[40] = b'x',
+            "section 0 of the state has no proper name",
+        );
+        check(
+            |state| state[55] = 0xff,
+            "the state is cut off in section 0",
+        );
         check(
             |state| {
                 state[16..23].copy_from_slice(b"machinx");

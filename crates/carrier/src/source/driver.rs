@@ -250,8 +250,12 @@ impl Driver {
             SourceAction::Resolve => self.resolve(),
             SourceAction::SetTimer(at) => self.timer = Some(at),
             SourceAction::ReportUnresolved { reason } => {
-                tracing::warn!(%reason, "the outcome is not known yet; asking the target");
-                *lock(&self.shared.unresolved) = Some(reason);
+                let mut unresolved = lock(&self.shared.unresolved);
+                // It is asked every two seconds, perhaps for days: one line for each new reason.
+                if unresolved.as_ref() != Some(&reason) {
+                    tracing::warn!(%reason, "the outcome is not known yet; asking the target");
+                    *unresolved = Some(reason);
+                }
             }
             SourceAction::Finish(outcome) => {
                 tracing::info!(?outcome, "migration ends");
@@ -388,9 +392,10 @@ impl Driver {
     fn harvest(&mut self, round: u32) -> Result<SourceEvent, GuestError> {
         let mut set = PageSet::empty(self.config.memory);
         self.guest.harvest(&mut set)?;
-        // With the log initially set, the first harvest says nothing: all that exists is to be sent.
         self.skip_holes = round == 0;
         let dirty = if round == 0 {
+            // All that exists is to be sent, whatever the log says about it.
+            set = PageSet::full(self.config.memory);
             self.existing_pages()?
         } else {
             self.counts(&set)

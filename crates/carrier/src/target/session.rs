@@ -37,6 +37,10 @@ struct Inside {
     pages: Option<Arc<receiver::Shared>>,
     /// A guest that was made and not yet taken over by the driver.
     made: Option<Arc<dyn Guest>>,
+    /// A guest is being made, in a thread of its own.
+    making: bool,
+    /// The attempt is given up: nobody waits for streams or a guest any more.
+    given_up: bool,
     resolution: Option<Resolution>,
     over: bool,
 }
@@ -142,7 +146,7 @@ impl Session {
         let all = |inside: &Inside| inside.streams.len() >= usize::from(count);
         let (mut inside, _) = self
             .changed
-            .wait_timeout_while(inside, HANDSHAKE_MAX, |inside| !all(inside) && !inside.over)
+            .wait_timeout_while(inside, HANDSHAKE_MAX, |inside| !all(inside) && !inside.given_up)
             .unwrap_or_else(PoisonError::into_inner);
         if !all(&inside) {
             return None;
@@ -151,6 +155,19 @@ impl Session {
         streams.sort_by_key(|(index, _)| *index);
         let in_order = (0..count).eq(streams.iter().map(|(index, _)| *index));
         in_order.then(|| streams.into_iter().map(|(_, stream)| stream).collect())
+    }
+
+    /// Waits until no guest is being made any more, which is soon, and takes one that nobody has
+    /// taken. Only then is nothing of the attempt left to come.
+    fn give_up(&self) -> Option<Arc<dyn Guest>> {
+        let mut inside = self.inside();
+        inside.given_up = true;
+        self.changed.notify_all();
+        let mut inside = self
+            .changed
+            .wait_while(inside, |inside| inside.making)
+            .unwrap_or_else(PoisonError::into_inner);
+        inside.made.take()
     }
 
     fn tell(&self, event: TargetEvent) {
@@ -194,10 +211,8 @@ impl Driver {
         inside.over = true;
         inside.streams.clear();
         inside.pages = None;
-        let orphan = inside.made.take();
         drop(inside);
         self.session.changed.notify_all();
-        stop(orphan);
     }
 
     fn handle(&mut self, event: TargetEvent) {
@@ -273,8 +288,9 @@ impl Driver {
                 };
             }
             (TargetAction::Destroy, guest) => {
+                let made = self.session.give_up();
                 self.close_streams();
-                stop(guest);
+                stop(guest.or(made));
                 return Some(TargetEvent::Destroyed);
             }
             (TargetAction::AnswerResolve(resolution), _) => {
@@ -302,6 +318,7 @@ impl Driver {
     /// Makes the guest in a thread of its own and starts to receive once all streams have come.
     fn create(&self, start: Start) {
         let (session, host) = (Arc::clone(&self.session), Arc::clone(&self.host));
+        self.session.inside().making = true;
         let spawned = thread::Builder::new()
             .name("create".to_owned())
             .spawn(move || {
@@ -309,9 +326,12 @@ impl Driver {
                     Ok(()) => TargetEvent::Created,
                     Err(reason) => TargetEvent::CreateFailed { reason },
                 };
+                session.inside().making = false;
+                session.changed.notify_all();
                 session.tell(event);
             });
         if let Err(error) = spawned {
+            self.session.inside().making = false;
             self.session.tell(TargetEvent::CreateFailed {
                 reason: error.to_string(),
             });
@@ -372,7 +392,7 @@ impl Session {
         let guest = host.create(self.id, start)?;
         let made = self.receive(&guest, start);
         let mut inside = self.inside();
-        if made.is_ok() && !inside.over {
+        if made.is_ok() && !inside.given_up {
             inside.made = Some(guest);
             return Ok(());
         }

@@ -77,7 +77,11 @@ fn row(vm: &VmInfo) -> [String; 8] {
         state(vm.state).to_owned(),
         ByteCount::new(vm.memory_bytes).to_string(),
         vm.vcpus.to_string(),
-        if vm.pid == 0 { dash() } else { vm.pid.to_string() },
+        if vm.pid == 0 {
+            dash()
+        } else {
+            vm.pid.to_string()
+        },
         vm.work.map_or_else(dash, count),
         vm.errors.map_or_else(dash, count),
         note(vm),
@@ -103,7 +107,9 @@ fn note(vm: &VmInfo) -> String {
             Some(id) => format!("arrived, not yet confirmed by its source ({})", short(id)),
             None => String::new(),
         },
-        VmState::Migrating | VmState::Arriving => vm.migration.as_deref().map_or("", short).to_owned(),
+        VmState::Migrating | VmState::Arriving => {
+            vm.migration.as_deref().map_or("", short).to_owned()
+        }
         VmState::Unresolved | VmState::Silent => vm.phase.clone(),
         VmState::Ended => vm.ended.clone().unwrap_or_default(),
     }
@@ -128,26 +134,47 @@ pub(super) fn inspect(client: &Client, name: &str, output: Output) -> Result<()>
     let vm = client.vm(name)?;
     let sections = client.inspect(name)?;
     let state_bytes = sections.iter().map(|section| section.bytes).sum();
-    output.answer(&Inspection { vm, sections, state_bytes }, |inspection| {
-        let head = [
-            ("STATE", Align::Left),
-            ("INSTANCE", Align::Right),
-            ("VERSION", Align::Right),
-            ("BYTES", Align::Right),
-        ];
-        let mut rows: Vec<[String; 4]> = inspection
-            .sections
-            .iter()
-            .map(|section| {
-                let numbers = [u64::from(section.instance), u64::from(section.version)];
-                let [instance, version] = numbers.map(|number| number.to_string());
-                [section.name.clone(), instance, version, count(section.bytes)]
-            })
-            .collect();
-        rows.push(["total".to_owned(), String::new(), String::new(), count(inspection.state_bytes)]);
-        let memory = ByteCount::new(inspection.vm.memory_bytes);
-        format!("{}\nmemory  {memory} of {}", table(head, &rows), inspection.vm.name)
-    })
+    output.answer(
+        &Inspection {
+            vm,
+            sections,
+            state_bytes,
+        },
+        |inspection| {
+            let head = [
+                ("STATE", Align::Left),
+                ("INSTANCE", Align::Right),
+                ("VERSION", Align::Right),
+                ("BYTES", Align::Right),
+            ];
+            let mut rows: Vec<[String; 4]> = inspection
+                .sections
+                .iter()
+                .map(|section| {
+                    let numbers = [u64::from(section.instance), u64::from(section.version)];
+                    let [instance, version] = numbers.map(|number| number.to_string());
+                    [
+                        section.name.clone(),
+                        instance,
+                        version,
+                        count(section.bytes),
+                    ]
+                })
+                .collect();
+            rows.push([
+                "total".to_owned(),
+                String::new(),
+                String::new(),
+                count(inspection.state_bytes),
+            ]);
+            let memory = ByteCount::new(inspection.vm.memory_bytes);
+            format!(
+                "{}\nmemory  {memory} of {}",
+                table(head, &rows),
+                inspection.vm.name
+            )
+        },
+    )
 }
 
 /// An answer about a virtual machine that is gone.
@@ -160,5 +187,11 @@ struct Stopped<'a> {
 /// Ends a virtual machine.
 pub(super) fn stop(client: &Client, stop: &Stop, output: Output) -> Result<()> {
     client.stop(&stop.vm, stop.force)?;
-    output.answer(&Stopped { vm: &stop.vm, stopped: true }, |stopped| format!("{} is stopped", stopped.vm))
+    output.answer(
+        &Stopped {
+            vm: &stop.vm,
+            stopped: true,
+        },
+        |stopped| format!("{} is stopped", stopped.vm),
+    )
 }

@@ -2,7 +2,7 @@
 
 use super::machines::short;
 use crate::arguments::{Migrate, Set, Status};
-use crate::follow::{Follower, outcome_line, stage_name};
+use crate::follow::{Follower, headline, numbers, outcome_line, stage_name};
 use crate::output::{Align, Output, count, table, time};
 use crate::values::{Milliseconds, OrNone, Rate};
 use anyhow::{Result, bail};
@@ -35,7 +35,9 @@ pub(super) fn migrate(follower: &Follower, migrate: &Migrate) -> Result<()> {
     };
     let id = follower.client().migrate(&migrate.vm, &body)?;
     if migrate.detach {
-        return follower.output().answer(&MigrateAnswer { id }, |answer| answer.id.clone());
+        return follower
+            .output()
+            .answer(&MigrateAnswer { id }, |answer| answer.id.clone());
     }
     follower.follow(&id, true)
 }
@@ -51,7 +53,10 @@ struct Overview {
 pub(super) fn status(follower: &Follower, status: &Status) -> Result<()> {
     let client = follower.client();
     let Some(which) = &status.which else {
-        let overview = Overview { outgoing: client.migrations()?, incoming: client.incoming()? };
+        let overview = Overview {
+            outgoing: client.migrations()?,
+            incoming: client.incoming()?,
+        };
         return follower.output().answer(&overview, overview_text);
     };
     let found = select(client, which)?;
@@ -93,7 +98,10 @@ pub(super) fn abort(client: &Client, which: &str, output: Output) -> Result<()> 
             }
             (Stage::Finished, _) => bail!("not aborted: {}", outcome_line(&info)),
             _ if begun.elapsed() > ABORT_MAX => {
-                bail!("the abort is under way but not over: 'limosa status {}' tells more", short(&info.id))
+                bail!(
+                    "the abort is under way but not over: 'limosa status {}' tells more",
+                    short(&info.id)
+                )
             }
             _ => {}
         }
@@ -117,7 +125,10 @@ fn pick(migrations: Vec<MigrationInfo>, which: &str) -> Result<MigrationInfo> {
         .collect();
     match (by_id.pop(), by_id.len()) {
         (Some(info), 0) => Ok(info),
-        (Some(_), others) => bail!("'{which}' begins {} ids of migrations: give more of it", others + 1),
+        (Some(_), others) => bail!(
+            "'{which}' begins {} ids of migrations: give more of it",
+            others + 1
+        ),
         (None, _) => bail!(
             "no migration of a VM '{which}' and none with such an id: 'limosa status' lists them"
         ),
@@ -162,7 +173,10 @@ fn outgoing_row(info: &MigrationInfo) -> [String; 8] {
         (Some(outcome), Stage::Finished) => outcome.clone(),
         (_, stage) => stage_name(stage).to_owned(),
     };
-    let downtime = info.report.downtime_ms.map_or_else(|| "-".to_owned(), |parts| time(parts.total));
+    let downtime = info
+        .report
+        .downtime_ms
+        .map_or_else(|| "-".to_owned(), |parts| time(parts.total));
     [
         short(&info.id).to_owned(),
         info.vm.clone(),
@@ -181,7 +195,12 @@ fn incoming_row(info: &IncomingInfo) -> [String; 5] {
         info.from.clone(),
         count(info.pages_received),
         ByteCount::new(info.bytes_received).to_string(),
-        if info.is_committed { "committed" } else { "arriving" }.to_owned(),
+        if info.is_committed {
+            "committed"
+        } else {
+            "arriving"
+        }
+        .to_owned(),
     ]
 }
 
@@ -191,9 +210,10 @@ fn limits(info: &MigrationInfo) -> String {
         || "no bandwidth limit".to_owned(),
         |rate| format!("at most {}", BytesPerSecond::new(rate)),
     );
-    let deadline = limits
-        .deadline_ms
-        .map_or_else(|| "no deadline".to_owned(), |deadline| format!("deadline {}", time(deadline)));
+    let deadline = limits.deadline_ms.map_or_else(
+        || "no deadline".to_owned(),
+        |deadline| format!("deadline {}", time(deadline)),
+    );
     format!(
         "downtime at most {}, {bandwidth}, {deadline}, at most {} rounds",
         time(limits.downtime_max_ms),
@@ -205,18 +225,24 @@ fn limits(info: &MigrationInfo) -> String {
 fn details(info: &MigrationInfo) -> String {
     let report = &info.report;
     let mut lines = vec![
-        ("migration", format!("{} of {} to {}, {}", info.id, info.vm, info.to, info.mode)),
-        ("stage", info.unresolved.as_ref().map_or_else(
-            || stage_name(info.stage).to_owned(),
-            |reason| format!("{}: {reason}", stage_name(info.stage)),
-        )),
+        (
+            "migration",
+            format!("{} of {} to {}, {}", info.id, info.vm, info.to, info.mode),
+        ),
+        ("stage", stage_name(info.stage).to_owned()),
         ("limits", limits(info)),
-        ("time", format!(
-            "{} since the request, {} of it before the first page",
-            time(info.elapsed_ms),
-            time(report.preparation_ms)
-        )),
+        (
+            "time",
+            format!(
+                "{} since the request, {} of it before the first page",
+                time(info.elapsed_ms),
+                time(report.preparation_ms)
+            ),
+        ),
     ];
+    if info.stage != Stage::Finished {
+        lines.push(("now", format!("{}: {}", headline(info), numbers(info))));
+    }
     if let Some(reason) = report.pause_reason {
         lines.push(("paused", format!("because {}", reason.explain())));
     }
@@ -230,14 +256,25 @@ fn details(info: &MigrationInfo) -> String {
     if let Some(predicted) = report.predicted_downtime_ms.or(info.predicted_downtime_ms) {
         lines.push(("predicted", format!("a downtime of {}", time(predicted))));
     }
-    lines.push(("sent", format!(
-        "{} pages, {} of them again, {} with the state of {}",
-        count(report.pages_sent), count(report.pages_resent),
-        ByteCount::new(report.wire_bytes), ByteCount::new(report.state_bytes),
-    )));
+    lines.push((
+        "sent",
+        format!(
+            "{} pages, {} of them again, {} with the state of {}",
+            count(report.pages_sent),
+            count(report.pages_resent),
+            ByteCount::new(report.wire_bytes),
+            ByteCount::new(report.state_bytes),
+        ),
+    ));
     match report.digest_equal {
-        Some(true) => lines.push(("verified", "memory and state are equal on both sides".to_owned())),
-        Some(false) => lines.push(("verified", "MEMORY OR STATE DIFFER between the two sides".to_owned())),
+        Some(true) => lines.push((
+            "verified",
+            "memory and state are equal on both sides".to_owned(),
+        )),
+        Some(false) => lines.push((
+            "verified",
+            "MEMORY OR STATE DIFFER between the two sides".to_owned(),
+        )),
         None => {}
     }
     if info.stage == Stage::Finished {
@@ -317,7 +354,9 @@ pub(crate) mod tests {
             info("3f2b00000000000000000000000000bb", "db"),
             info("77770000000000000000000000000000", "web"),
         ];
-        let picked = pick(known, which).map(|info| info.id).map_err(|error| error.to_string());
+        let picked = pick(known, which)
+            .map(|info| info.id)
+            .map_err(|error| error.to_string());
         match (picked, expect) {
             (Ok(id), Ok(expect)) => assert!(id.starts_with(expect), "{which}: {id}"),
             (Err(error), Err(expect)) => assert!(error.contains(expect), "{which}: {error}"),
@@ -343,6 +382,8 @@ pub(crate) mod tests {
              stage      copying\n\
              limits     downtime at most 5.00 ms, no bandwidth limit, deadline 30.0 s, at most 30 rounds\n\
              time       1.23 s since the request, 12.5 ms of it before the first page\n\
+             now        round 1: 750 pages left, guest writes 50,000 pages/s, 1.20 GiB/s, \
+             downtime 3.10 ms expected, 400 ms left\n\
              predicted  a downtime of 3.10 ms\n\
              sent       65,536 pages, 0 of them again, 256 MiB with the state of 10.0 KiB\n"
         );

@@ -173,8 +173,11 @@ impl Loopback {
             self.at = to;
         }
         self.made = number;
+        // Read twice: on a busy machine the guest's tables are full of later stalls in a second.
+        let mut stalls = self.stalls()?;
         self.wait_for(ended.after(MARGIN + ARRIVAL))?;
-        let observed = self.observed(begun, ended, &report)?;
+        stalls.extend(self.stalls()?);
+        let observed = self.observed(begun, ended, &report, &stalls);
         let checked = self.check(&before)?;
         self.note_resources()?;
         let way = (NAMES[from], NAMES[to]);
@@ -214,22 +217,25 @@ impl Loopback {
         self.interrupt.sleep(moment.since(observer::now()))
     }
 
+    /// The stalls that the guest's tables hold now.
+    fn stalls(&self) -> anyhow::Result<Vec<Stall>> {
+        let guest = self.host().client.guest(VM)?;
+        let vcpus = guest.vcpus.iter();
+        let stalls = vcpus.flat_map(|vcpu| vcpu.stalls.iter().chain(&vcpu.long_stalls));
+        let own = |stall: &limosa_host::api::Stall| Stall {
+            start_tsc: stall.start_tsc,
+            length_tsc: stall.length_tsc,
+        };
+        Ok(stalls.map(own).collect())
+    }
+
     fn observed(
         &self,
         begun: Timestamp,
         ended: Timestamp,
         report: &Report,
-    ) -> anyhow::Result<Observed> {
-        let guest = self.host().client.guest(VM)?;
-        let stalls: Vec<Stall> = guest
-            .vcpus
-            .iter()
-            .flat_map(|vcpu| vcpu.stalls.iter().chain(&vcpu.long_stalls))
-            .map(|stall| Stall {
-                start_tsc: stall.start_tsc,
-                length_tsc: stall.length_tsc,
-            })
-            .collect();
+        stalls: &[Stall],
+    ) -> Observed {
         let beats = self.observer.since(earlier(begun, MARGIN + ARRIVAL));
         let switch = report.switch_ns.map(|switch| {
             let moment = Timestamp::from_nanos;
@@ -240,7 +246,7 @@ impl Loopback {
             ended,
             switch,
         };
-        Ok(observe(&moments, &beats, &stalls))
+        observe(&moments, &beats, stalls)
     }
 
     /// Has the guest sweep its memory, and counts the errors since `before`.

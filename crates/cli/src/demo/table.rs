@@ -122,7 +122,11 @@ fn times(spread: Option<Spread>) -> String {
 /// Two digits behind the point, and no minus before a zero.
 fn two_digits(value: f64) -> String {
     let text = format!("{value:.2}");
-    if text == "-0.00" { "0.00".to_owned() } else { text }
+    if text == "-0.00" {
+        "0.00".to_owned()
+    } else {
+        text
+    }
 }
 
 fn counts(spread: Option<Spread>) -> String {

@@ -253,14 +253,17 @@ impl Source {
         }
     }
 
-    pub(super) fn resolve_failed(&mut self, now: Timestamp) -> Vec<SourceAction> {
+    pub(super) fn resolve_failed(&mut self, now: Timestamp, reason: String) -> Vec<SourceAction> {
         let State::Resolving { backoff, asking } = &mut self.state else {
             return Vec::new();
         };
         *asking = false;
         let wait = *backoff;
         *backoff = (*backoff * 2).min(RESOLVE_BACKOFF.1);
-        vec![SourceAction::SetTimer(now.after(wait))]
+        vec![
+            SourceAction::ReportUnresolved { reason },
+            SourceAction::SetTimer(now.after(wait)),
+        ]
     }
 
     /// The VM process failed or refused. Before commit the guest is put back; only if that fails

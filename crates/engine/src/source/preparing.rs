@@ -19,7 +19,10 @@ impl Source {
         self.heard = now;
         self.moved = now;
         if matches!(self.state, State::Resolving { .. }) {
-            return self.ask(now);
+            let reason = String::from("the daemon was restarted after the commit");
+            let mut actions = vec![SourceAction::ReportUnresolved { reason }];
+            actions.extend(self.ask(now));
+            return actions;
         }
         assert_eq!(self.state, State::Idle, "begun twice");
         self.state = State::Connecting;

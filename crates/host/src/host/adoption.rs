@@ -35,11 +35,16 @@ impl Host {
             return Ok(());
         }
         if adoption == Adoption::TakeBack {
-            machine.guest().record(&Phase::Running).map_err(|error| error.to_string())?;
+            machine
+                .guest()
+                .record(&Phase::Running)
+                .map_err(|error| error.to_string())?;
         }
         if let Adoption::Resident { arrived: Some(id) } = adoption {
             // Its daemon may have died between the guest's first instruction and this note.
-            self.ledger().note_running(id).map_err(|error| error.to_string())?;
+            self.ledger()
+                .note_running(id)
+                .map_err(|error| error.to_string())?;
         }
         let hold = match &adoption {
             Adoption::Resident { arrived } => Hold::Here { arrived: *arrived },
@@ -54,7 +59,8 @@ impl Host {
             let on_finish = self.on_finish(name);
             let migration = Migration::recover(machine.guest(), id, peer.clone(), on_finish)
                 .map_err(|error| error.to_string())?;
-            self.migrations_lock().insert(migration, name.to_string(), peer);
+            self.migrations_lock()
+                .insert(migration, name.to_string(), peer);
         }
         Ok(())
     }
@@ -66,7 +72,10 @@ impl Host {
             .registry()
             .iter()
             .filter_map(|(name, slot)| match slot {
-                Slot::Alive(Vm { machine, hold: Hold::Here { .. } }) => Some((name.clone(), Arc::clone(machine))),
+                Slot::Alive(Vm {
+                    machine,
+                    hold: Hold::Here { .. },
+                }) => Some((name.clone(), Arc::clone(machine))),
                 Slot::Alive(_) | Slot::Reserved | Slot::Ended { .. } => None,
             })
             .collect();
@@ -105,8 +114,14 @@ mod tests {
         for name in left.iter().map(|(name, _)| *name).chain(["stale"]) {
             fs::write(dir.path().join(format!("vms/{name}.sock")), b"").unwrap();
         }
-        let left = left.iter().map(|(name, machine)| ((*name).to_owned(), Arc::clone(machine))).collect();
-        let machines = Arc::new(FakeMachines { left, ..FakeMachines::default() });
+        let left = left
+            .iter()
+            .map(|(name, machine)| ((*name).to_owned(), Arc::clone(machine)))
+            .collect();
+        let machines = Arc::new(FakeMachines {
+            left,
+            ..FakeMachines::default()
+        });
         let ledger = Ledger::open(&state.ledger()).unwrap();
         let host = Host::new(state, Box::new(machines), ledger);
         host.adopt_all().unwrap();
@@ -117,7 +132,10 @@ mod tests {
     fn a_restarted_host_acts_by_the_phase_of_what_it_finds() {
         let id = MigrationId;
         // Nobody listens on port 1 of the loopback: the outcome stays unknown.
-        let committed = Phase::Committed { id: id(2), peer: "127.0.0.1:1".to_owned() };
+        let committed = Phase::Committed {
+            id: id(2),
+            peer: "127.0.0.1:1".to_owned(),
+        };
         let [running, offered, handed, preparing, arrived] = [
             Phase::Running,
             Phase::Offered { id: id(1) },
@@ -137,9 +155,14 @@ mod tests {
         assert_eq!(offered.phase(), Phase::Running, "it belongs here again");
         assert_eq!(handed.phase(), committed, "only the target can say");
         assert_eq!(preparing.ended().as_deref(), Some("killed"));
-        let listed: Vec<(String, VmState)> =
-            host.vms().into_iter().map(|vm| (vm.name, vm.state)).collect();
-        let [first, ..] = &listed[..] else { panic!("nothing is listed") };
+        let listed: Vec<(String, VmState)> = host
+            .vms()
+            .into_iter()
+            .map(|vm| (vm.name, vm.state))
+            .collect();
+        let [first, ..] = &listed[..] else {
+            panic!("nothing is listed")
+        };
         assert_eq!(first.0, "arrived");
         let names: Vec<&str> = listed.iter().map(|(name, _)| name.as_str()).collect();
         assert_eq!(names, ["arrived", "committed", "offered", "running"]);
@@ -148,7 +171,10 @@ mod tests {
             assert_eq!(is_held, name == "committed", "{name} {state:?}");
         }
         let unresolved = host.migration(&id(2).to_string(), Duration::ZERO).unwrap();
-        assert_eq!((unresolved.vm.as_str(), unresolved.to.as_str()), ("committed", "127.0.0.1:1"));
+        assert_eq!(
+            (unresolved.vm.as_str(), unresolved.to.as_str()),
+            ("committed", "127.0.0.1:1")
+        );
         assert!(host.inspect("committed").is_err(), "nobody may disturb it");
 
         let arrivals = Arrivals(Arc::clone(&host));
@@ -157,6 +183,10 @@ mod tests {
         arrivals.confirmed(id(4));
         assert_eq!(arrived.phase(), Phase::Running);
         host.stop("arrived", false).unwrap();
-        assert_eq!(arrivals.resolve(id(4)), Resolution::Runs, "the answer outlives the guest");
+        assert_eq!(
+            arrivals.resolve(id(4)),
+            Resolution::Runs,
+            "the answer outlives the guest"
+        );
     }
 }

@@ -29,7 +29,9 @@ impl Host {
         let limits = body.limits().map_err(Refusal::bad_request)?;
         self.check_peer(&body.to, body.insecure)?;
         let vm = self.registry().begin_leaving(&name)?;
-        let started = self.confirm(&vm).and_then(|()| self.start(&name, &vm, body, limits));
+        let started = self
+            .confirm(&vm)
+            .and_then(|()| self.start(&name, &vm, body, limits));
         let migration = match started {
             Ok(migration) => migration,
             Err(refusal) => {
@@ -40,15 +42,20 @@ impl Host {
         let id = migration.id();
         self.registry().leaving_as(&name, id);
         tracing::info!(migration_id = %id, vm = %name, to = body.to, mode = %body.mode, "migration started");
-        self.migrations_lock().insert(migration, name.to_string(), body.to.clone());
+        self.migrations_lock()
+            .insert(migration, name.to_string(), body.to.clone());
         Ok(id)
     }
 
     /// A guest whose arrival was never confirmed is at home here all the same once the ledger can
     /// answer for it; only then may it go on.
     fn confirm(&self, vm: &Vm) -> Result<(), Refusal> {
-        let Hold::Here { arrived: Some(id) } = vm.hold else { return Ok(()) };
-        self.ledger().note_running(id).map_err(|error| Refusal::failed(error.to_string()))?;
+        let Hold::Here { arrived: Some(id) } = vm.hold else {
+            return Ok(());
+        };
+        self.ledger()
+            .note_running(id)
+            .map_err(|error| Refusal::failed(error.to_string()))?;
         let recorded = vm.machine.guest().record(&Phase::Running);
         recorded.map_err(|error| Refusal::failed(format!("the VM does not answer: {error}")))
     }
@@ -69,17 +76,26 @@ impl Host {
             link: body.link.map(BytesPerSecond::new),
         };
         let journal = self.state.next_journal(name);
-        Migration::start(vm.machine.guest(), request, Some(journal), self.on_finish(name))
-            .map_err(|error| match error {
-                StartError::Streams(_) | StartError::NoBandwidth => Refusal::bad_request(error.to_string()),
-                StartError::Guest(_) | StartError::System(_) => Refusal::failed(error.to_string()),
-            })
+        Migration::start(
+            vm.machine.guest(),
+            request,
+            Some(journal),
+            self.on_finish(name),
+        )
+        .map_err(|error| match error {
+            StartError::Streams(_) | StartError::NoBandwidth => {
+                Refusal::bad_request(error.to_string())
+            }
+            StartError::Guest(_) | StartError::System(_) => Refusal::failed(error.to_string()),
+        })
     }
 
     pub(super) fn on_finish(&self, name: &VmName) -> Box<dyn FnOnce(&MigrationReport) + Send> {
         let (me, name) = (self.me.clone(), name.clone());
         Box::new(move |report| {
-            let (Some(host), Some(outcome)) = (me.upgrade(), &report.outcome) else { return };
+            let (Some(host), Some(outcome)) = (me.upgrade(), &report.outcome) else {
+                return;
+            };
             host.registry().left(&name, outcome);
             tracing::info!(migration_id = %report.id, vm = %name, outcome = outcome.name(), "migration over");
         })
@@ -89,12 +105,18 @@ impl Host {
     fn check_peer(&self, to: &str, insecure: bool) -> Result<(), Refusal> {
         let addresses: Vec<SocketAddr> = to
             .to_socket_addrs()
-            .map_err(|error| Refusal::bad_request(format!("{to:?} is not an address ({error}): give HOST:PORT")))?
+            .map_err(|error| {
+                Refusal::bad_request(format!(
+                    "{to:?} is not an address ({error}): give HOST:PORT"
+                ))
+            })?
             .collect();
         if let Some(own) = self.peer_address()
             && addresses.contains(&own)
         {
-            return Err(Refusal::bad_request(format!("{to} is this host itself: name another one")));
+            return Err(Refusal::bad_request(format!(
+                "{to} is this host itself: name another one"
+            )));
         }
         let is_local = addresses.iter().all(|address| address.ip().is_loopback());
         if is_local || insecure {
@@ -147,7 +169,9 @@ impl Host {
     pub fn abort(&self, id: &str) -> Result<(), Refusal> {
         let id = parse_id(id)?;
         let migration = self.running_migration(id)?;
-        migration.abort().map_err(|error| Refusal::conflict(error.to_string()))?;
+        migration
+            .abort()
+            .map_err(|error| Refusal::conflict(error.to_string()))?;
         tracing::info!(migration_id = %id, "abort asked for");
         Ok(())
     }
@@ -161,6 +185,8 @@ impl Host {
 
 fn parse_id(id: &str) -> Result<MigrationId, Refusal> {
     crate::api::parse_id(id).ok_or_else(|| {
-        Refusal::bad_request(format!("{id:?} is not a migration id: expected 32 hexadecimal digits"))
+        Refusal::bad_request(format!(
+            "{id:?} is not a migration id: expected 32 hexadecimal digits"
+        ))
     })
 }

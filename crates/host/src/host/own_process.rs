@@ -32,9 +32,17 @@ pub fn facts() -> io::Result<Facts> {
 /// The number of a line `name:  number unit`.
 fn field(status: &str, name: &str) -> io::Result<u64> {
     let lines = status.lines().filter_map(|line| line.split_once(':'));
-    let value = lines.filter(|(key, _)| *key == name).map(|(_, value)| value).next();
+    let value = lines
+        .filter(|(key, _)| *key == name)
+        .map(|(_, value)| value)
+        .next();
     let number = value.and_then(|value| value.split_whitespace().next()?.parse().ok());
-    number.ok_or_else(|| io::Error::new(ErrorKind::InvalidData, format!("no {name} in /proc/self/status")))
+    number.ok_or_else(|| {
+        io::Error::new(
+            ErrorKind::InvalidData,
+            format!("no {name} in /proc/self/status"),
+        )
+    })
 }
 
 #[cfg(test)]
@@ -50,7 +58,10 @@ mod tests {
 
     #[test]
     fn a_missing_field_is_an_error() {
-        assert_eq!(field("Threads:\t7\nRssAnon:\t 12 kB\n", "RssAnon").unwrap(), 12);
+        assert_eq!(
+            field("Threads:\t7\nRssAnon:\t 12 kB\n", "RssAnon").unwrap(),
+            12
+        );
         assert!(field("Threads:\t7\n", "RssAnon").is_err());
     }
 }

@@ -29,7 +29,10 @@ impl Host {
             .iter()
             .map(|(name, slot)| (name.clone(), slot.clone()))
             .collect();
-        slots.iter().filter_map(|(name, slot)| self.vm_info(name, slot)).collect()
+        slots
+            .iter()
+            .filter_map(|(name, slot)| self.vm_info(name, slot))
+            .collect()
     }
 
     /// One virtual machine.
@@ -40,7 +43,9 @@ impl Host {
         let name = parse_name(name)?;
         let slot = self.registry().get(&name)?.clone();
         self.vm_info(&name, &slot).ok_or_else(|| {
-            Refusal::conflict(format!("VM '{name}' is being started or stopped right now: try again"))
+            Refusal::conflict(format!(
+                "VM '{name}' is being started or stopped right now: try again"
+            ))
         })
     }
 
@@ -96,7 +101,11 @@ impl Host {
                     }
                     Err(error) => {
                         info.ended = vm.machine.ended();
-                        info.state = if info.ended.is_some() { VmState::Ended } else { VmState::Silent };
+                        info.state = if info.ended.is_some() {
+                            VmState::Ended
+                        } else {
+                            VmState::Silent
+                        };
                         info.phase = error.to_string();
                     }
                 }
@@ -104,7 +113,11 @@ impl Host {
             Hold::Leaving { id } => {
                 info.migration = id.map(|id| id.to_string());
                 let unresolved = id.and_then(|id| self.unresolved(id));
-                info.state = if unresolved.is_some() { VmState::Unresolved } else { VmState::Migrating };
+                info.state = if unresolved.is_some() {
+                    VmState::Unresolved
+                } else {
+                    VmState::Migrating
+                };
                 info.phase = unresolved.unwrap_or_else(|| "migrating".to_owned());
             }
             Hold::Arriving { id } => {
@@ -137,7 +150,8 @@ impl Host {
         match self.boot(&name, spec) {
             Ok(machine) => {
                 tracing::info!(vm = %name, pid = machine.pid(), "started");
-                self.registry().fill(&name, machine, Hold::Here { arrived: None });
+                self.registry()
+                    .fill(&name, machine, Hold::Here { arrived: None });
                 self.vm(name.as_str())
             }
             Err(refusal) => {
@@ -148,46 +162,23 @@ impl Host {
     }
 
     fn boot(&self, name: &VmName, spec: &VmSpec) -> Result<Arc<dyn Machine>, Refusal> {
+        let log = self.state.vm_log(name);
+        let said_before = log.metadata().map_or(0, |log| log.len());
         let machine = self.machines.boot(name, spec, self.on_end(name))?;
         let started = machine
             .run()
             .map_err(|error| Refusal::failed(format!("the guest cannot start: {error}")))
-            .and_then(|()| self.first_sign(name, &*machine));
+            .and_then(|()| {
+                first_sign(&*machine).map_err(|how| {
+                    let words = last_words(&log, said_before).unwrap_or(how);
+                    Refusal::bad_request(format!("VM '{name}' ended at once: {words}"))
+                })
+            });
         if let Err(refusal) = started {
             machine.kill();
             return Err(refusal);
         }
         Ok(machine)
-    }
-
-    /// Waits a moment for a guest that gives up at once, over its arguments for example: the
-    /// operator shall hear it as the answer to the request.
-    fn first_sign(&self, name: &VmName, machine: &dyn Machine) -> Result<(), Refusal> {
-        let begun = Instant::now();
-        while begun.elapsed() < FIRST_SIGN_MAX {
-            let report = machine.report();
-            let has_failed = report.vcpus.iter().any(|vcpu| vcpu.state == "failed");
-            let ended = match machine.look() {
-                Ok(look) => match look.activity {
-                    Activity::Ended { reason } => Some(reason),
-                    Activity::Running | Activity::Paused => None,
-                },
-                Err(error) => Some(machine.ended().unwrap_or_else(|| error.to_string())),
-            };
-            if has_failed || ended.is_some() {
-                let last_line = last_line(&self.state.vm_log(name));
-                let how = ended.unwrap_or_else(|| "the guest gave up".to_owned());
-                return Err(Refusal::bad_request(format!(
-                    "VM '{name}' ended at once: {}",
-                    last_line.unwrap_or(how)
-                )));
-            }
-            if report.vcpus.iter().any(|vcpu| vcpu.state == "ready" || vcpu.state == "done") {
-                return Ok(());
-            }
-            thread::sleep(Duration::from_millis(5));
-        }
-        Ok(())
     }
 
     /// What a VM process that ends tells the registry.
@@ -237,7 +228,9 @@ impl Host {
             return self.registry().resident(name).map(drop);
         };
         let running = self.migrations_lock().running(id)?;
-        let Some(migration) = running else { return Ok(()) };
+        let Some(migration) = running else {
+            return Ok(());
+        };
         if !force {
             self.registry().resident(name)?;
         }
@@ -296,19 +289,95 @@ fn check_observer(observer: Option<&str>) -> Result<(), Refusal> {
         Ok(_) => Err(Refusal::bad_request(format!(
             "the observer {text} is another machine: give an address of the loopback"
         ))),
-        Err(_) => Err(Refusal::bad_request(format!("{text:?} is not an observer: give IP:PORT"))),
+        Err(_) => Err(Refusal::bad_request(format!(
+            "{text:?} is not an observer: give IP:PORT"
+        ))),
     }
 }
 
-/// The last line that a VM process printed, without its terminal codes.
-fn last_line(log: &Path) -> Option<String> {
-    const TAIL_BYTES: u64 = 4096;
+/// Waits a moment for a guest that gives up at once, over its arguments for example: the operator
+/// shall hear it as the answer to the request. Fails with how it ended.
+fn first_sign(machine: &dyn Machine) -> Result<(), String> {
+    let begun = Instant::now();
+    let mut has_failed = false;
+    while begun.elapsed() < FIRST_SIGN_MAX {
+        let report = machine.report();
+        if report
+            .vcpus
+            .iter()
+            .any(|vcpu| vcpu.state == "ready" || vcpu.state == "done")
+        {
+            return Ok(());
+        }
+        // One that gave up still has to say why.
+        has_failed |= report.vcpus.iter().any(|vcpu| vcpu.state == "failed");
+        match machine.look() {
+            Ok(look) => {
+                if let Activity::Ended { reason } = look.activity {
+                    return Err(reason);
+                }
+            }
+            Err(error) => return Err(machine.ended().unwrap_or_else(|| error.to_string())),
+        }
+        thread::sleep(Duration::from_millis(5));
+    }
+    if has_failed {
+        Err("the guest gave up".to_owned())
+    } else {
+        Ok(())
+    }
+}
+
+/// What a guest said last, from the log of its VM process behind `offset`.
+fn last_words(log: &Path, offset: u64) -> Option<String> {
+    const WORDS_BYTES_MAX: u64 = 64 << 10;
     let mut file = File::open(log).ok()?;
-    let length = file.metadata().ok()?.len();
-    file.seek(SeekFrom::Start(length.saturating_sub(TAIL_BYTES))).ok()?;
+    file.seek(SeekFrom::Start(offset)).ok()?;
     let mut bytes = Vec::new();
-    file.take(TAIL_BYTES).read_to_end(&mut bytes).ok()?;
+    file.take(WORDS_BYTES_MAX).read_to_end(&mut bytes).ok()?;
     let text = String::from_utf8_lossy(&bytes);
-    let line = text.lines().rev().find(|line| !line.trim().is_empty())?;
-    Some(line.chars().filter(|char| !char.is_control()).take(300).collect())
+    let line = text
+        .lines()
+        .filter_map(|line| line.split_once("console="))
+        .next_back()?
+        .1;
+    let words = line.trim().trim_matches('"');
+    Some(
+        words
+            .chars()
+            .filter(|char| !char.is_control())
+            .take(300)
+            .collect(),
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_last_words_of_a_guest_are_those_of_this_one() {
+        let dir = tempfile::tempdir().unwrap();
+        let log = dir.path().join("log");
+        let old = "INFO the guest says console=\"an older one\"\n";
+        std::fs::write(&log, old).unwrap();
+        let offset = old.len() as u64;
+        assert_eq!(last_words(&log, offset), None);
+        let new =
+            "INFO made\nINFO the guest says vm=\"a\" console=\"ws=lots is no size\"\nINFO ends\n";
+        std::fs::write(&log, old.to_owned() + new).unwrap();
+        assert_eq!(
+            last_words(&log, offset).as_deref(),
+            Some("ws=lots is no size")
+        );
+    }
+
+    #[test]
+    fn heartbeats_stay_on_this_machine() {
+        assert!(check_observer(None).is_ok());
+        assert!(check_observer(Some("127.0.0.1:9")).is_ok());
+        assert!(check_observer(Some("[::1]:9")).is_ok());
+        assert!(check_observer(Some("192.0.2.1:9")).is_err());
+        assert!(check_observer(Some("localhost")).is_err());
+    }
 }

@@ -30,8 +30,15 @@ pub struct FakeGuest {
 impl FakeMachine {
     pub fn new(pid: u32, phase: Phase) -> Arc<Self> {
         let memory = SharedMemory::create(ByteCount::new(2 << 20), PageKind::Small).unwrap();
-        let guest = FakeGuest { phase: Mutex::new(phase), memory: Arc::new(memory) };
-        Arc::new(Self { pid, guest: Arc::new(guest), ended: Mutex::new(None) })
+        let guest = FakeGuest {
+            phase: Mutex::new(phase),
+            memory: Arc::new(memory),
+        };
+        Arc::new(Self {
+            pid,
+            guest: Arc::new(guest),
+            ended: Mutex::new(None),
+        })
     }
 
     pub fn phase(&self) -> Phase {
@@ -49,7 +56,11 @@ impl Machine for FakeMachine {
     }
 
     fn shape(&self) -> Shape {
-        Shape { memory_bytes: 2 << 20, vcpus: 1, huge_pages: false }
+        Shape {
+            memory_bytes: 2 << 20,
+            vcpus: 1,
+            huge_pages: false,
+        }
     }
 
     fn guest(&self) -> Arc<dyn Guest> {
@@ -59,7 +70,10 @@ impl Machine for FakeMachine {
     fn look(&self) -> Result<Look, GuestError> {
         match self.ended() {
             Some(reason) => Err(GuestError(reason)),
-            None => Ok(Look { phase: self.phase(), activity: Activity::Running }),
+            None => Ok(Look {
+                phase: self.phase(),
+                activity: Activity::Running,
+            }),
         }
     }
 
@@ -72,7 +86,10 @@ impl Machine for FakeMachine {
     }
 
     fn report(&self) -> GuestReport {
-        GuestReport { tsc_khz: 0, vcpus: Vec::new() }
+        GuestReport {
+            tsc_khz: 0,
+            vcpus: Vec::new(),
+        }
     }
 
     fn command(&self, _: CommandKind) -> Result<(), GuestError> {
@@ -132,7 +149,8 @@ impl Guest for FakeGuest {
 
     fn record(&self, phase: &Phase) -> Result<(), GuestError> {
         let mut own = self.phase.lock().unwrap();
-        own.check(phase).map_err(|error| GuestError(error.to_string()))?;
+        own.check(phase)
+            .map_err(|error| GuestError(error.to_string()))?;
         *own = phase.clone();
         Ok(())
     }

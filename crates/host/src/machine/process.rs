@@ -16,8 +16,8 @@ use limosa_engine::handover::{MigrationId, Phase};
 use limosa_engine::wire::Start;
 use limosa_micro_abi as abi;
 use limosa_pages::{ByteCount, PAGE_SIZE_USIZE};
-use limosa_vmm::client::{VmError, VmHandle};
 use limosa_vmm::answer::{self, RunState};
+use limosa_vmm::client::{VmError, VmHandle};
 use limosa_vmm::config::VmConfig;
 use preflight::{ensure_memory, read_program};
 use rustix::event::{PollFd, PollFlags, poll};
@@ -51,7 +51,9 @@ pub struct Processes {
 impl Processes {
     /// For the state directory `root`, whose path tells the hosts of one machine apart.
     pub fn new(root: &Path) -> Self {
-        Self { root: root.to_owned() }
+        Self {
+            root: root.to_owned(),
+        }
     }
 
     fn socket(&self, name: &VmName) -> PathBuf {
@@ -74,13 +76,20 @@ impl Processes {
         let socket = self.socket(name);
         let mut child = self.spawn(name, &socket)?;
         let made = connect_to_child(&socket, &mut child, &self.log(name)).and_then(|handle| {
-            handle.create(config, elf, phase).map_err(|error| GuestError::from(error).0)?;
+            handle
+                .create(config, elf, phase)
+                .map_err(|error| GuestError::from(error).0)?;
             Ok(handle)
         });
         match made {
-            Ok(handle) => {
-                Process::watch(handle, child.id(), Some(child), shape(config), socket, on_end)
-            }
+            Ok(handle) => Process::watch(
+                handle,
+                child.id(),
+                Some(child),
+                shape(config),
+                socket,
+                on_end,
+            ),
             Err(reason) => {
                 end_child(&mut child);
                 remove_socket(&socket);
@@ -125,14 +134,22 @@ impl Machines for Processes {
                 &read
             }
         };
-        let mut config = VmConfig::new(name.as_str(), ByteCount::new(spec.memory_bytes), spec.vcpus);
+        let mut config =
+            VmConfig::new(name.as_str(), ByteCount::new(spec.memory_bytes), spec.vcpus);
         config.huge_pages = spec.huge_pages;
         config.args = spec.args.clone();
         config.observer = spec.observer.as_deref().and_then(|text| text.parse().ok());
-        config.check().map_err(|error| Refusal::bad_request(error.to_string()))?;
+        config
+            .check()
+            .map_err(|error| Refusal::bad_request(error.to_string()))?;
         ensure_memory(shape(&config)).map_err(Refusal::failed)?;
         self.make(name, &config, Some(elf), Phase::Running, on_end)
-            .map_err(|reason| Refusal::failed(format!("VM '{name}' cannot be made: {reason}")))
+            .map_err(|reason| {
+                Refusal::failed(format!(
+                    "no VM '{name}' with program {}: {reason}",
+                    spec.micro
+                ))
+            })
     }
 
     fn describe(&self, start: &Start) -> Result<Described, String> {
@@ -153,9 +170,12 @@ impl Machines for Processes {
         start: &Start,
         on_end: OnEnd,
     ) -> Result<Arc<dyn Machine>, String> {
-        let mut config = VmConfig::from_description(&start.vm).map_err(|error| error.to_string())?;
+        let mut config =
+            VmConfig::from_description(&start.vm).map_err(|error| error.to_string())?;
         // A source does not choose whom this host sends datagrams to.
-        config.observer = config.observer.filter(|observer| observer.ip().is_loopback());
+        config.observer = config
+            .observer
+            .filter(|observer| observer.ip().is_loopback());
         self.make(name, &config, None, Phase::Preparing { id }, on_end)
     }
 
@@ -175,7 +195,11 @@ impl Machines for Processes {
             return Ok(None);
         };
         if config.name != name.as_str() {
-            return Err(format!("the process behind {} is VM '{}'", socket.display(), config.name));
+            return Err(format!(
+                "the process behind {} is VM '{}'",
+                socket.display(),
+                config.name
+            ));
         }
         Process::watch(handle, attached.pid, None, shape(&config), socket, on_end).map(Some)
     }
@@ -216,13 +240,23 @@ impl Process {
                 on_end(pid, &reason);
             })
             .map_err(|error| format!("no thread to watch VM process {pid}: {error}"))?;
-        Ok(Arc::new(Self { handle: Arc::new(handle), pid, descriptor, shape, ended }))
+        Ok(Arc::new(Self {
+            handle: Arc::new(handle),
+            pid,
+            descriptor,
+            shape,
+            ended,
+        }))
     }
 
     /// The rate that a micro guest was told, from its boot information.
     fn tsc_khz(&self) -> u64 {
         let mut page = [0; PAGE_SIZE_USIZE];
-        match self.handle.memory().read_at(abi::memory_map::BOOT_INFO, &mut page) {
+        match self
+            .handle
+            .memory()
+            .read_at(abi::memory_map::BOOT_INFO, &mut page)
+        {
             Ok(()) => abi::BootInfo::read_from_prefix(&page)
                 .ok()
                 .filter(|(boot, _)| boot.is_usable())
@@ -259,7 +293,10 @@ impl Machine for Process {
 
     fn look(&self) -> Result<Look, GuestError> {
         let status = self.handle.status().map_err(GuestError::from)?;
-        Ok(Look { phase: status.phase, activity: activity(&status.run_state) })
+        Ok(Look {
+            phase: status.phase,
+            activity: activity(&status.run_state),
+        })
     }
 
     fn run(&self) -> Result<(), GuestError> {
@@ -280,7 +317,10 @@ impl Machine for Process {
     fn report(&self) -> GuestReport {
         let reports = self.handle.guest_report();
         let vcpus = reports.iter().flatten().map(vcpu_report).collect();
-        GuestReport { tsc_khz: self.tsc_khz(), vcpus }
+        GuestReport {
+            tsc_khz: self.tsc_khz(),
+            vcpus,
+        }
     }
 
     fn command(&self, kind: CommandKind) -> Result<(), GuestError> {
@@ -289,7 +329,10 @@ impl Machine for Process {
             CommandKind::ClearStalls => abi::CommandKind::ClearStalls,
             CommandKind::Finish => abi::CommandKind::Finish,
         };
-        self.handle.command(kind).map(drop).map_err(GuestError::from)
+        self.handle
+            .command(kind)
+            .map(drop)
+            .map_err(GuestError::from)
     }
 
     fn stop(&self) -> Result<(), GuestError> {
@@ -330,7 +373,9 @@ fn activity(state: &RunState) -> Activity {
     match state {
         RunState::Running => Activity::Running,
         RunState::Paused | RunState::Empty => Activity::Paused,
-        RunState::Exited(reason) => Activity::Ended { reason: reason.to_string() },
+        RunState::Exited(reason) => Activity::Ended {
+            reason: reason.to_string(),
+        },
     }
 }
 
@@ -384,7 +429,11 @@ fn connect_to_child(socket: &Path, child: &mut Child, log: &Path) -> Result<VmHa
             Err(_) => {}
         }
         if let Ok(Some(status)) = child.try_wait() {
-            return Err(format!("the VM process {}: see {}", describe_exit(status), log.display()));
+            return Err(format!(
+                "the VM process {}: see {}",
+                describe_exit(status),
+                log.display()
+            ));
         }
         thread::sleep(Duration::from_millis(1));
     }
@@ -451,7 +500,11 @@ fn remove_socket(socket: &Path) {
 }
 
 fn open_log(path: &Path) -> io::Result<File> {
-    let log = OpenOptions::new().append(true).create(true).mode(0o600).open(path)?;
+    let log = OpenOptions::new()
+        .append(true)
+        .create(true)
+        .mode(0o600)
+        .open(path)?;
     if log.metadata()?.len() > LOG_BYTES_MAX {
         log.set_len(0)?;
     }

@@ -41,7 +41,8 @@ const fn number<T>(direction: u64, number: u64) -> libc::Ioctl {
 }
 
 pub(super) const GET_DIRTY_LOG: libc::Ioctl = number::<abi::kvm_dirty_log>(WRITE, 0x42);
-pub(super) const CLEAR_DIRTY_LOG: libc::Ioctl = number::<abi::kvm_clear_dirty_log>(READ | WRITE, 0xc0);
+pub(super) const CLEAR_DIRTY_LOG: libc::Ioctl =
+    number::<abi::kvm_clear_dirty_log>(READ | WRITE, 0xc0);
 pub(super) const SET_ATTRIBUTE: libc::Ioctl = number::<abi::kvm_device_attr>(WRITE, 0xe1);
 pub(super) const GET_ATTRIBUTE: libc::Ioctl = number::<abi::kvm_device_attr>(WRITE, 0xe2);
 pub(super) const HAS_ATTRIBUTE: libc::Ioctl = number::<abi::kvm_device_attr>(WRITE, 0xe3);
@@ -54,7 +55,11 @@ pub(super) struct Form {
 }
 
 const fn form<T>(read: u64, write: u64) -> Form {
-    Form { read: number::<T>(READ, read), write: number::<T>(WRITE, write), bytes: size_of::<T>() }
+    Form {
+        read: number::<T>(READ, read),
+        write: number::<T>(WRITE, write),
+        bytes: size_of::<T>(),
+    }
 }
 
 impl VcpuPart {

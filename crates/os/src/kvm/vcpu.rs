@@ -53,7 +53,9 @@ pub struct Vcpu {
 
 impl fmt::Debug for Vcpu {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Vcpu").field("has_tsc_offset", &self.has_tsc_offset).finish_non_exhaustive()
+        f.debug_struct("Vcpu")
+            .field("has_tsc_offset", &self.has_tsc_offset)
+            .finish_non_exhaustive()
     }
 }
 
@@ -74,7 +76,11 @@ impl RunPage {
     /// The number that goes with an exit of the kind *internal error*.
     fn internal_error(&self) -> u32 {
         let offset = std::mem::offset_of!(abi::kvm_run, __bindgen_anon_1);
-        let number = self.0.at(offset as u64, 4).expect("within the page").cast::<u32>();
+        let number = self
+            .0
+            .at(offset as u64, 4)
+            .expect("within the page")
+            .cast::<u32>();
         // SAFETY: the word is valid and aligned: the page is, and the offset is a multiple of 8.
         unsafe { number.read_volatile() }
     }
@@ -106,19 +112,33 @@ impl Kicker {
 }
 
 impl Vcpu {
-    pub(super) fn new(vcpu: VcpuFd, features: Features, run_bytes: usize) -> Result<Self, KvmError> {
+    pub(super) fn new(
+        vcpu: VcpuFd,
+        features: Features,
+        run_bytes: usize,
+    ) -> Result<Self, KvmError> {
         // SAFETY: the descriptor is open as long as `vcpu`, which outlives the borrow.
         let file = unsafe { BorrowedFd::borrow_raw(vcpu.as_raw_fd()) };
-        let map = |source| KvmError::Call { what: "share a vCPU's run page", source };
+        let map = |source| KvmError::Call {
+            what: "share a vCPU's run page",
+            source,
+        };
         let page = Mapping::new(file, run_bytes.min(4096), Access::ReadWrite, 0).map_err(map)?;
-        let mut vcpu = Self { vcpu, features, page: Arc::new(RunPage(page)), has_tsc_offset: false };
+        let mut vcpu = Self {
+            vcpu,
+            features,
+            page: Arc::new(RunPage(page)),
+            has_tsc_offset: false,
+        };
         vcpu.has_tsc_offset = vcpu.tsc_attribute(request::HAS_ATTRIBUTE, &mut 0).is_ok();
         Ok(vcpu)
     }
 
     /// What gets it out of the guest.
     pub fn kicker(&self) -> Kicker {
-        Kicker { page: Arc::clone(&self.page) }
+        Kicker {
+            page: Arc::clone(&self.page),
+        }
     }
 
     /// Enters the guest and returns when it has to be left.
@@ -150,9 +170,13 @@ impl Vcpu {
     /// # Errors
     /// KVM refuses the table.
     pub fn set_cpuid(&self, table: &[abi::kvm_cpuid_entry2]) -> Result<(), KvmError> {
-        let too_long = |_| KvmError::Lacks { what: "room for so many CPUID entries" };
+        let too_long = |_| KvmError::Lacks {
+            what: "room for so many CPUID entries",
+        };
         let table = abi::CpuId::from_entries(table).map_err(too_long)?;
-        self.vcpu.set_cpuid2(&table).map_err(failed("set the guest's CPU features"))
+        self.vcpu
+            .set_cpuid2(&table)
+            .map_err(failed("set the guest's CPU features"))
     }
 
     /// The features that the guest sees.
@@ -160,7 +184,10 @@ impl Vcpu {
     /// # Errors
     /// KVM refuses.
     pub fn cpuid(&self) -> Result<Vec<abi::kvm_cpuid_entry2>, KvmError> {
-        let table = self.vcpu.get_cpuid2(CPUID_ENTRIES_MAX).map_err(failed("read the guest's CPU features"))?;
+        let table = self
+            .vcpu
+            .get_cpuid2(CPUID_ENTRIES_MAX)
+            .map_err(failed("read the guest's CPU features"))?;
         Ok(table.as_slice().to_vec())
     }
 
@@ -169,7 +196,9 @@ impl Vcpu {
     /// # Errors
     /// KVM refuses.
     pub fn set_registers(&self, registers: &abi::kvm_regs) -> Result<(), KvmError> {
-        self.vcpu.set_regs(registers).map_err(failed("set registers"))
+        self.vcpu
+            .set_regs(registers)
+            .map_err(failed("set registers"))
     }
 
     /// The general registers.
@@ -185,7 +214,9 @@ impl Vcpu {
     /// # Errors
     /// KVM refuses.
     pub fn special_registers(&self) -> Result<abi::kvm_sregs, KvmError> {
-        self.vcpu.get_sregs().map_err(failed("read special registers"))
+        self.vcpu
+            .get_sregs()
+            .map_err(failed("read special registers"))
     }
 
     /// Sets them.
@@ -193,7 +224,9 @@ impl Vcpu {
     /// # Errors
     /// KVM refuses.
     pub fn set_special_registers(&self, registers: &abi::kvm_sregs) -> Result<(), KvmError> {
-        self.vcpu.set_sregs(registers).map_err(failed("set special registers"))
+        self.vcpu
+            .set_sregs(registers)
+            .map_err(failed("set special registers"))
     }
 
     /// Bytes of a part of its state on this host.
@@ -210,7 +243,11 @@ impl Vcpu {
     /// If the size differs.
     pub fn read_part(&self, part: VcpuPart, into: &mut [u8]) -> Result<(), KvmError> {
         let form = part.form(self.features);
-        assert_eq!(into.len(), form.bytes, "a part is read into a place of its size");
+        assert_eq!(
+            into.len(),
+            form.bytes,
+            "a part is read into a place of its size"
+        );
         // SAFETY: the request writes exactly as many bytes as the place has; for the extended state
         // that is the size that this kernel told for this machine.
         super::check("read a vCPU's state", unsafe {
@@ -227,7 +264,11 @@ impl Vcpu {
     /// If the size differs.
     pub fn write_part(&self, part: VcpuPart, from: &[u8]) -> Result<(), KvmError> {
         let form = part.form(self.features);
-        assert_eq!(from.len(), form.bytes, "a part is written from a place of its size");
+        assert_eq!(
+            from.len(),
+            form.bytes,
+            "a part is written from a place of its size"
+        );
         // SAFETY: the request reads exactly as many bytes as the place has.
         super::check("write a vCPU's state", unsafe {
             libc::ioctl(self.vcpu.as_raw_fd(), form.write, from.as_ptr())
@@ -239,14 +280,30 @@ impl Vcpu {
     ///
     /// # Errors
     /// The call itself fails.
-    pub fn read_msrs(&self, indices: &[u32], into: &mut Vec<(u32, u64)>) -> Result<usize, KvmError> {
+    pub fn read_msrs(
+        &self,
+        indices: &[u32],
+        into: &mut Vec<(u32, u64)>,
+    ) -> Result<usize, KvmError> {
         let mut done = 0;
         for chunk in indices.chunks(MSRS_PER_CALL) {
-            let entries: Vec<_> =
-                chunk.iter().map(|&index| abi::kvm_msr_entry { index, ..Default::default() }).collect();
+            let entries: Vec<_> = chunk
+                .iter()
+                .map(|&index| abi::kvm_msr_entry {
+                    index,
+                    ..Default::default()
+                })
+                .collect();
             let mut msrs = abi::Msrs::from_entries(&entries).expect("a chunk is small enough");
-            let count = self.vcpu.get_msrs(&mut msrs).map_err(failed("read model-specific registers"))?;
-            into.extend(msrs.as_slice()[..count].iter().map(|entry| (entry.index, entry.data)));
+            let count = self
+                .vcpu
+                .get_msrs(&mut msrs)
+                .map_err(failed("read model-specific registers"))?;
+            into.extend(
+                msrs.as_slice()[..count]
+                    .iter()
+                    .map(|entry| (entry.index, entry.data)),
+            );
             done += count;
             if count < chunk.len() {
                 break;
@@ -264,10 +321,17 @@ impl Vcpu {
         for chunk in registers.chunks(MSRS_PER_CALL) {
             let entries: Vec<_> = chunk
                 .iter()
-                .map(|&(index, data)| abi::kvm_msr_entry { index, data, ..Default::default() })
+                .map(|&(index, data)| abi::kvm_msr_entry {
+                    index,
+                    data,
+                    ..Default::default()
+                })
                 .collect();
             let msrs = abi::Msrs::from_entries(&entries).expect("a chunk is small enough");
-            let count = self.vcpu.set_msrs(&msrs).map_err(failed("write model-specific registers"))?;
+            let count = self
+                .vcpu
+                .set_msrs(&msrs)
+                .map_err(failed("write model-specific registers"))?;
             done += count;
             if count < chunk.len() {
                 break;
@@ -281,7 +345,9 @@ impl Vcpu {
     /// # Errors
     /// KVM does not know it.
     pub fn tsc_khz(&self) -> Result<u32, KvmError> {
-        self.vcpu.get_tsc_khz().map_err(failed("tell the rate of the time stamp counter"))
+        self.vcpu
+            .get_tsc_khz()
+            .map_err(failed("tell the rate of the time stamp counter"))
     }
 
     /// Sets that rate.
@@ -289,7 +355,9 @@ impl Vcpu {
     /// # Errors
     /// The host cannot scale.
     pub fn set_tsc_khz(&self, khz: u32) -> Result<(), KvmError> {
-        self.vcpu.set_tsc_khz(khz).map_err(failed("set the rate of the time stamp counter"))
+        self.vcpu
+            .set_tsc_khz(khz)
+            .map_err(failed("set the rate of the time stamp counter"))
     }
 
     /// What is added to the host's time stamp counter to get the guest's; `None` on kernels that do

@@ -57,7 +57,10 @@ impl SharedMemory {
     /// The range is not within the memory, or the kernel refuses.
     pub fn data_extents(&self, range: PageRange) -> io::Result<Vec<PageRange>> {
         if range.end() > Pfn::new(self.page_count().get()) {
-            return Err(io::Error::new(io::ErrorKind::InvalidInput, "beyond the end of the memory"));
+            return Err(io::Error::new(
+                io::ErrorKind::InvalidInput,
+                "beyond the end of the memory",
+            ));
         }
         match self.kind() {
             PageKind::Small => self.seek_extents(range),
@@ -75,7 +78,10 @@ impl SharedMemory {
             };
             let hole = self.seek(data, libc::SEEK_HOLE)?.unwrap_or(end).min(end);
             let (first, stop) = (data / PAGE_SIZE, hole.div_ceil(PAGE_SIZE));
-            extents.push(PageRange::new(Pfn::new(first), PageCount::new(stop - first)));
+            extents.push(PageRange::new(
+                Pfn::new(first),
+                PageCount::new(stop - first),
+            ));
             next = hole;
         }
         Ok(extents)
@@ -108,7 +114,10 @@ impl SharedMemory {
             let (first, stop) = ((huge * PAGES).max(from), ((huge + 1) * PAGES).min(to));
             match extents.last_mut().filter(|last| last.end().get() == first) {
                 Some(last) => last.count = PageCount::new(stop - last.first.get()),
-                None => extents.push(PageRange::new(Pfn::new(first), PageCount::new(stop - first))),
+                None => extents.push(PageRange::new(
+                    Pfn::new(first),
+                    PageCount::new(stop - first),
+                )),
             }
         }
         Ok(extents)
@@ -131,7 +140,11 @@ impl Probe {
         let faults = faults.ok_or_else(io::Error::last_os_error)?;
         // SAFETY: the kernel has just made this descriptor for us alone.
         let faults = unsafe { OwnedFd::from_raw_fd(faults) };
-        let mut api = ApiAnswer { api: UFFD_API, features: UFFD_FEATURE_MINOR_HUGETLBFS, ioctls: 0 };
+        let mut api = ApiAnswer {
+            api: UFFD_API,
+            features: UFFD_FEATURE_MINOR_HUGETLBFS,
+            ioctls: 0,
+        };
         let mut register = Register {
             start: mapping.at(0, 0)?.addr() as u64,
             len: mapping.len() as u64,
@@ -152,11 +165,23 @@ impl Probe {
 
     fn exists(&self, offset: u64) -> io::Result<bool> {
         let start = self.mapping.at(offset, HUGE_PAGE_BYTES as usize)?.addr() as u64;
-        let mut page = Continue { start, len: HUGE_PAGE_BYTES, mode: 0, mapped: 0 };
+        let mut page = Continue {
+            start,
+            len: HUGE_PAGE_BYTES,
+            mode: 0,
+            mapped: 0,
+        };
         loop {
             // SAFETY: the structure is the one of this request, the range lies within the mapping,
             // and mapping an existing page changes no content.
-            if unsafe { libc::ioctl(self.faults.as_fd().as_raw_fd(), UFFDIO_CONTINUE, &raw mut page) } == 0 {
+            if unsafe {
+                libc::ioctl(
+                    self.faults.as_fd().as_raw_fd(),
+                    UFFDIO_CONTINUE,
+                    &raw mut page,
+                )
+            } == 0
+            {
                 return Ok(true);
             }
             match io::Error::last_os_error() {
@@ -176,8 +201,10 @@ mod tests {
     fn check(memory: &SharedMemory, from: u64, to: u64, expect: &str) {
         let range = PageRange::new(Pfn::new(from), PageCount::new(to - from));
         let extents = memory.data_extents(range).unwrap();
-        let text: Vec<String> =
-            extents.iter().map(|extent| format!("{}+{}", extent.first.get(), extent.count.get())).collect();
+        let text: Vec<String> = extents
+            .iter()
+            .map(|extent| format!("{}+{}", extent.first.get(), extent.count.get()))
+            .collect();
         assert_eq!(text.join(" "), expect);
     }
 
@@ -211,7 +238,9 @@ mod tests {
         check(&memory, 600, 1600, "600+424 1536+64");
         memory.write_at(2 * HUGE_PAGE_BYTES, b"x").unwrap();
         check(&memory, 0, 2048, "512+1536");
-        memory.populate(PageRange::new(Pfn::new(5), PageCount::new(1))).unwrap();
+        memory
+            .populate(PageRange::new(Pfn::new(5), PageCount::new(1)))
+            .unwrap();
         check(&memory, 0, 2048, "0+2048");
     }
 }

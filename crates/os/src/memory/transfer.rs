@@ -25,8 +25,12 @@ impl SharedMemory {
         for (header, pages) in parts {
             buffers.push(buffer(header.as_ptr().cast_mut(), N));
             if let Some(range) = pages {
-                let len = usize::try_from(range.bytes().get()).map_err(|_| io::ErrorKind::InvalidInput)?;
-                buffers.push(buffer(self.mapping.at(range.first.file_offset(), len)?, len));
+                let len = usize::try_from(range.bytes().get())
+                    .map_err(|_| io::ErrorKind::InvalidInput)?;
+                buffers.push(buffer(
+                    self.mapping.at(range.first.file_offset(), len)?,
+                    len,
+                ));
             }
         }
         let mut rest = buffers.as_mut_slice();
@@ -53,7 +57,12 @@ impl SharedMemory {
             // SAFETY: the rest of the range is valid for writing, as `at` checked. The guest may
             // access it meanwhile: bytes have no invalid values.
             let received = unsafe {
-                libc::recv(socket.as_fd().as_raw_fd(), start.add(done).cast(), len - done, libc::MSG_WAITALL)
+                libc::recv(
+                    socket.as_fd().as_raw_fd(),
+                    start.add(done).cast(),
+                    len - done,
+                    libc::MSG_WAITALL,
+                )
             };
             match usize::try_from(received) {
                 Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
@@ -66,7 +75,10 @@ impl SharedMemory {
 }
 
 const fn buffer(start: *mut u8, len: usize) -> libc::iovec {
-    libc::iovec { iov_base: start.cast(), iov_len: len }
+    libc::iovec {
+        iov_base: start.cast(),
+        iov_len: len,
+    }
 }
 
 /// One call; how many bytes the kernel took.
@@ -79,7 +91,13 @@ fn send(socket: &impl AsFd, buffers: &mut [libc::iovec]) -> io::Result<usize> {
     loop {
         // SAFETY: every buffer is valid for reading: headers are borrowed by the caller, pages lie
         // within the mapping. The guest may write pages meanwhile; the kernel copies bytes.
-        let sent = unsafe { libc::sendmsg(socket.as_fd().as_raw_fd(), &raw const message, libc::MSG_NOSIGNAL) };
+        let sent = unsafe {
+            libc::sendmsg(
+                socket.as_fd().as_raw_fd(),
+                &raw const message,
+                libc::MSG_NOSIGNAL,
+            )
+        };
         match usize::try_from(sent) {
             Ok(sent) => return Ok(sent),
             Err(_) => retry_if_interrupted()?,
@@ -125,7 +143,9 @@ mod tests {
         let size = ByteCount::new(PAGES * PAGE_SIZE);
         let source = SharedMemory::create(size, PageKind::Small).unwrap();
         for page in 0..PAGES {
-            source.write_at(page * PAGE_SIZE + page % 4096, &page.to_le_bytes()[..1]).unwrap();
+            source
+                .write_at(page * PAGE_SIZE + page % 4096, &page.to_le_bytes()[..1])
+                .unwrap();
         }
         let (from, mut to) = UnixStream::pair().unwrap();
         crate::socket::set_send_buffer(&from, 8 << 10).unwrap();

@@ -41,7 +41,11 @@ pub(super) struct MsrPlan {
 impl MsrPlan {
     /// Tries all registers on a fresh vCPU whose CPU features are set.
     pub(super) fn probe(kvm: &Kvm, vcpu: &Vcpu) -> Result<Self, KvmError> {
-        let mut wanted: Vec<u32> = kvm.state_msrs()?.into_iter().filter(|&index| index != TSC).collect();
+        let mut wanted: Vec<u32> = kvm
+            .state_msrs()?
+            .into_iter()
+            .filter(|&index| index != TSC)
+            .collect();
         wanted.sort_by_key(|&index| index == TSC_DEADLINE);
         let mut values = Vec::with_capacity(wanted.len());
         let mut rest = wanted.as_slice();
@@ -51,7 +55,10 @@ impl MsrPlan {
         }
         let mut unwritable = Vec::new();
         write_skipping(vcpu, &values, |register| unwritable.push(register))?;
-        Ok(Self { saved: values.iter().map(|&(index, _)| index).collect(), unwritable })
+        Ok(Self {
+            saved: values.iter().map(|&(index, _)| index).collect(),
+            unwritable,
+        })
     }
 }
 
@@ -73,10 +80,16 @@ fn write_skipping(
 }
 
 /// Reads all that is saved. If something that was readable is refused now, that is an error.
-pub(super) fn read(vcpu: &Vcpu, plan: &MsrPlan, into: &mut Vec<(u32, u64)>) -> Result<(), KvmError> {
+pub(super) fn read(
+    vcpu: &Vcpu,
+    plan: &MsrPlan,
+    into: &mut Vec<(u32, u64)>,
+) -> Result<(), KvmError> {
     let done = vcpu.read_msrs(&plan.saved, into)?;
     if done < plan.saved.len() {
-        return Err(KvmError::Lacks { what: "a model-specific register that it had when the machine was made" });
+        return Err(KvmError::Lacks {
+            what: "a model-specific register that it had when the machine was made",
+        });
     }
     Ok(())
 }
@@ -88,11 +101,20 @@ pub(super) fn write(
     plan: &MsrPlan,
     registers: &[(u32, u64)],
 ) -> Result<Vec<RefusedMsr>, MachineError> {
-    let fixed = |index: u32| plan.unwritable.iter().find(|fixed| fixed.0 == index).map(|fixed| fixed.1);
-    let (known, writable): (Vec<_>, Vec<_>) =
-        registers.iter().copied().partition(|&(index, _)| fixed(index).is_some());
-    let mut lost: Vec<(u32, u64)> =
-        known.into_iter().filter(|&(index, value)| fixed(index) != Some(value)).collect();
+    let fixed = |index: u32| {
+        plan.unwritable
+            .iter()
+            .find(|fixed| fixed.0 == index)
+            .map(|fixed| fixed.1)
+    };
+    let (known, writable): (Vec<_>, Vec<_>) = registers
+        .iter()
+        .copied()
+        .partition(|&(index, _)| fixed(index).is_some());
+    let mut lost: Vec<(u32, u64)> = known
+        .into_iter()
+        .filter(|&(index, value)| fixed(index) != Some(value))
+        .collect();
     let mut refused = Vec::new();
     write_skipping(vcpu, &writable, |register| refused.push(register))?;
     for (index, value) in refused {
@@ -103,8 +125,22 @@ pub(super) fn write(
             lost.push((index, value));
         }
     }
-    if let Some(&(msr, value)) = lost.iter().find(|(msr, _)| ESSENTIAL.iter().any(|range| range.contains(msr))) {
-        return Err(MachineError::LostMsr { vcpu: index, index: msr, value });
+    if let Some(&(msr, value)) = lost
+        .iter()
+        .find(|(msr, _)| ESSENTIAL.iter().any(|range| range.contains(msr)))
+    {
+        return Err(MachineError::LostMsr {
+            vcpu: index,
+            index: msr,
+            value,
+        });
     }
-    Ok(lost.into_iter().map(|(msr, value)| RefusedMsr { vcpu: index, index: msr, value }).collect())
+    Ok(lost
+        .into_iter()
+        .map(|(msr, value)| RefusedMsr {
+            vcpu: index,
+            index: msr,
+            value,
+        })
+        .collect())
 }

@@ -39,12 +39,18 @@ impl Shared {
     /// Ends the machine; the first reason counts.
     pub(super) fn end(&self, reason: ExitReason) {
         tracing::info!(%reason, "the machine ends");
-        self.exit.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(reason);
+        self.exit
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .get_or_insert(reason);
         self.halt();
     }
 
     pub(super) fn exit(&self) -> Option<ExitReason> {
-        self.exit.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        self.exit
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone()
     }
 
     pub(super) fn set_clock(&self, nanos: u64) {
@@ -65,9 +71,11 @@ impl Shared {
         }
     }
 
-    /// What a vCPU does next, something waits for: the guest is stopped. Lasts until it runs.
-    pub(super) fn hurry(&self) {
-        if std::env::var_os("NOURGENT").is_some() { return; }
+    /// Lets the threads run before all others, since the guest is stopped: a thread that has been
+    /// kicked but has no processor would keep the others waiting for some scheduler slices. Each
+    /// gives this up when it has saved. Not before the kick, or an urgent guest would keep us from
+    /// kicking.
+    fn hurry(&self) {
         for kick in self.kicks.get().into_iter().flatten() {
             if let Err(error) = kick.id.set_urgent(true) {
                 tracing::debug!(%error, "a stop of the guest may take longer on a busy host");
@@ -109,9 +117,17 @@ struct Seat {
 
 impl Seats {
     /// Starts the threads and waits until each is there.
-    pub(super) fn start(threads: Vec<VcpuThread>, shared: Arc<Shared>) -> Result<Self, MachineError> {
+    pub(super) fn start(
+        threads: Vec<VcpuThread>,
+        shared: Arc<Shared>,
+    ) -> Result<Self, MachineError> {
         let (reply, replies) = mpsc::channel();
-        let mut seats = Self { seats: Vec::new(), replies, shared, ticket: 0 };
+        let mut seats = Self {
+            seats: Vec::new(),
+            replies,
+            shared,
+            ticket: 0,
+        };
         let mut kickers = Vec::new();
         for thread in threads {
             kickers.push(thread.vcpu.kicker());
@@ -121,32 +137,55 @@ impl Seats {
             let handle = thread::Builder::new()
                 .name(format!("vcpu-{}", thread.index))
                 .spawn(move || thread.serve(&inbox, &reply, &entered))
-                .map_err(|source| MachineError::Io { action: "start a vCPU's thread", source })?;
-            seats.seats.push(Seat { orders, entered_at, thread: Some(handle) });
+                .map_err(|source| MachineError::Io {
+                    action: "start a vCPU's thread",
+                    source,
+                })?;
+            seats.seats.push(Seat {
+                orders,
+                entered_at,
+                thread: Some(handle),
+            });
         }
-        let ids = seats.ask(|_| Order::Name)?.into_iter().map(Reply::into_name);
+        let ids = seats
+            .ask(|_| Order::Name)?
+            .into_iter()
+            .map(Reply::into_name);
         let handles = seats.seats.iter().filter_map(|seat| seat.thread.as_ref());
         let kicks = ids
             .zip(kickers)
             .zip(handles)
-            .map(|((id, kicker), handle)| Kick { kicker, id, thread: handle.thread().clone() })
+            .map(|((id, kicker), handle)| Kick {
+                kicker,
+                id,
+                thread: handle.thread().clone(),
+            })
             .collect();
-        seats.shared.kicks.set(kicks).expect("threads are started once");
+        seats
+            .shared
+            .kicks
+            .set(kicks)
+            .expect("threads are started once");
         Ok(seats)
     }
 
     /// Gives each vCPU an order and collects the replies, in the order of the vCPUs.
-    pub(super) fn ask(&mut self, order: impl FnMut(usize) -> Order) -> Result<Vec<Reply>, MachineError> {
+    pub(super) fn ask(
+        &mut self,
+        order: impl FnMut(usize) -> Order,
+    ) -> Result<Vec<Reply>, MachineError> {
         self.give(order);
         self.collect()
     }
 
     /// Gets all vCPUs out of the guest; each carries out the order as soon as it is.
-    pub(super) fn pause(&mut self, mut order: impl FnMut() -> Order) -> Result<Vec<Reply>, MachineError> {
+    pub(super) fn pause(
+        &mut self,
+        mut order: impl FnMut() -> Order,
+    ) -> Result<Vec<Reply>, MachineError> {
         // The orders are there before the kick, so that no thread goes to sleep in between.
         self.give(|_| order());
         self.shared.halt();
-        // Only now: an urgent guest would keep us from kicking it.
         self.shared.hurry();
         self.collect()
     }
@@ -160,8 +199,11 @@ impl Seats {
         self.give(|_| Order::Run(at));
         let began = Instant::now();
         loop {
-            let entered: Vec<u64> =
-                self.seats.iter().map(|seat| seat.entered_at.load(Ordering::SeqCst)).collect();
+            let entered: Vec<u64> = self
+                .seats
+                .iter()
+                .map(|seat| seat.entered_at.load(Ordering::SeqCst))
+                .collect();
             if let (Some(&first), Some(&last)) = (entered.iter().min(), entered.iter().max())
                 && first != 0
             {

@@ -1,7 +1,7 @@
 //! The machine's own sections, and a whole state taken apart.
 
-use super::vcpu_state::VcpuState;
 use super::MachineError;
+use super::vcpu_state::VcpuState;
 use crate::config::VmConfig;
 use crate::ports::MicroDevice;
 use crate::state::{Kind, Section, StateError, Writer, parse};
@@ -20,14 +20,26 @@ pub(super) struct MachineSections<'a> {
 
 impl<'a> MachineSections<'a> {
     pub(super) fn new(vm: &'a Vm, config: &'a VmConfig) -> Self {
-        Self { vm, config, writer: Writer::with_capacity(4 << 10) }
+        Self {
+            vm,
+            config,
+            writer: Writer::with_capacity(4 << 10),
+        }
     }
 
     /// `now` is this moment, `stopped_at` when the guest stopped: the clock is that of the stop.
-    pub(super) fn save(&mut self, device: &MicroDevice, now: u64, stopped_at: u64) -> Result<(), MachineError> {
+    pub(super) fn save(
+        &mut self,
+        device: &MicroDevice,
+        now: u64,
+        stopped_at: u64,
+    ) -> Result<(), MachineError> {
         let writer = &mut self.writer;
         writer.write(Kind::Machine, 0, &identity(self.config));
-        let clock = self.vm.clock_nanos()?.saturating_sub(now.saturating_sub(stopped_at));
+        let clock = self
+            .vm
+            .clock_nanos()?
+            .saturating_sub(now.saturating_sub(stopped_at));
         writer.write(Kind::Clock, 0, &clock.to_le_bytes());
         writer.fill(Kind::Micro, 0, MicroDevice::STATE_BYTES, |place| {
             device.save(place);
@@ -35,12 +47,17 @@ impl<'a> MachineSections<'a> {
         })?;
         if self.config.irqchip {
             let vm = self.vm;
-            writer.fill(Kind::Timer, 0, VmPart::Timer.bytes(), |place| vm.read_part(VmPart::Timer, place))?;
+            writer.fill(Kind::Timer, 0, VmPart::Timer.bytes(), |place| {
+                vm.read_part(VmPart::Timer, place)
+            })?;
             for index in CONTROLLERS {
                 let part = VmPart::InterruptController(index);
-                writer.fill(Kind::InterruptController, u16::from(index), part.bytes(), |place| {
-                    vm.read_part(part, place)
-                })?;
+                writer.fill(
+                    Kind::InterruptController,
+                    u16::from(index),
+                    part.bytes(),
+                    |place| vm.read_part(part, place),
+                )?;
             }
         }
         Ok(())
@@ -77,14 +94,21 @@ impl<'a> MachineState<'a> {
                 .iter()
                 .find(|section| (section.kind, section.instance) == (kind, instance))
                 .copied()
-                .ok_or(StateError::Missing { name: kind.name(), instance })
+                .ok_or(StateError::Missing {
+                    name: kind.name(),
+                    instance,
+                })
         };
         let machine = find(Kind::Machine, 0)?;
         if machine.bytes != identity(config) {
-            return Err(machine.content("it is of a machine with other memory, vCPUs or interrupt controllers"));
+            return Err(machine
+                .content("it is of a machine with other memory, vCPUs or interrupt controllers"));
         }
         let clock = find(Kind::Clock, 0)?;
-        let clock_bytes: [u8; 8] = clock.bytes.try_into().map_err(|_| clock.content("it has another size"))?;
+        let clock_bytes: [u8; 8] = clock
+            .bytes
+            .try_into()
+            .map_err(|_| clock.content("it has another size"))?;
         let mut parts = Vec::new();
         if config.irqchip {
             parts.push((VmPart::Timer, find(Kind::Timer, 0)?));
@@ -97,18 +121,33 @@ impl<'a> MachineState<'a> {
                 parts.push((VmPart::InterruptController(index), section));
             }
         }
-        if let Some((part, section)) = parts.iter().find(|(part, section)| section.bytes.len() != part.bytes()) {
-            return Err(section.content(format!("it has {} bytes, not {}", section.bytes.len(), part.bytes())));
+        if let Some((part, section)) = parts
+            .iter()
+            .find(|(part, section)| section.bytes.len() != part.bytes())
+        {
+            return Err(section.content(format!(
+                "it has {} bytes, not {}",
+                section.bytes.len(),
+                part.bytes()
+            )));
         }
         if let Some(section) = sections.iter().find(|section| !has_place(section, config)) {
-            return Err(StateError::NoPlace { name: section.kind.name(), instance: section.instance });
+            return Err(StateError::NoPlace {
+                name: section.kind.name(),
+                instance: section.instance,
+            });
         }
         let khz = config.tsc_khz.expect("set when the machine was made");
         let vcpus = (0..u16::from(config.vcpus))
             .map(|index| VcpuState::find(&sections, index, config.irqchip, khz))
             .collect::<Result<_, _>>()?;
         let clock_nanos = u64::from_le_bytes(clock_bytes);
-        Ok(Self { vcpus, clock_nanos, micro: find(Kind::Micro, 0)?, parts })
+        Ok(Self {
+            vcpus,
+            clock_nanos,
+            micro: find(Kind::Micro, 0)?,
+            parts,
+        })
     }
 
     /// Gives the machine's own parts their state, after the vCPUs have theirs.
@@ -127,7 +166,9 @@ fn has_place(section: &Section<'_>, config: &VmConfig) -> bool {
         Kind::Machine | Kind::Clock | Kind::Micro => section.instance == 0,
         Kind::Timer => config.irqchip && section.instance == 0,
         Kind::InterruptController => config.irqchip && section.instance < 3,
-        Kind::LocalInterruptController => config.irqchip && section.instance < u16::from(config.vcpus),
+        Kind::LocalInterruptController => {
+            config.irqchip && section.instance < u16::from(config.vcpus)
+        }
         _ => section.instance < u16::from(config.vcpus),
     }
 }

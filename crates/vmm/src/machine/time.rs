@@ -20,7 +20,13 @@ impl ClockPair {
                 let before = limosa_os::tsc();
                 let nanos = limosa_os::monotonic_nanos();
                 let spread = limosa_os::tsc().saturating_sub(before);
-                (spread, Self { nanos, tsc: before + spread / 2 })
+                (
+                    spread,
+                    Self {
+                        nanos,
+                        tsc: before + spread / 2,
+                    },
+                )
             })
             .min_by_key(|(spread, _)| *spread)
             .map(|(_, pair)| pair)
@@ -29,7 +35,8 @@ impl ClockPair {
 
     /// The host's counter when its clock shows or showed `nanos`.
     pub(super) fn tsc_at(self, nanos: u64, khz: u32) -> u64 {
-        self.tsc.wrapping_add_signed(ticks(i128::from(nanos) - i128::from(self.nanos), khz))
+        self.tsc
+            .wrapping_add_signed(ticks(i128::from(nanos) - i128::from(self.nanos), khz))
     }
 }
 
@@ -50,12 +57,19 @@ pub(super) enum SavedTsc {
 
 impl SavedTsc {
     /// The guest's counter when the clock showed `nanos`.
-    pub(super) fn guest_at(self, nanos: u64, pair: ClockPair, host_khz: u32, guest_khz: u32) -> u64 {
+    pub(super) fn guest_at(
+        self,
+        nanos: u64,
+        pair: ClockPair,
+        host_khz: u32,
+        guest_khz: u32,
+    ) -> u64 {
         match self {
             Self::Offset(offset) => pair.tsc_at(nanos, host_khz).wrapping_add(offset),
-            Self::Value { tsc, nanos: read_at } => {
-                tsc.wrapping_add_signed(ticks(i128::from(nanos) - i128::from(read_at), guest_khz))
-            }
+            Self::Value {
+                tsc,
+                nanos: read_at,
+            } => tsc.wrapping_add_signed(ticks(i128::from(nanos) - i128::from(read_at), guest_khz)),
         }
     }
 }
@@ -66,18 +80,27 @@ mod tests {
 
     #[test]
     fn a_counter_goes_on_by_the_time_that_passed() {
-        let source = ClockPair { nanos: 5_000_000_000, tsc: 1 << 40 };
+        let source = ClockPair {
+            nanos: 5_000_000_000,
+            tsc: 1 << 40,
+        };
         let saved = SavedTsc::Offset(0_u64.wrapping_sub(1 << 39));
         // The guest stopped 2 ms before the pair was read.
         let stopped = saved.guest_at(4_998_000_000, source, 2_000_000, 2_000_000);
         assert_eq!(stopped, (1 << 39) - 4_000_000);
         // The target's clocks have nothing to do with the source's: the offset makes up for it.
-        let target = ClockPair { nanos: 77_000_000_000, tsc: 123 };
+        let target = ClockPair {
+            nanos: 77_000_000_000,
+            tsc: 123,
+        };
         let stopped_at = 76_990_000_000;
         let offset = stopped.wrapping_sub(target.tsc_at(stopped_at, 2_000_000));
         let guest_now = target.tsc.wrapping_add(offset);
         assert_eq!(guest_now - stopped, 20_000_000, "10 ms at 2 GHz");
-        let value = SavedTsc::Value { tsc: 1000, nanos: 2_000_000 };
+        let value = SavedTsc::Value {
+            tsc: 1000,
+            nanos: 2_000_000,
+        };
         assert_eq!(value.guest_at(1_000_000, source, 1, 500), 500);
     }
 

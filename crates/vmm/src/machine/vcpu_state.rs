@@ -71,7 +71,9 @@ pub(super) fn save(
     let mut writer = Writer::with_capacity(16 << 10);
     // Reading the run state first: it may deliver what is pending to the interrupt controller.
     for (kind, part) in parts(fixed.has_irqchip).filter(|(_, part)| *part != VcpuPart::Events) {
-        writer.fill(kind, instance, vcpu.part_bytes(part), |place| vcpu.read_part(part, place))?;
+        writer.fill(kind, instance, vcpu.part_bytes(part), |place| {
+            vcpu.read_part(part, place)
+        })?;
     }
     let tsc = read_tsc(vcpu, fixed)?;
     writer.write(Kind::Cpuid, instance, &fixed.cpuid);
@@ -86,11 +88,17 @@ pub(super) fn save(
     })?;
     // Events last, since reading other parts may change them.
     let bytes = vcpu.part_bytes(VcpuPart::Events);
-    writer.fill(Kind::Events, instance, bytes, |place| vcpu.read_part(VcpuPart::Events, place))?;
+    writer.fill(Kind::Events, instance, bytes, |place| {
+        vcpu.read_part(VcpuPart::Events, place)
+    })?;
     let mut state = [0; Ports::STATE_BYTES];
     ports.save(&mut state);
     writer.write(Kind::Ports, instance, &state);
-    Ok(SavedVcpu { writer, stopped_at, tsc })
+    Ok(SavedVcpu {
+        writer,
+        stopped_at,
+        tsc,
+    })
 }
 
 /// The section of a vCPU's time stamp counter at the moment of the stop.
@@ -107,14 +115,28 @@ pub(super) fn tsc_section(index: u16, tsc: u64, khz: u32) -> Writer {
 pub(super) fn encode_cpuid(table: &[kvm_cpuid_entry2]) -> Vec<u8> {
     table
         .iter()
-        .flat_map(|leaf| [leaf.function, leaf.index, leaf.flags, leaf.eax, leaf.ebx, leaf.ecx, leaf.edx])
+        .flat_map(|leaf| {
+            [
+                leaf.function,
+                leaf.index,
+                leaf.flags,
+                leaf.eax,
+                leaf.ebx,
+                leaf.ecx,
+                leaf.edx,
+            ]
+        })
         .flat_map(u32::to_le_bytes)
         .collect()
 }
 
 fn decode_cpuid(bytes: &[u8]) -> Vec<kvm_cpuid_entry2> {
     let word = |leaf: &[u8], at: usize| {
-        u32::from_le_bytes(leaf[at * 4..at * 4 + 4].try_into().expect("four bytes are four bytes"))
+        u32::from_le_bytes(
+            leaf[at * 4..at * 4 + 4]
+                .try_into()
+                .expect("four bytes are four bytes"),
+        )
     };
     bytes
         .chunks_exact(LEAF_BYTES)
@@ -142,7 +164,10 @@ fn parts(has_irqchip: bool) -> impl Iterator<Item = (Kind, VcpuPart)> {
         (Kind::DebugRegisters, VcpuPart::DebugRegisters),
         // After the special registers, which say where it is, and before the model-specific ones,
         // one of which arms its timer.
-        (Kind::LocalInterruptController, VcpuPart::InterruptController),
+        (
+            Kind::LocalInterruptController,
+            VcpuPart::InterruptController,
+        ),
         // After the general registers, whose writing drops exceptions.
         (Kind::Events, VcpuPart::Events),
     ]
@@ -175,7 +200,10 @@ impl VcpuState {
             sections
                 .iter()
                 .find(|section| (section.kind, section.instance) == (kind, index))
-                .ok_or(StateError::Missing { name: kind.name(), instance: index })
+                .ok_or(StateError::Missing {
+                    name: kind.name(),
+                    instance: index,
+                })
         };
         let parts = parts(has_irqchip)
             .map(|(kind, part)| Ok((part, find(kind)?.bytes.to_vec())))
@@ -192,14 +220,23 @@ impl VcpuState {
         let registers = msrs.bytes.chunks_exact(MSR_BYTES).map(|register| {
             let (index, value) = register.split_at(4);
             let index = u32::from_le_bytes(index.try_into().expect("four bytes are four bytes"));
-            (index, u64::from_le_bytes(value.try_into().expect("eight bytes are eight bytes")))
+            (
+                index,
+                u64::from_le_bytes(value.try_into().expect("eight bytes are eight bytes")),
+            )
         });
         let tsc = find(Kind::TimeStampCounter)?;
-        let bytes: [u8; TSC_BYTES] = tsc.bytes.try_into().map_err(|_| tsc.content("it has another size"))?;
-        let counter = u64::from_le_bytes(bytes[..8].try_into().expect("eight bytes are eight bytes"));
+        let bytes: [u8; TSC_BYTES] = tsc
+            .bytes
+            .try_into()
+            .map_err(|_| tsc.content("it has another size"))?;
+        let counter =
+            u64::from_le_bytes(bytes[..8].try_into().expect("eight bytes are eight bytes"));
         let rate = u32::from_le_bytes(bytes[8..12].try_into().expect("four bytes are four bytes"));
         if rate != khz {
-            return Err(tsc.content(format!("it runs at {rate} kHz, the machine was made for {khz}")));
+            return Err(tsc.content(format!(
+                "it runs at {rate} kHz, the machine was made for {khz}"
+            )));
         }
         let ports = find(Kind::Ports)?;
         Ok(Self {
@@ -207,7 +244,10 @@ impl VcpuState {
             cpuid: cpuid.bytes.to_vec(),
             msrs: registers.collect(),
             tsc: counter,
-            ports: ports.bytes.try_into().map_err(|_| ports.content("it has another size"))?,
+            ports: ports
+                .bytes
+                .try_into()
+                .map_err(|_| ports.content("it has another size"))?,
         })
     }
 
@@ -229,12 +269,24 @@ impl VcpuState {
             vcpu.set_cpuid(&decode_cpuid(&self.cpuid))?;
             fixed.cpuid = self.cpuid;
         }
-        for (part, bytes) in self.parts.iter().filter(|(part, _)| *part != VcpuPart::Events) {
+        for (part, bytes) in self
+            .parts
+            .iter()
+            .filter(|(part, _)| *part != VcpuPart::Events)
+        {
             vcpu.write_part(*part, bytes)?;
         }
-        let deadline = self.msrs.iter().find(|(msr, _)| *msr == TSC_DEADLINE).map_or(0, |msr| msr.1);
+        let deadline = self
+            .msrs
+            .iter()
+            .find(|(msr, _)| *msr == TSC_DEADLINE)
+            .map_or(0, |msr| msr.1);
         let uses = |&(msr, value): &(u32, u64)| KVM_CLOCKS.contains(&msr) && value & 1 == 1;
-        *resume = Resume { tsc: Some(self.tsc), deadline, uses_kvm_clock: self.msrs.iter().any(uses) };
+        *resume = Resume {
+            tsc: Some(self.tsc),
+            deadline,
+            uses_kvm_clock: self.msrs.iter().any(uses),
+        };
         if deadline != 0 {
             // A deadline is a time of the guest's counter, which therefore has to be right already.
             let now = ClockPair::sample();
@@ -244,7 +296,11 @@ impl VcpuState {
         // The deadline is last in the list, as it was saved.
         let refused = msrs::write(index, vcpu, &fixed.plan, &self.msrs)?;
         // Events last of all, since writing other parts may change them.
-        for (part, bytes) in self.parts.iter().filter(|(part, _)| *part == VcpuPart::Events) {
+        for (part, bytes) in self
+            .parts
+            .iter()
+            .filter(|(part, _)| *part == VcpuPart::Events)
+        {
             vcpu.write_part(*part, bytes)?;
         }
         ports.load(self.ports);
@@ -256,12 +312,16 @@ impl VcpuState {
 /// largest; what is missing or too much has to be zero.
 fn fit(index: u8, part: VcpuPart, bytes: &mut Vec<u8>, wanted: usize) -> Result<(), StateError> {
     let may_differ = part == VcpuPart::Vectors;
-    let is_empty_behind = bytes.get(wanted..).is_none_or(|rest| rest.iter().all(|&byte| byte == 0));
+    let is_empty_behind = bytes
+        .get(wanted..)
+        .is_none_or(|rest| rest.iter().all(|&byte| byte == 0));
     if bytes.len() == wanted || may_differ && is_empty_behind {
         bytes.resize(wanted, 0);
         return Ok(());
     }
-    let (kind, _) = parts(true).find(|(_, of)| *of == part).expect("every part has a kind");
+    let (kind, _) = parts(true)
+        .find(|(_, of)| *of == part)
+        .expect("every part has a kind");
     Err(StateError::Content {
         name: kind.name(),
         instance: u16::from(index),

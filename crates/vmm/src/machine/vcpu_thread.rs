@@ -4,16 +4,16 @@
 //! access to a port is completed by the next entry, so a vCPU that is to halt with one pending
 //! enters once more with the flag set that lets it return before the next instruction.
 
+use super::MachineError;
 use super::seat::Shared;
 use super::time::ClockPair;
 use super::vcpu_state::{self, Fixed, Resume, SavedVcpu, VcpuState};
-use super::MachineError;
 use crate::answer::{ExitReason, RefusedMsr};
 use crate::boot;
 use crate::ports::{AfterOut, Answer, Ports};
 use crate::protocol::in_one_line;
 use limosa_micro_abi::port::{WAIT_LOOK_AGAIN, WAIT_TIME_OVER};
-use limosa_os::kvm::{Exit, KvmError, Vcpu};
+use limosa_os::kvm::{Exit, KvmError, Vcpu, VcpuPart};
 use limosa_os::thread::{self as os_thread, ThreadId};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -118,8 +118,16 @@ impl VcpuThread {
         if let Err(error) = os_thread::set_precise_waits() {
             tracing::warn!(%error, "waits of the guest will be imprecise");
         }
-        let mut stop = Stop { at: limosa_os::monotonic_nanos(), is_complete: true };
+        // Threads inherit their share of the processor, and whoever started this one may have more.
+        if let Err(error) = ThreadId::current().set_nice(0) {
+            tracing::warn!(%error, "the guest gets another share of the processor than it should");
+        }
+        let mut stop = Stop {
+            at: limosa_os::monotonic_nanos(),
+            is_complete: true,
+        };
         while let Ok((ticket, order)) = orders.recv() {
+            let is_save = matches!(order, Order::Save);
             let reply = match order {
                 Order::Name => Reply::Name(ThreadId::current()),
                 Order::Boot { entry } => Reply::Done(self.boot(entry).map_err(MachineError::from)),
@@ -128,12 +136,14 @@ impl VcpuThread {
                 Order::Run(at) => {
                     if let Err(error) = self.prepare(at) {
                         let what = in_one_line(&error);
-                        self.shared.end(ExitReason::Failed { vcpu: self.index, what });
+                        self.shared.end(ExitReason::Failed {
+                            vcpu: self.index,
+                            what,
+                        });
                     }
-                    // The guest itself is as urgent as everything else.
-                    if let Err(error) = ThreadId::current().set_urgent(false) {
-                        tracing::error!(%error, "a vCPU stays urgent");
-                    }
+                    // The guest itself is as urgent as everything else. Here too, since its owner
+                    // may have made the thread urgent when it had saved already.
+                    be_ordinary();
                     stop = self.run(entered_at);
                     continue;
                 }
@@ -142,6 +152,9 @@ impl VcpuThread {
             if replies.send((ticket, self.index, reply)).is_err() {
                 return;
             }
+            if is_save {
+                be_ordinary();
+            }
         }
     }
 
@@ -149,6 +162,11 @@ impl VcpuThread {
         let mut special = self.vcpu.special_registers()?;
         boot::set_special_registers(&mut special);
         self.vcpu.set_special_registers(&special)?;
+        if self.fixed.has_irqchip {
+            // With interrupt controllers, KVM lets all but the first one wait for a start signal.
+            let runnable = 0u32.to_le_bytes();
+            self.vcpu.write_part(VcpuPart::RunState, &runnable)?;
+        }
         self.vcpu.set_registers(&boot::registers(entry, self.index))
     }
 
@@ -160,12 +178,20 @@ impl VcpuThread {
     }
 
     fn load(&mut self, state: VcpuState) -> Result<Vec<RefusedMsr>, MachineError> {
-        state.load(self.index, &self.vcpu, &mut self.ports, &mut self.fixed, &mut self.resume)
+        state.load(
+            self.index,
+            &self.vcpu,
+            &mut self.ports,
+            &mut self.fixed,
+            &mut self.resume,
+        )
     }
 
     fn prepare(&mut self, at: Option<StartAt>) -> Result<(), KvmError> {
         match at {
-            Some(at) => self.resume.apply(&self.vcpu, &self.fixed, at.stopped_at, at.pair),
+            Some(at) => self
+                .resume
+                .apply(&self.vcpu, &self.fixed, at.stopped_at, at.pair),
             None => Ok(()),
         }
     }
@@ -173,7 +199,10 @@ impl VcpuThread {
     /// Runs the guest until it is to halt and nothing is pending.
     fn run(&mut self, entered_at: &AtomicU64) -> Stop {
         let kicker = self.vcpu.kicker();
-        let mut stop = Stop { at: limosa_os::monotonic_nanos(), is_complete: true };
+        let mut stop = Stop {
+            at: limosa_os::monotonic_nanos(),
+            is_complete: true,
+        };
         let mut completions = 0;
         entered_at.store(stop.at, Ordering::SeqCst);
         loop {
@@ -210,9 +239,12 @@ impl VcpuThread {
                     tracing::trace!(address, "read from memory that is not there");
                     bytes.fill(0xff);
                 }
-                Exit::MmioWrite(address, _) => tracing::trace!(address, "write to memory that is not there"),
+                Exit::MmioWrite(address, _) => {
+                    tracing::trace!(address, "write to memory that is not there")
+                }
                 Exit::Shutdown => {
-                    self.shared.end(ExitReason::TripleFault { vcpu: self.index });
+                    self.shared
+                        .end(ExitReason::TripleFault { vcpu: self.index });
                     return stop;
                 }
                 Exit::Halted => {
@@ -220,11 +252,20 @@ impl VcpuThread {
                     return stop;
                 }
                 Exit::Failed(what) => {
-                    self.shared.end(ExitReason::Failed { vcpu: self.index, what });
+                    self.shared.end(ExitReason::Failed {
+                        vcpu: self.index,
+                        what,
+                    });
                     return stop;
                 }
             }
         }
+    }
+}
+
+fn be_ordinary() {
+    if let Err(error) = ThreadId::current().set_urgent(false) {
+        tracing::error!(%error, "a vCPU's thread stays urgent");
     }
 }
 

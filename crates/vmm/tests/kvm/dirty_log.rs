@@ -1,7 +1,8 @@
 //! Dirty tracking: exact, and safe to copy by.
 
 use crate::guests::*;
-use limosa_pages::{PAGE_SIZE, PAGE_SIZE_USIZE, PageCount, PageRange, PageSet, Pfn};
+use limosa_pages::{ByteCount, PAGE_SIZE, PAGE_SIZE_USIZE, PageCount, PageRange, PageSet, Pfn};
+use limosa_vmm::config::VmConfig;
 use limosa_vmm::machine::Machine;
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -44,7 +45,11 @@ fn every_written_page_is_found_exactly_once() {
     let mut machine = warm(2);
     let memory = Arc::clone(machine.memory());
     machine.start_tracking().unwrap();
-    assert_eq!(harvested(&machine), PageSet::full(memory.page_count()), "at first, all");
+    assert_eq!(
+        harvested(&machine),
+        PageSet::full(memory.page_count()),
+        "at first, all"
+    );
     machine.clear(all(&machine)).unwrap();
     let mut seed = 1u64;
     for number in 1..60 {
@@ -54,21 +59,76 @@ fn every_written_page_is_found_exactly_once() {
         let first = DATA + (seed >> 33) % 500 * PAGE_SIZE;
         give_order(&memory, vcpu, number, pages, first, stride * PAGE_SIZE);
         wait_done(&memory, vcpu, number);
-        let mut expect: BTreeSet<u64> = (0..pages).map(|page| first / PAGE_SIZE + page * stride).collect();
+        let mut expect: BTreeSet<u64> = (0..pages)
+            .map(|page| first / PAGE_SIZE + page * stride)
+            .collect();
         expect.insert(DONE_AT / PAGE_SIZE + vcpu);
         assert_eq!(numbers(&harvested(&machine)), expect, "order {number}");
         if number % 3 == 0 {
-            assert_eq!(numbers(&harvested(&machine)), expect, "reading the log clears nothing");
+            assert_eq!(
+                numbers(&harvested(&machine)),
+                expect,
+                "reading the log clears nothing"
+            );
         }
         // In two parts, of whole words of the log.
-        machine.clear(PageRange::new(Pfn::new(0), PageCount::new(1088))).unwrap();
-        machine.clear(PageRange::new(Pfn::new(1088), PageCount::new(960))).unwrap();
+        machine
+            .clear(PageRange::new(Pfn::new(0), PageCount::new(1088)))
+            .unwrap();
+        machine
+            .clear(PageRange::new(Pfn::new(1088), PageCount::new(960)))
+            .unwrap();
     }
     assert!(harvested(&machine).is_empty());
     machine.stop_tracking().unwrap();
     assert!(machine.harvest().is_err());
     machine.start_tracking().unwrap();
-    assert_eq!(harvested(&machine), PageSet::full(memory.page_count()), "all anew");
+    assert_eq!(
+        harvested(&machine),
+        PageSet::full(memory.page_count()),
+        "all anew"
+    );
+}
+
+/// Memory beyond the hole below 4 GiB lies right behind the rest in the file, for the guest and in
+/// the log.
+#[test]
+fn pages_on_both_sides_of_the_hole_are_found() {
+    const HOLE: u64 = 3 << 30;
+    if !has_kvm() {
+        return;
+    }
+    let config = VmConfig {
+        memory: ByteCount::new(HOLE + (64 << 20)),
+        ..config(1)
+    };
+    let mut machine = Machine::create(config, "here").unwrap();
+    machine.boot(&image(&ORDERS)).unwrap();
+    let memory = Arc::clone(machine.memory());
+    machine.run().unwrap();
+    let first = HOLE - 2 * PAGE_SIZE;
+    for number in 1..3 {
+        machine.start_tracking().unwrap();
+        if number == 2 {
+            let found = harvested(&machine).count();
+            assert_eq!(found, memory.page_count(), "at first, all");
+            machine.clear(all(&machine)).unwrap();
+        }
+        give_order(&memory, 0, number, 5, first, PAGE_SIZE);
+        wait_done(&memory, 0, number);
+    }
+    let mut expect: BTreeSet<u64> = (first / PAGE_SIZE..first / PAGE_SIZE + 5).collect();
+    expect.insert(DONE_AT / PAGE_SIZE);
+    assert_eq!(numbers(&harvested(&machine)), expect);
+    for page in 0..5 {
+        let at = first + page * PAGE_SIZE;
+        assert_eq!(memory.read_word(at).unwrap(), 2, "page {page}");
+    }
+    // From the middle of one part to the middle of the other.
+    let across = PageRange::new(Pfn::new(HOLE / PAGE_SIZE - 64), PageCount::new(128));
+    machine.clear(across).unwrap();
+    let left = BTreeSet::from([DONE_AT / PAGE_SIZE]);
+    assert_eq!(numbers(&harvested(&machine)), left);
 }
 
 /// Only what was harvested is cleared: a write between harvest and clear is not lost.
@@ -115,7 +175,9 @@ fn a_copy_made_by_the_log_is_equal() {
     let memory = Arc::clone(machine.memory());
     let mut copy = vec![[0; PAGE_SIZE_USIZE]; usize::try_from(memory.page_count().get()).unwrap()];
     let copy_pages = |set: &PageSet, copy: &mut Vec<[u8; PAGE_SIZE_USIZE]>| {
-        set.iter().for_each(|page| memory.read_page(page, &mut copy[usize::try_from(page.get()).unwrap()]));
+        set.iter().for_each(|page| {
+            memory.read_page(page, &mut copy[usize::try_from(page.get()).unwrap()])
+        });
     };
     for _ in 0..3 {
         machine.start_tracking().unwrap();

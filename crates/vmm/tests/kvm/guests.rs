@@ -33,14 +33,18 @@ pub(crate) const COUNTER_INC: u64 = CODE + 6;
 /// Waits for an order {number, count, address, stride}, writes its number to these places, and then
 /// to its own page; rbx is the last number.
 pub(crate) const ORDERS: [u8; 86] = [
-    0x49, 0x89, 0xf1, 0x49, 0xc1, 0xe1, 0x06, 0x49, 0x81, 0xc1, 0x00, 0x00, 0x30, 0x00, // r9 = 0x300000 + 64 rsi
-    0x49, 0x89, 0xf2, 0x49, 0xc1, 0xe2, 0x0c, 0x49, 0x81, 0xc2, 0x00, 0x10, 0x30, 0x00, // r10 = 0x301000 + 4096 rsi
-    0x49, 0x8b, 0x01, 0x48, 0x39, 0xd8, 0x75, 0x13, // top: rax = [r9]; if rax != rbx goto work
+    0x49, 0x89, 0xf1, 0x49, 0xc1, 0xe1, 0x06, 0x49, 0x81, 0xc1, 0x00, 0x00, 0x30,
+    0x00, // r9 = 0x300000 + 64 rsi
+    0x49, 0x89, 0xf2, 0x49, 0xc1, 0xe2, 0x0c, 0x49, 0x81, 0xc2, 0x00, 0x10, 0x30,
+    0x00, // r10 = 0x301000 + 4096 rsi
+    0x49, 0x8b, 0x01, 0x48, 0x39, 0xd8, 0x75,
+    0x13, // top: rax = [r9]; if rax != rbx goto work
     0xb8, 0xe8, 0x03, 0x00, 0x00, 0xba, 0x08, 0x50, 0x00, 0x00, 0xef, // out 0x5008, 1000
     0xba, 0x04, 0x50, 0x00, 0x00, 0xed, 0xeb, 0xe5, // in eax, 0x5004; goto top
     0x48, 0x89, 0xc3, 0x49, 0x8b, 0x49, 0x08, // work: rbx = rax; rcx = [r9 + 8]
     0x49, 0x8b, 0x79, 0x10, 0x4d, 0x8b, 0x41, 0x18, // rdi = [r9 + 16]; r8 = [r9 + 24]
-    0x48, 0x89, 0x1f, 0x4c, 0x01, 0xc7, 0x48, 0xff, 0xc9, 0x75, 0xf5, // each: [rdi] = rbx; rdi += r8; rcx times
+    0x48, 0x89, 0x1f, 0x4c, 0x01, 0xc7, 0x48, 0xff, 0xc9, 0x75,
+    0xf5, // each: [rdi] = rbx; rdi += r8; rcx times
     0x49, 0x89, 0x1a, 0xeb, 0xc6, // [r10] = rbx; goto top
 ];
 
@@ -77,7 +81,14 @@ pub(crate) fn image(code: &[u8]) -> Vec<u8> {
     elf.extend([56, 0, 1, 0]);
     elf.resize(64, 0);
     elf.extend([1, 0, 0, 0, 5, 0, 0, 0]);
-    for value in [CODE_OFFSET, CODE, CODE, code.len() as u64, code.len() as u64, 0x1000] {
+    for value in [
+        CODE_OFFSET,
+        CODE,
+        CODE,
+        code.len() as u64,
+        code.len() as u64,
+        0x1000,
+    ] {
         elf.extend(value.to_le_bytes());
     }
     elf.extend(code);
@@ -113,19 +124,32 @@ pub(crate) fn now() -> Timestamp {
 /// The bytes of a section.
 pub(crate) fn section(state: &[u8], kind: Kind, instance: u16) -> Vec<u8> {
     let sections = parse(state).unwrap();
-    let found = sections.iter().find(|section| (section.kind, section.instance) == (kind, instance));
-    found.unwrap_or_else(|| panic!("no section {} {instance}", kind.name())).bytes.to_vec()
+    let found = sections
+        .iter()
+        .find(|section| (section.kind, section.instance) == (kind, instance));
+    found
+        .unwrap_or_else(|| panic!("no section {} {instance}", kind.name()))
+        .bytes
+        .to_vec()
 }
 
 /// rbx and rip of a vCPU.
 pub(crate) fn registers(state: &[u8], vcpu: u16) -> (u64, u64) {
     let bytes = section(state, Kind::Registers, vcpu);
-    let word = |index: usize| u64::from_le_bytes(bytes[index * 8..index * 8 + 8].try_into().unwrap());
+    let word =
+        |index: usize| u64::from_le_bytes(bytes[index * 8..index * 8 + 8].try_into().unwrap());
     (word(1), word(16))
 }
 
 /// Gives [`ORDERS`] an order.
-pub(crate) fn give_order(memory: &SharedMemory, vcpu: u64, number: u64, pages: u64, first: u64, stride: u64) {
+pub(crate) fn give_order(
+    memory: &SharedMemory,
+    vcpu: u64,
+    number: u64,
+    pages: u64,
+    first: u64,
+    stride: u64,
+) {
     let at = ORDERS_AT + vcpu * 64;
     for (offset, value) in [(8, pages), (16, first), (24, stride), (0, number)] {
         memory.write_at(at + offset, &value.to_le_bytes()).unwrap();
@@ -141,7 +165,10 @@ pub(crate) fn wait_done(memory: &SharedMemory, vcpu: u64, number: u64) {
 pub(crate) fn wait_until(mut is_so: impl FnMut() -> bool) {
     let began = Instant::now();
     while !is_so() {
-        assert!(began.elapsed() < Duration::from_secs(10), "it does not happen");
+        assert!(
+            began.elapsed() < Duration::from_secs(10),
+            "it does not happen"
+        );
         std::thread::yield_now();
     }
 }
@@ -155,9 +182,16 @@ pub(crate) fn check_storm(memory: &SharedMemory, state: &[u8], vcpus: u16) -> u6
     let mut written = 0;
     for vcpu in 0..u64::from(vcpus) {
         let (rbx, rip) = registers(state, u16::try_from(vcpu).unwrap());
-        assert!((BEFORE_ADD..=BEHIND_WRITE).contains(&rip), "vCPU {vcpu} is at {rip:#x}");
+        assert!(
+            (BEFORE_ADD..=BEHIND_WRITE).contains(&rip),
+            "vCPU {vcpu} is at {rip:#x}"
+        );
         let start = vcpu + 1;
-        let last = if rip > BEFORE_ADD && rip < BEHIND_WRITE { rbx - 8 } else { rbx };
+        let last = if rip > BEFORE_ADD && rip < BEHIND_WRITE {
+            rbx - 8
+        } else {
+            rbx
+        };
         let mut expect = [0; PAGES];
         let mut missing = PAGES;
         let mut number = last;
@@ -171,7 +205,11 @@ pub(crate) fn check_storm(memory: &SharedMemory, state: &[u8], vcpus: u16) -> u6
         }
         for (page, expect) in (0..).zip(expect) {
             let at = DATA + page * PAGE_SIZE + (vcpu + 1) * 8;
-            assert_eq!(memory.read_word(at).unwrap(), expect, "page {page} of vCPU {vcpu}, rbx {rbx}");
+            assert_eq!(
+                memory.read_word(at).unwrap(),
+                expect,
+                "page {page} of vCPU {vcpu}, rbx {rbx}"
+            );
         }
         written += (last - start) / 8;
     }

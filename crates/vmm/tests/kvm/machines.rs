@@ -2,8 +2,10 @@
 
 use crate::guests::*;
 use limosa_vmm::answer::{ExitReason, RunState};
+use limosa_vmm::config::VmConfig;
 use limosa_vmm::machine::{Machine, MachineError};
 use limosa_vmm::state::Kind;
+use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
 
@@ -22,7 +24,10 @@ fn a_guest_that_ends_says_why() {
             (RunState::Exited(ExitReason::TripleFault { .. }), ExitReason::TripleFault { .. }) => {}
             (state, expect) => assert_eq!(state, RunState::Exited(expect)),
         }
-        for error in [machine.run().unwrap_err(), machine.pause_and_save(false).unwrap_err()] {
+        for error in [
+            machine.run().unwrap_err(),
+            machine.pause_and_save(false).unwrap_err(),
+        ] {
             assert!(matches!(error, MachineError::Exited(_)), "{error}");
         }
     };
@@ -38,18 +43,33 @@ fn what_cannot_be_is_refused() {
     let mut machine = Machine::create(config(1), "here").unwrap();
     assert_eq!(machine.run_state(), RunState::Empty);
     let message = |error: MachineError| error.to_string();
-    assert_eq!(message(machine.run().unwrap_err()), "the machine is empty, it has to be paused");
+    assert_eq!(
+        message(machine.run().unwrap_err()),
+        "the machine is empty, it has to be paused"
+    );
     assert_eq!(
         message(machine.pause_and_save(false).unwrap_err()),
         "the machine is empty, it has to be running or paused"
     );
-    assert_eq!(message(machine.boot(b"no").unwrap_err()), "this is no ELF file");
-    assert_eq!(message(machine.load(b"no").unwrap_err()), "this is no machine state, or one of another version");
+    assert_eq!(
+        message(machine.boot(b"no").unwrap_err()),
+        "this is no ELF file"
+    );
+    assert_eq!(
+        message(machine.load(b"no").unwrap_err()),
+        "this is no machine state, or one of another version"
+    );
     assert!(machine.harvest().is_err(), "tracking is off");
     machine.boot(&image(&COUNTER)).unwrap();
     machine.run().unwrap();
-    assert_eq!(message(machine.run().unwrap_err()), "the machine is running, it has to be paused");
-    assert_eq!(message(machine.load(b"no").unwrap_err()), "the machine is running, it has to be empty or paused");
+    assert_eq!(
+        message(machine.run().unwrap_err()),
+        "the machine is running, it has to be paused"
+    );
+    assert_eq!(
+        message(machine.load(b"no").unwrap_err()),
+        "the machine is running, it has to be empty or paused"
+    );
 }
 
 /// A port read that is pending at a pause is completed exactly once: the monitor's count and the
@@ -70,14 +90,21 @@ fn no_port_read_is_lost_or_doubled() {
         let micro = section(&snapshot.sections, Kind::Micro, 0);
         let beats = u64::from_le_bytes(micro[8..].try_into().unwrap());
         let is_between = rip == COUNTER_INC;
-        assert_eq!(beats, counted + u64::from(is_between), "pause {turn} at {rip:#x}");
+        assert_eq!(
+            beats,
+            counted + u64::from(is_between),
+            "pause {turn} at {rip:#x}"
+        );
         assert!(beats >= seen);
         between += u64::from(is_between);
         seen = beats;
         machine.run().unwrap();
     }
     println!("{between} of 400 pauses found a pending access, {seen} accesses in all");
-    assert!(between > 0, "some pause has to find one, or nothing was tested");
+    assert!(
+        between > 0,
+        "some pause has to find one, or nothing was tested"
+    );
 }
 
 /// A guest that waits is paused at once and looks again afterwards.
@@ -87,7 +114,7 @@ fn a_wait_ends_with_a_pause() {
         return;
     }
     let mut machine = machine(&ORDERS, 2);
-    let memory = std::sync::Arc::clone(machine.memory());
+    let memory = Arc::clone(machine.memory());
     machine.run().unwrap();
     for number in 1..50 {
         let snapshot = machine.pause_and_save(false).unwrap();
@@ -116,4 +143,48 @@ fn eight_vcpus_pause_and_go_on() {
         assert!(written > before);
         before = written;
     }
+}
+
+/// With interrupt controllers all vCPUs run, too, and nothing else changes.
+#[test]
+fn a_machine_with_interrupt_controllers_runs() {
+    if !has_kvm() {
+        return;
+    }
+    let config = VmConfig {
+        irqchip: true,
+        ..config(2)
+    };
+    let mut machine = Machine::create(config, "here").unwrap();
+    machine.boot(&image(&ORDERS)).unwrap();
+    let memory = Arc::clone(machine.memory());
+    for number in 1..10 {
+        machine.run().unwrap();
+        give_order(&memory, number % 2, number, 1, DATA, 4096);
+        wait_done(&memory, number % 2, number);
+        machine.pause_and_save(false).unwrap();
+    }
+}
+
+/// Needs some reserved huge pages, which only root can see to.
+#[test]
+fn a_machine_on_huge_pages_runs() {
+    if !has_kvm() {
+        return;
+    }
+    let config = VmConfig {
+        huge_pages: true,
+        ..config(1)
+    };
+    let mut machine = match Machine::create(config, "here") {
+        Ok(machine) => machine,
+        Err(MachineError::Memory(error)) => return println!("skipped: {error}"),
+        Err(error) => panic!("{error}"),
+    };
+    machine.boot(&image(&STORM)).unwrap();
+    machine.start_tracking().unwrap();
+    machine.run().unwrap();
+    thread::sleep(Duration::from_millis(20));
+    let snapshot = machine.pause_and_save(true).unwrap();
+    assert!(check_storm(machine.memory(), &snapshot.sections, 1) > 0);
 }

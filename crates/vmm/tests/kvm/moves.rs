@@ -27,7 +27,9 @@ fn move_guest(source: &VmHandle, directory: &Path, id: u128) -> (VmProcess, VmHa
     config.check_host().unwrap();
     let process = VmProcess::start(directory, &format!("vm-{}", id.0));
     let target = process.connect().unwrap();
-    target.create(&config, None, Phase::Preparing { id }).unwrap();
+    target
+        .create(&config, None, Phase::Preparing { id })
+        .unwrap();
     let all = PageRange::new(Pfn::new(0), source.memory().page_count());
     let mut dirty = PageSet::empty(all.count);
     source.start_tracking().unwrap();
@@ -36,20 +38,39 @@ fn move_guest(source: &VmHandle, directory: &Path, id: u128) -> (VmProcess, VmHa
     copy(source, &target, &dirty);
     let rehearsed = source.rehearse().unwrap();
     target.load(&rehearsed.sections, true).unwrap();
-    assert!(target.commit_and_run(id, now()).is_err(), "a rehearsed state never runs");
+    assert!(
+        target.commit_and_run(id, now()).is_err(),
+        "a rehearsed state never runs"
+    );
     let saved = source.pause_and_save(true).unwrap();
-    source.record(&Phase::Committed { id, peer: "b:1".to_owned() }).unwrap();
+    source
+        .record(&Phase::Committed {
+            id,
+            peer: "b:1".to_owned(),
+        })
+        .unwrap();
     copy(source, &target, &saved.dirty.unwrap());
     let loaded = target.load(&saved.sections, false).unwrap();
     assert_eq!(loaded.refused_msrs, []);
-    let running = target.commit_and_run(id, saved.times.stopped_first).unwrap();
-    assert_eq!(target.commit_and_run(id, saved.times.stopped_first).unwrap(), running, "repeated");
+    let running = target
+        .commit_and_run(id, saved.times.stopped_first)
+        .unwrap();
+    assert_eq!(
+        target
+            .commit_and_run(id, saved.times.stopped_first)
+            .unwrap(),
+        running,
+        "repeated"
+    );
     assert!(source.resume().is_err(), "at most one side runs");
     // Whatever becomes of the daemon now, the guest stays.
     drop(target);
     let target = process.connect().unwrap();
     let attached = target.attached();
-    assert_eq!((attached.phase, attached.run_state), (Phase::Arrived { id }, RunState::Running));
+    assert_eq!(
+        (attached.phase, attached.run_state),
+        (Phase::Arrived { id }, RunState::Running)
+    );
     target.record(&Phase::Running).unwrap();
     (process, target)
 }
@@ -60,11 +81,16 @@ fn a_guest_moves_there_and_back() {
     if !has_kvm() {
         return;
     }
-    for vcpus in [1, 2] {
+    for (vcpus, irqchip) in [(1, false), (2, false), (2, true)] {
         let directory = tempfile::tempdir().unwrap();
         let mut process = VmProcess::start(directory.path(), "vm-0");
         let mut vm = process.connect().unwrap();
-        vm.create(&config(vcpus), Some(&image(&STORM)), Phase::Running).unwrap();
+        let config = VmConfig {
+            irqchip,
+            ..config(vcpus)
+        };
+        vm.create(&config, Some(&image(&STORM)), Phase::Running)
+            .unwrap();
         vm.run().unwrap();
         let mut written = 0;
         for id in 1..=4 {

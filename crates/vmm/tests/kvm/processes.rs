@@ -18,7 +18,8 @@ fn started(code: &[u8], vcpus: u8) -> (tempfile::TempDir, VmProcess, VmHandle) {
     let directory = tempfile::tempdir().unwrap();
     let process = VmProcess::start(directory.path(), "vm");
     let vm = process.connect().unwrap();
-    vm.create(&config(vcpus), Some(&image(code)), Phase::Running).unwrap();
+    vm.create(&config(vcpus), Some(&image(code)), Phase::Running)
+        .unwrap();
     (directory, process, vm)
 }
 
@@ -30,17 +31,26 @@ fn a_process_serves_its_machine_and_ends_when_told() {
     let (_directory, mut process, vm) = started(&ORDERS, 2);
     let attached = vm.attached();
     assert_eq!(attached.name.as_deref(), Some("test"));
-    assert_eq!((attached.phase, attached.run_state), (Phase::Running, RunState::Paused));
+    assert_eq!(
+        (attached.phase, attached.run_state),
+        (Phase::Running, RunState::Paused)
+    );
     let seen = attached.config.unwrap();
     assert!(seen.cpuid.is_some() && seen.tsc_khz.is_some());
     assert_eq!(VmConfig::from_description(&vm.description()).unwrap(), seen);
     seen.check_host().unwrap();
     let running = vm.run().unwrap();
-    assert!(running.first_instruction_at <= running.last_entered_at && running.last_entered_at <= now());
+    assert!(
+        running.first_instruction_at <= running.last_entered_at && running.last_entered_at <= now()
+    );
     give_order(vm.memory(), 1, 5, 3, DATA, 4096);
     wait_done(vm.memory(), 1, 5);
     let sections = vm.inspect().unwrap();
-    assert!(sections.iter().any(|section| section.name == "vcpu.vectors" && section.instance == 1));
+    assert!(
+        sections
+            .iter()
+            .any(|section| section.name == "vcpu.vectors" && section.instance == 1)
+    );
     assert_eq!(vm.status().unwrap().run_state, RunState::Running);
     let rehearsed = vm.rehearse().unwrap();
     assert!(rehearsed.dirty.is_none() && rehearsed.sections.len() > 4096);
@@ -49,12 +59,18 @@ fn a_process_serves_its_machine_and_ends_when_told() {
     let mut set = PageSet::empty(vm.memory().page_count());
     vm.harvest(&mut set).unwrap();
     assert_eq!(set, PageSet::full(vm.memory().page_count()));
-    vm.clear(limosa_pages::PageRange::new(Pfn::new(0), vm.memory().page_count())).unwrap();
+    vm.clear(limosa_pages::PageRange::new(
+        Pfn::new(0),
+        vm.memory().page_count(),
+    ))
+    .unwrap();
     give_order(vm.memory(), 1, 6, 1, DATA + 4096, 4096);
     wait_done(vm.memory(), 1, 6);
     let saved = vm.pause_and_save(true).unwrap();
     assert_eq!(saved.dirty.unwrap().count(), PageCount::new(2));
-    let again = vm.create(&config(1), Some(&image(&EXIT)), Phase::Running).unwrap_err();
+    let again = vm
+        .create(&config(1), Some(&image(&EXIT)), Phase::Running)
+        .unwrap_err();
     assert_eq!(again.to_string(), "there is a machine already");
     vm.stop().unwrap();
     process.wait_end();
@@ -91,15 +107,37 @@ fn bad_machines_are_refused_in_words() {
         vm.create(&config, elf, phase).unwrap_err().to_string()
     };
     let elf = image(&EXIT);
-    assert_eq!(create(|_| {}, Some(b"x"), Phase::Running), "this is no ELF file");
-    assert_eq!(create(|config| config.vcpus = 9, Some(&elf), Phase::Running), "9 vCPUs are not possible: a machine has 1 to 8");
+    assert_eq!(
+        create(|_| {}, Some(b"x"), Phase::Running),
+        "this is no ELF file"
+    );
+    assert_eq!(
+        create(|config| config.vcpus = 9, Some(&elf), Phase::Running),
+        "9 vCPUs are not possible: a machine has 1 to 8"
+    );
     let begins = "a machine begins running with an image, or preparing without one";
     assert_eq!(create(|_| {}, None, Phase::Running), begins);
-    assert_eq!(create(|_| {}, Some(&elf), Phase::Preparing { id: ID }), begins);
-    let huge = create(|config| config.huge_pages = true, Some(&elf), Phase::Running);
-    assert!(huge.contains("huge pages of 2 MiB are needed and not free"), "{huge}");
-    assert_eq!(vm.run().unwrap_err().to_string(), "there is nothing to run: no state was loaded");
-    assert_eq!(vm.inspect().unwrap_err().to_string(), "there is no machine yet");
+    assert_eq!(
+        create(|_| {}, Some(&elf), Phase::Preparing { id: ID }),
+        begins
+    );
+    let huge = create(
+        |config| config.huge_pages = true,
+        Some(&elf),
+        Phase::Running,
+    );
+    assert!(
+        huge.contains("huge pages of 2 MiB are needed and not free"),
+        "{huge}"
+    );
+    assert_eq!(
+        vm.run().unwrap_err().to_string(),
+        "there is nothing to run: no state was loaded"
+    );
+    assert_eq!(
+        vm.inspect().unwrap_err().to_string(),
+        "there is no machine yet"
+    );
 }
 
 /// A host that lacks what the guest has seen refuses before it makes anything.
@@ -110,13 +148,23 @@ fn missing_cpu_features_are_named() {
     }
     let (directory, _process, vm) = started(&ORDERS, 1);
     let mut config = VmConfig::from_description(&vm.description()).unwrap();
-    let leaf = config.cpuid.as_mut().unwrap().iter_mut().find(|leaf| leaf.function == 7 && leaf.index == 0);
+    let leaf = config
+        .cpuid
+        .as_mut()
+        .unwrap()
+        .iter_mut()
+        .find(|leaf| leaf.function == 7 && leaf.index == 0);
     // AMX tiles: no processor of this kind has them.
     leaf.unwrap().registers[3] |= 1 << 24;
-    assert_eq!(config.check_host().unwrap_err().to_string(), "this host's processor lacks amx_tile");
+    assert_eq!(
+        config.check_host().unwrap_err().to_string(),
+        "this host's processor lacks amx_tile"
+    );
     let target = VmProcess::start(directory.path(), "target");
     let target_vm = target.connect().unwrap();
-    let error = target_vm.create(&config, None, Phase::Preparing { id: ID }).unwrap_err();
+    let error = target_vm
+        .create(&config, None, Phase::Preparing { id: ID })
+        .unwrap_err();
     assert_eq!(error.to_string(), "this host's processor lacks amx_tile");
     config = VmConfig::from_description(&vm.description()).unwrap();
     config.tsc_khz = Some(1_000_000);
@@ -136,7 +184,10 @@ fn the_end_of_a_guest_is_seen() {
     assert_eq!(vm.status().unwrap().run_state, exited);
     let error = vm.pause_and_save(true).unwrap_err();
     assert!(matches!(&error, VmError::Exited(_)), "{error}");
-    assert_eq!(error.to_string(), "the machine has exited: the guest finished with status 7");
+    assert_eq!(
+        error.to_string(),
+        "the machine has exited: the guest finished with status 7"
+    );
     drop(vm);
     let vm = process.connect().unwrap();
     assert_eq!(vm.attached().run_state, exited);
@@ -151,8 +202,11 @@ fn heartbeats_and_commands() {
     }
     let (_directory, _process, vm) = started(&COUNTER, 1);
     let observer = UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
-    observer.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
-    vm.set_observer(Some(observer.local_addr().unwrap())).unwrap();
+    observer
+        .set_read_timeout(Some(Duration::from_secs(10)))
+        .unwrap();
+    vm.set_observer(Some(observer.local_addr().unwrap()))
+        .unwrap();
     let work = 0x2000 + 32;
     vm.memory().write_at(work, &77u64.to_le_bytes()).unwrap();
     vm.run().unwrap();
@@ -161,7 +215,10 @@ fn heartbeats_and_commands() {
     for _ in 0..5 {
         let len = observer.recv(&mut datagram).unwrap();
         let beat = Heartbeat::decode(&datagram[..len]).unwrap();
-        assert_eq!((beat.name.as_str(), beat.host.as_str(), beat.work), ("test", "here", 77));
+        assert_eq!(
+            (beat.name.as_str(), beat.host.as_str(), beat.work),
+            ("test", "here", 77)
+        );
         assert!(last.is_none_or(|last| last < (beat.sequence, beat.sent_at)));
         last = Some((beat.sequence, beat.sent_at));
     }
@@ -177,7 +234,10 @@ fn a_lost_daemon_is_answered_by_the_phase() {
     if !has_kvm() {
         return;
     }
-    let committed = Phase::Committed { id: ID, peer: "b:1".to_owned() };
+    let committed = Phase::Committed {
+        id: ID,
+        peer: "b:1".to_owned(),
+    };
     let offered = Phase::Offered { id: ID };
     let check = |phases: &[Phase], is_paused: bool, expect_phase: &Phase, expect: &RunState| {
         let goes_on_alone = *expect_phase == Phase::Running;
@@ -193,7 +253,11 @@ fn a_lost_daemon_is_answered_by_the_phase() {
         drop(vm);
         let vm = process.connect().unwrap();
         let attached = vm.attached();
-        assert_eq!((&attached.phase, &attached.run_state), (expect_phase, expect), "{phases:?}");
+        assert_eq!(
+            (&attached.phase, &attached.run_state),
+            (expect_phase, expect),
+            "{phases:?}"
+        );
         let mut set = PageSet::empty(vm.memory().page_count());
         let is_tracking = vm.harvest(&mut set).is_ok();
         assert_eq!(is_tracking, !goes_on_alone, "{phases:?}");
@@ -206,9 +270,24 @@ fn a_lost_daemon_is_answered_by_the_phase() {
     };
     check(&[], false, &Phase::Running, &RunState::Running);
     check(&[], true, &Phase::Running, &RunState::Running);
-    check(&[offered.clone()], false, &Phase::Running, &RunState::Running);
-    check(&[offered.clone()], true, &Phase::Running, &RunState::Running);
-    check(&[offered.clone(), committed.clone()], true, &committed, &RunState::Paused);
+    check(
+        std::slice::from_ref(&offered),
+        false,
+        &Phase::Running,
+        &RunState::Running,
+    );
+    check(
+        std::slice::from_ref(&offered),
+        true,
+        &Phase::Running,
+        &RunState::Running,
+    );
+    check(
+        &[offered.clone(), committed.clone()],
+        true,
+        &committed,
+        &RunState::Paused,
+    );
 }
 
 #[test]
@@ -218,15 +297,27 @@ fn a_committed_guest_does_not_resume_before_it_is_resolved() {
     }
     let (_directory, _process, vm) = started(&ORDERS, 1);
     vm.run().unwrap();
-    let committed = Phase::Committed { id: ID, peer: "b:1".to_owned() };
-    assert!(matches!(vm.record(&committed).unwrap_err(), VmError::Phase(_)));
+    let committed = Phase::Committed {
+        id: ID,
+        peer: "b:1".to_owned(),
+    };
+    assert!(matches!(
+        vm.record(&committed).unwrap_err(),
+        VmError::Phase(_)
+    ));
     vm.record(&Phase::Offered { id: ID }).unwrap();
     vm.pause_and_save(false).unwrap();
     vm.record(&committed).unwrap();
     let error = vm.resume().unwrap_err();
     assert!(matches!(&error, VmError::Phase(_)), "{error}");
-    assert!(matches!(vm.commit_and_run(ID, now()).unwrap_err(), VmError::Phase(_)));
-    assert!(matches!(vm.record(&Phase::Offered { id: ID }).unwrap_err(), VmError::Phase(_)));
+    assert!(matches!(
+        vm.commit_and_run(ID, now()).unwrap_err(),
+        VmError::Phase(_)
+    ));
+    assert!(matches!(
+        vm.record(&Phase::Offered { id: ID }).unwrap_err(),
+        VmError::Phase(_)
+    ));
     vm.record(&Phase::Running).unwrap();
     vm.resume().unwrap();
     give_order(vm.memory(), 0, 1, 1, DATA, 4096);
@@ -244,12 +335,19 @@ fn a_process_without_a_guest_ends_with_its_daemon() {
     without.wait_end();
     let mut preparing = VmProcess::start(directory.path(), "preparing");
     let vm = preparing.connect().unwrap();
-    vm.create(&config(1), None, Phase::Preparing { id: ID }).unwrap();
+    vm.create(&config(1), None, Phase::Preparing { id: ID })
+        .unwrap();
     assert!(matches!(vm.run().unwrap_err(), VmError::Phase(_)));
     let other = MigrationId(8);
-    assert!(matches!(vm.commit_and_run(other, now()).unwrap_err(), VmError::Phase(_)));
+    assert!(matches!(
+        vm.commit_and_run(other, now()).unwrap_err(),
+        VmError::Phase(_)
+    ));
     let empty = vm.commit_and_run(ID, now()).unwrap_err();
-    assert_eq!(empty.to_string(), "there is nothing to run: no state was loaded");
+    assert_eq!(
+        empty.to_string(),
+        "there is nothing to run: no state was loaded"
+    );
     drop(vm);
     preparing.wait_end();
 }
@@ -265,7 +363,12 @@ fn foreign_bytes_do_not_end_the_process() {
     let (_directory, process, vm) = started(&ORDERS, 1);
     vm.run().unwrap();
     drop(vm);
-    for bytes in [&b"GET / HTTP/1.1\r\n\r\n"[..], &[0; 8], &[4, 0, 0, 0, 0, 0, 0, 0, 1], &[0xff; 64]] {
+    for bytes in [
+        &b"GET / HTTP/1.1\r\n\r\n"[..],
+        &[0; 8],
+        &[4, 0, 0, 0, 0, 0, 0, 0, 1],
+        &[0xff; 64],
+    ] {
         let mut stranger = UnixStream::connect(&process.socket).unwrap();
         stranger.write_all(bytes).unwrap();
     }

@@ -41,7 +41,9 @@ fn lasting(state: &[u8]) -> Vec<String> {
             let mut bytes = section.bytes.to_vec();
             if section.kind == Kind::Timer {
                 // When each channel's count began, on the clock of its host: KVM sets it itself.
-                bytes[..72].chunks_exact_mut(24).for_each(|channel| channel[16..].fill(0));
+                bytes[..72]
+                    .chunks_exact_mut(24)
+                    .for_each(|channel| channel[16..].fill(0));
             }
             format!("{} {} {bytes:02x?}", section.kind.name(), section.instance)
         })
@@ -57,7 +59,10 @@ fn assert_same(left: &[u8], right: &[u8]) {
 }
 
 fn irqchip_config(vcpus: u8) -> VmConfig {
-    VmConfig { irqchip: true, ..config(vcpus) }
+    VmConfig {
+        irqchip: true,
+        ..config(vcpus)
+    }
 }
 
 /// A state in which everything that can differ from a fresh machine's differs: vector registers of
@@ -69,7 +74,11 @@ fn unusual(state: &[u8], config: &VmConfig) -> Vec<u8> {
         let salt = u64::from(vcpu) + 1;
         match kind {
             Kind::Registers => (0..16).filter(|&index| index != 6).for_each(|index| {
-                put(bytes, index * 8, 0x0123_4567_89ab_cdef * salt + index as u64);
+                put(
+                    bytes,
+                    index * 8,
+                    0x0123_4567_89ab_cdef * salt + index as u64,
+                );
             }),
             Kind::Vectors => fill_vectors(bytes, &leaves, salt),
             Kind::DebugRegisters => {
@@ -96,7 +105,9 @@ fn unusual(state: &[u8], config: &VmConfig) -> Vec<u8> {
             Kind::InterruptController if vcpu == 2 => {
                 // The I/O APIC after its number and padding: base, select, id, requests; then 24
                 // entries of which some are routed and masked.
-                (5..9).for_each(|pin| put(bytes, 8 + 24 + pin * 8, 0x0100_0000_0001_0030 + pin as u64));
+                (5..9).for_each(|pin| {
+                    put(bytes, 8 + 24 + pin * 8, 0x0100_0000_0001_0030 + pin as u64)
+                });
             }
             Kind::InterruptController => {
                 // Masks and vector bases of the two controllers of the PC.
@@ -117,7 +128,11 @@ fn unusual(state: &[u8], config: &VmConfig) -> Vec<u8> {
 /// manual lays them out (not compacted).
 fn fill_vectors(bytes: &mut [u8], leaves: &[limosa_vmm::cpu::CpuidLeaf], salt: u64) {
     const HEADER: usize = 512;
-    let find = |index| leaves.iter().find(|leaf| leaf.function == 0xd && leaf.index == index);
+    let find = |index| {
+        leaves
+            .iter()
+            .find(|leaf| leaf.function == 0xd && leaf.index == index)
+    };
     let supported = find(0).map_or(3, |leaf| u64::from(leaf.registers[0]));
     // Bits 3 and 4 (MPX) have values that are checked.
     let wanted = supported & 0b10_1110_0111;
@@ -127,7 +142,10 @@ fn fill_vectors(bytes: &mut [u8], leaves: &[limosa_vmm::cpu::CpuidLeaf], salt: u
     bytes[24..28].copy_from_slice(&0x1f80_u32.to_le_bytes());
     let mut fill = |from: usize, to: usize| {
         let place = &mut bytes[from..to];
-        place.iter_mut().zip(0u64..).for_each(|(byte, at)| *byte = (at * 7 + salt * 13 + 1) as u8);
+        place
+            .iter_mut()
+            .zip(0u64..)
+            .for_each(|(byte, at)| *byte = (at * 7 + salt * 13 + 1) as u8);
     };
     (0..8).for_each(|register| fill(32 + register * 16, 32 + register * 16 + 10));
     fill(160, 416);
@@ -163,7 +181,8 @@ fn through_another_process(config: &VmConfig, state: &[u8]) -> Vec<u8> {
     let process = VmProcess::start(directory.path(), "vm");
     let vm = process.connect().unwrap();
     let config = VmConfig::from_description(&config.to_description()).unwrap();
-    vm.create(&config, None, Phase::Preparing { id: MigrationId(1) }).unwrap();
+    vm.create(&config, None, Phase::Preparing { id: MigrationId(1) })
+        .unwrap();
     let loaded = vm.load(state, false).unwrap();
     assert_eq!(loaded.refused_msrs, []);
     vm.pause_and_save(false).unwrap().sections
@@ -209,17 +228,27 @@ fn clocks_go_on() {
     target.start(ready).unwrap();
     let again = target.pause_and_save(false).unwrap();
     let khz = u64::from(source.config().tsc_khz.unwrap());
-    let passed = again.times.stopped_first.since(saved.times.stopped_first).as_nanos() as u64;
+    let passed = again
+        .times
+        .stopped_first
+        .since(saved.times.stopped_first)
+        .as_nanos() as u64;
     assert!(passed > 20_000_000);
     for vcpu in 0..2 {
         let tsc = |state: &[u8]| word(&section(state, Kind::TimeStampCounter, vcpu), 0);
         let ticks = tsc(&again.sections) - tsc(&saved.sections);
         let expect = passed * khz / 1_000_000;
-        assert!(ticks.abs_diff(expect) < khz / 20, "vCPU {vcpu}: {ticks} instead of {expect} ticks");
+        assert!(
+            ticks.abs_diff(expect) < khz / 20,
+            "vCPU {vcpu}: {ticks} instead of {expect} ticks"
+        );
     }
     let clock = |state: &[u8]| word(&section(state, Kind::Clock, 0), 0);
     let clock_passed = clock(&again.sections) - clock(&saved.sections);
-    assert!(clock_passed.abs_diff(passed) < 200_000, "{clock_passed} instead of {passed} ns");
+    assert!(
+        clock_passed.abs_diff(passed) < 200_000,
+        "{clock_passed} instead of {passed} ns"
+    );
 }
 
 #[test]
@@ -239,14 +268,28 @@ fn states_of_other_machines_are_refused_whole() {
     check(irqchip_config(1), &state, other);
     let without = |kind: Kind| {
         let mut writer = Writer::default();
-        for section in parse(&state).unwrap().iter().filter(|section| section.kind != kind) {
+        for section in parse(&state)
+            .unwrap()
+            .iter()
+            .filter(|section| section.kind != kind)
+        {
             writer.write(section.kind, section.instance, section.bytes);
         }
         Writer::join(&[writer])
     };
-    check(config(1), &without(Kind::Events), "the state lacks section vcpu.events 0");
-    check(config(1), &without(Kind::Clock), "the state lacks section clock 0");
-    let longer = edited(&state, |kind, _, bytes| bytes.extend((kind == Kind::Registers).then_some(0)));
+    check(
+        config(1),
+        &without(Kind::Events),
+        "the state lacks section vcpu.events 0",
+    );
+    check(
+        config(1),
+        &without(Kind::Clock),
+        "the state lacks section clock 0",
+    );
+    let longer = edited(&state, |kind, _, bytes| {
+        bytes.extend((kind == Kind::Registers).then_some(0))
+    });
     check(
         config(1),
         &longer,
@@ -285,9 +328,17 @@ fn sections_are_the_golden_ones() {
         .iter()
         .map(|section| {
             // These differ from host to host.
-            let depends = ["vcpu.vectors", "vcpu.cpuid", "vcpu.msrs"].contains(&section.name.as_str());
-            let bytes = if depends { "*".to_owned() } else { section.bytes.to_string() };
-            format!("{} {} version {} bytes {bytes}\n", section.name, section.instance, section.version)
+            let depends =
+                ["vcpu.vectors", "vcpu.cpuid", "vcpu.msrs"].contains(&section.name.as_str());
+            let bytes = if depends {
+                "*".to_owned()
+            } else {
+                section.bytes.to_string()
+            };
+            format!(
+                "{} {} version {} bytes {bytes}\n",
+                section.name, section.instance, section.version
+            )
         })
         .collect();
     check_golden("sections.txt", text.as_bytes());
@@ -317,7 +368,11 @@ fn bytes_are_the_golden_ones() {
         Kind::Ports,
     ];
     for (number, kind) in (0u8..).zip(kinds) {
-        writer.write(kind, u16::from(number % 3), &vec![number; usize::from(number)]);
+        writer.write(
+            kind,
+            u16::from(number % 3),
+            &vec![number; usize::from(number)],
+        );
     }
     let state = Writer::join(&[writer]);
     check_golden("state-1.bin", &state);
@@ -325,7 +380,9 @@ fn bytes_are_the_golden_ones() {
 }
 
 fn check_golden(name: &str, bytes: &[u8]) {
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden").join(name);
+    let path = Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("tests/golden")
+        .join(name);
     if std::env::var_os("LIMOSA_WRITE_GOLDEN").is_some() {
         fs::write(&path, bytes).unwrap();
     }

@@ -14,7 +14,11 @@ const SOCKET: &str = "LIMOSA_TEST_VM_SOCKET";
 #[test]
 fn be_a_vm_process() {
     if let Some(socket) = env::var_os(SOCKET) {
-        serve(&ServeOptions { socket: socket.into(), host_tag: "here".to_owned() }).unwrap();
+        serve(&ServeOptions {
+            socket: socket.into(),
+            host_tag: "here".to_owned(),
+        })
+        .unwrap();
     }
 }
 
@@ -28,9 +32,14 @@ impl VmProcess {
     pub(crate) fn start(directory: &Path, name: &str) -> Self {
         let socket = directory.join(name);
         let mut command = Command::new(env::current_exe().unwrap());
-        command.args(["--exact", "vm_process::be_a_vm_process"]).env(SOCKET, &socket);
+        command
+            .args(["--exact", "vm_process::be_a_vm_process"])
+            .env(SOCKET, &socket);
         command.stdin(Stdio::null()).stdout(Stdio::null());
-        Self { socket, child: spawn_detached(&mut command).unwrap() }
+        Self {
+            socket,
+            child: spawn_detached(&mut command).unwrap(),
+        }
     }
 
     pub(crate) fn connect(&self) -> Result<VmHandle, VmError> {
@@ -45,7 +54,10 @@ impl VmProcess {
     pub(crate) fn wait_end(&mut self) {
         let began = Instant::now();
         while !self.has_ended() {
-            assert!(began.elapsed() < Duration::from_secs(10), "the VM process does not end");
+            assert!(
+                began.elapsed() < Duration::from_secs(10),
+                "the VM process does not end"
+            );
             std::thread::sleep(Duration::from_millis(1));
         }
         assert!(!self.socket.exists(), "the socket is gone with the process");

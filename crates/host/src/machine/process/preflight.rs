@@ -29,25 +29,37 @@ pub fn read_program(micro: &str) -> Result<Vec<u8>, String> {
 
 /// Refuses a guest for whose memory this host has no room: better now than when it is touched.
 pub fn ensure_memory(shape: Shape) -> Result<(), String> {
-    let Ok(meminfo) = fs::read_to_string("/proc/meminfo") else { return Ok(()) };
+    let Ok(meminfo) = fs::read_to_string("/proc/meminfo") else {
+        return Ok(());
+    };
     let needed = ByteCount::new(shape.memory_bytes);
     let (what, free, advice) = if shape.huge_pages {
         let pages = value(&meminfo, "HugePages_Free").unwrap_or(0);
-        ("huge pages", pages << 21, " (vm.nr_hugepages reserves them)")
+        (
+            "huge pages",
+            pages << 21,
+            " (vm.nr_hugepages reserves them)",
+        )
     } else {
-        let Some(kib) = value(&meminfo, "MemAvailable") else { return Ok(()) };
+        let Some(kib) = value(&meminfo, "MemAvailable") else {
+            return Ok(());
+        };
         ("memory", kib << 10, "")
     };
     if needed.get() <= free {
         return Ok(());
     }
     let free = ByteCount::new(free);
-    Err(format!("not enough {what}: {needed} needed, {free} free on this host{advice}"))
+    Err(format!(
+        "not enough {what}: {needed} needed, {free} free on this host{advice}"
+    ))
 }
 
 /// The number of a line `name:  number unit`.
 fn value(meminfo: &str, name: &str) -> Option<u64> {
-    let line = meminfo.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'))?;
+    let line = meminfo
+        .lines()
+        .find_map(|line| line.strip_prefix(name)?.strip_prefix(':'))?;
     line.split_whitespace().next()?.parse().ok()
 }
 
@@ -62,17 +74,37 @@ mod tests {
             assert!(error.contains(expect), "{error}");
         };
         check("write", "known are writer, idle, compute");
-        check("/nonexistent/program", "cannot read the program /nonexistent/program");
+        check(
+            "/nonexistent/program",
+            "cannot read the program /nonexistent/program",
+        );
         check("/proc", "is no program");
     }
 
     #[test]
     fn a_guest_that_does_not_fit_is_refused() {
-        let shape = Shape { memory_bytes: 1 << 60, vcpus: 1, huge_pages: false };
+        let shape = Shape {
+            memory_bytes: 1 << 60,
+            vcpus: 1,
+            huge_pages: false,
+        };
         let error = ensure_memory(shape).unwrap_err();
-        assert!(error.starts_with("not enough memory: 1.00 EiB needed"), "{error}");
-        assert!(ensure_memory(Shape { memory_bytes: 4096, ..shape }).is_ok());
-        let error = ensure_memory(Shape { huge_pages: true, ..shape }).unwrap_err();
+        assert!(
+            error.starts_with("not enough memory: 1.00 EiB needed"),
+            "{error}"
+        );
+        assert!(
+            ensure_memory(Shape {
+                memory_bytes: 4096,
+                ..shape
+            })
+            .is_ok()
+        );
+        let error = ensure_memory(Shape {
+            huge_pages: true,
+            ..shape
+        })
+        .unwrap_err();
         assert!(error.starts_with("not enough huge pages"), "{error}");
     }
 }
