@@ -86,8 +86,7 @@ pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<()> {
     };
     drop(bed);
     let seconds = begun.elapsed().as_secs_f64();
-    let mut summary = Summary::new(&moves, modes.len(), setup.verify, growth, seconds);
-    summary.add_problem(failure);
+    let summary = Summary::new(&moves, failure, setup.verify, growth, seconds);
     print(&format!("\n{}", table::table(&summary, setup.verify)))?;
     let verdict = verdict(&summary);
     if let Some(file) = file {

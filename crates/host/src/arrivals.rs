@@ -5,7 +5,7 @@
 
 use crate::host::Host;
 use crate::refusal::Refusal;
-use crate::registry::{Hold, Slot};
+use crate::registry::Hold;
 use limosa_carrier::{Guest, TargetHost};
 use limosa_engine::handover::{MigrationId, Phase, Resolution};
 use limosa_engine::target::TargetOutcome;
@@ -113,18 +113,10 @@ impl Arrivals {
     /// Forgets a guest that never ran here, and ends what was made for it.
     fn drop_arrival(&self, id: MigrationId) {
         let host = &self.0;
-        let mut registry = host.registry();
-        let arrival = registry
-            .arrival(id)
-            .filter(|(_, vm)| vm.hold == Hold::Arriving { id });
-        let Some(name) = arrival.map(|(name, _)| name.clone()) else {
+        let Some((name, machine)) = host.registry().take_arrival(id) else {
             return;
         };
-        let slot = registry.begin_removal(&name);
-        drop(registry);
-        if let Ok(Slot::Alive(vm)) = slot {
-            vm.machine.kill();
-        }
+        machine.kill();
         host.registry().remove(&name);
     }
 }

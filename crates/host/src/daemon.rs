@@ -75,6 +75,7 @@ pub fn serve(options: &Options) -> Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .max_blocking_threads(REQUESTS_MAX)
+        .thread_keep_alive(Duration::from_secs(1))
         .build()
         .context("cannot start the runtime of the control interface")?;
     let is_over = Arc::new(AtomicBool::new(false));

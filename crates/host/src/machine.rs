@@ -93,7 +93,7 @@ pub trait Machine: Send + Sync {
     /// The VM process does not answer.
     fn stop(&self) -> Result<(), GuestError>;
 
-    /// Kills the VM process, whatever it does.
+    /// Kills the VM process, whatever it does. Its name must not have been given away yet.
     fn kill(&self);
 
     /// How the VM process ended, once it has.

@@ -237,14 +237,34 @@ impl Registry {
         }
     }
 
-    /// Takes a virtual machine out of use to end it; what it was comes back.
+    /// Takes a virtual machine out of use to end it, unless a migration holds it; what it was comes
+    /// back.
     ///
     /// # Errors
-    /// There is nothing of this name.
+    /// There is nothing of this name, or it is held.
     pub fn begin_removal(&mut self, name: &VmName) -> Result<Slot, Refusal> {
         let slot = self.get(name)?.clone();
+        let is_over = match &slot {
+            Slot::Ended { .. } => true,
+            Slot::Alive(vm) => vm.machine.ended().is_some(),
+            Slot::Reserved => false,
+        };
+        if !is_over {
+            self.resident(name)?;
+        }
         self.slots.insert(name.clone(), Slot::Reserved);
         Ok(slot)
+    }
+
+    /// Takes out the machine of an attempt that brought no guest, to end it.
+    pub fn take_arrival(&mut self, id: MigrationId) -> Option<(VmName, Arc<dyn Machine>)> {
+        let (name, vm) = self.arrival(id)?;
+        if vm.hold != (Hold::Arriving { id }) {
+            return None;
+        }
+        let taken = (name.clone(), Arc::clone(&vm.machine));
+        self.slots.insert(taken.0.clone(), Slot::Reserved);
+        Some(taken)
     }
 
     /// Puts back what [`Registry::begin_removal`] gave.
@@ -252,11 +272,16 @@ impl Registry {
         self.slots.insert(name.clone(), slot);
     }
 
-    /// A migration away is over.
-    pub fn left(&mut self, name: &VmName, outcome: &Outcome) {
+    /// The migration `id` away is over. Means nothing to a later machine of the same name.
+    pub fn left(&mut self, name: &VmName, id: MigrationId, outcome: &Outcome) {
         let Some(vm) = self.alive_mut(name) else {
             return;
         };
+        // A migration may be over before it was told to the registry which one it is.
+        let holds = [Hold::Leaving { id: None }, Hold::Leaving { id: Some(id) }];
+        if !holds.contains(&vm.hold) {
+            return;
+        }
         match outcome {
             Outcome::Completed => {
                 self.slots.remove(name);
@@ -381,7 +406,8 @@ mod tests {
                 !registry.process_ended(&name(), 7, "released"),
                 "the migration says what it means"
             );
-            registry.left(&name(), &outcome);
+            registry.left(&name(), MigrationId(2), &Outcome::Completed);
+            registry.left(&name(), ID, &outcome);
             registry.leaving_as(&name(), ID);
             assert_eq!(tell(&registry), expect);
         };
@@ -415,11 +441,26 @@ mod tests {
     }
 
     #[test]
+    fn a_machine_that_a_migration_holds_is_not_ended_unless_it_is_over() {
+        let (mut registry, machine) = registry();
+        registry.begin_leaving(&name()).unwrap();
+        assert!(registry.begin_removal(&name()).is_err());
+        machine.end("killed");
+        registry.begin_removal(&name()).map(drop).unwrap();
+        assert!(
+            registry.begin_removal(&name()).is_err(),
+            "it is being removed already"
+        );
+        registry.left(&name(), ID, &Outcome::Completed);
+        assert_eq!(tell(&registry), "reserved");
+    }
+
+    #[test]
     fn a_process_that_ended_during_a_failed_migration_is_not_at_home() {
         let (mut registry, machine) = registry();
         registry.begin_leaving(&name()).unwrap();
         machine.end("killed");
-        registry.left(&name(), &Outcome::Aborted);
+        registry.left(&name(), ID, &Outcome::Aborted);
         assert_eq!(tell(&registry), "ended: killed");
     }
 }

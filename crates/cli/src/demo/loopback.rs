@@ -30,9 +30,8 @@ const PATIENCE: Duration = Duration::from_secs(30);
 const MEMORY_SENT_MAX: u64 = 40;
 /// The moves after which everything that daemons make only once has been made.
 const MOVES_UNTIL_WARM: u32 = 2;
-/// How long the daemons may take to give back what the last move used: idle threads of their pools
-/// end after ten seconds.
-const SETTLE_MAX: Duration = Duration::from_secs(15);
+/// Idle threads of the daemons' pools end after ten seconds.
+const SETTLE: Duration = Duration::from_secs(11);
 /// Beats take a moment to arrive.
 const ARRIVAL: Duration = Duration::from_millis(50);
 /// Between two looks at a guest that carries out a command.
@@ -91,21 +90,24 @@ impl Loopback {
 
     /// Compares what the daemons hold with what they held.
     pub(crate) fn growth(&self) -> anyhow::Result<Growth> {
-        let give_up = Instant::now() + SETTLE_MAX;
-        loop {
-            let last = self.hosts.resources()?;
-            let growth = Growth {
-                idle: self.idle,
-                first: self.first.unwrap_or(last),
-                last,
-                moves: self.made.saturating_sub(MOVES_UNTIL_WARM),
-                anonymous_bytes_max: self.anonymous_bytes_max.max(last.anonymous_bytes),
-            };
-            if growth.problems().is_empty() || Instant::now() > give_up {
-                return Ok(growth);
-            }
-            self.interrupt.sleep(Duration::from_millis(500))?;
+        let growth = self.grown()?;
+        if growth.problems().is_empty() {
+            return Ok(growth);
         }
+        // Nothing is asked meanwhile: a question would keep the pools' threads from ending.
+        self.interrupt.sleep(SETTLE)?;
+        self.grown()
+    }
+
+    fn grown(&self) -> anyhow::Result<Growth> {
+        let last = self.hosts.resources()?;
+        Ok(Growth {
+            idle: self.idle,
+            first: self.first.unwrap_or(last),
+            last,
+            moves: self.made.saturating_sub(MOVES_UNTIL_WARM),
+            anonymous_bytes_max: self.anonymous_bytes_max.max(last.anonymous_bytes),
+        })
     }
 
     fn host(&self) -> &Host {

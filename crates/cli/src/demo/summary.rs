@@ -200,20 +200,17 @@ pub(crate) struct Summary {
 }
 
 impl Summary {
-    /// Of these moves; `planned` of them should have been made.
+    /// Of these moves, the last of which may have been ended by a `failure` of the demo itself.
     pub(crate) fn new(
         moves: &[MoveRecord],
-        planned: usize,
+        failure: Option<String>,
         verify: bool,
         daemons: Option<Growth>,
         seconds: f64,
     ) -> Self {
         let problems = moves.iter().filter_map(|one| one.problem(verify));
         let mut problems: Vec<String> = problems.collect();
-        if moves.len() < planned {
-            let made = moves.len();
-            problems.push(format!("only {made} of {planned} moves were made"));
-        }
+        problems.extend(failure);
         problems.extend(daemons.iter().flat_map(Growth::problems));
         let modes = Mode::ALL.into_iter();
         let by_mode = modes
@@ -230,12 +227,6 @@ impl Summary {
             by_mode: by_mode.collect(),
             daemons,
         }
-    }
-
-    /// Something else went wrong.
-    pub(crate) fn add_problem(&mut self, problem: Option<String>) {
-        self.problems.extend(problem);
-        self.ok = self.problems.is_empty();
     }
 }
 
@@ -297,14 +288,11 @@ mod tests {
             record(Mode::PreCopy, 5.0, 3.5),
             failed,
         ];
-        let summary = Summary::new(&moves, 5, true, None, 1.0);
+        let summary = Summary::new(&moves, Some("move 5: lost".to_owned()), true, None, 1.0);
         assert!(!summary.ok);
         assert_eq!(
             summary.problems,
-            [
-                "move 1 failed: no reason was given",
-                "only 4 of 5 moves were made"
-            ]
+            ["move 1 failed: no reason was given", "move 5: lost"]
         );
         let live = &summary.by_mode["pre-copy"];
         assert_eq!((live.moves, live.completed), (3, 2));
@@ -316,6 +304,6 @@ mod tests {
         let differences = summary.all.guest_gap_minus_downtime_ms.unwrap();
         assert_eq!((differences.median, differences.max), (0.5, 1.5));
         assert_eq!(summary.by_mode.len(), 2);
-        assert!(Summary::new(&moves[..1], 1, true, None, 1.0).ok);
+        assert!(Summary::new(&moves[..1], None, true, None, 1.0).ok);
     }
 }

@@ -194,7 +194,7 @@ mod tests {
             record(Mode::PreCopy, 3.5, 3.0),
             record(Mode::PreCopy, 4.0, 3.0),
         ];
-        let text = table(&Summary::new(&moves, 3, true, None, 1.0), true);
+        let text = table(&Summary::new(&moves, None, true, None, 1.0), true);
         for line in [
             "                                  pre-copy               stop-and-copy",
             "guest gap, seen by the guest      3.75 ms [3.50 – 4.00]  150.00 ms",

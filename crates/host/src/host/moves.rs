@@ -96,7 +96,7 @@ impl Host {
             let (Some(host), Some(outcome)) = (me.upgrade(), &report.outcome) else {
                 return;
             };
-            host.registry().left(&name, outcome);
+            host.registry().left(&name, report.id, outcome);
             tracing::info!(migration_id = %report.id, vm = %name, outcome = outcome.name(), "migration over");
         })
     }

@@ -8,7 +8,7 @@ use crate::registry::{Hold, Slot, Vm};
 use crate::state_dir::VmName;
 use limosa_carrier::GuestError;
 use limosa_engine::handover::{MigrationId, Phase};
-use std::fs::File;
+use std::fs::{self, File};
 use std::io::{Read, Seek, SeekFrom};
 use std::net::SocketAddr;
 use std::path::Path;
@@ -204,6 +204,8 @@ impl Host {
         }
         let slot = self.registry().begin_removal(&name)?;
         let Slot::Alive(vm) = &slot else {
+            // A process that died left its socket.
+            drop(fs::remove_file(self.state.vm_socket(&name)));
             self.registry().remove(&name);
             return Ok(());
         };
@@ -227,13 +229,13 @@ impl Host {
         let Hold::Leaving { id: Some(id) } = hold else {
             return self.registry().resident(name).map(drop);
         };
+        if !force {
+            return self.registry().resident(name).map(drop);
+        }
         let running = self.migrations_lock().running(id)?;
         let Some(migration) = running else {
             return Ok(());
         };
-        if !force {
-            self.registry().resident(name)?;
-        }
         if migration.abort().is_ok() {
             migration.wait(ABORT_MAX);
             return self.registry().resident(name).map(drop);
@@ -360,12 +362,12 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let log = dir.path().join("log");
         let old = "INFO the guest says console=\"an older one\"\n";
-        std::fs::write(&log, old).unwrap();
+        fs::write(&log, old).unwrap();
         let offset = old.len() as u64;
         assert_eq!(last_words(&log, offset), None);
         let new =
             "INFO made\nINFO the guest says vm=\"a\" console=\"ws=lots is no size\"\nINFO ends\n";
-        std::fs::write(&log, old.to_owned() + new).unwrap();
+        fs::write(&log, old.to_owned() + new).unwrap();
         assert_eq!(
             last_words(&log, offset).as_deref(),
             Some("ws=lots is no size")

@@ -211,6 +211,7 @@ struct Process {
     pid: u32,
     descriptor: Arc<OwnedFd>,
     shape: Shape,
+    socket: PathBuf,
     ended: Arc<OnceLock<String>>,
 }
 
@@ -235,7 +236,6 @@ impl Process {
             .name("watch".to_owned())
             .spawn(move || {
                 let reason = wait_for_end(&watched, child);
-                remove_socket(&socket);
                 told.get_or_init(|| reason.clone());
                 on_end(pid, &reason);
             })
@@ -245,6 +245,7 @@ impl Process {
             pid,
             descriptor,
             shape,
+            socket,
             ended,
         }))
     }
@@ -350,7 +351,10 @@ impl Machine for Process {
         if let Err(error) = pidfd_send_signal(&self.descriptor, Signal::KILL) {
             tracing::debug!(pid = self.pid, %error, "a VM process to kill was gone");
         }
-        if !self.is_gone_soon() {
+        if self.is_gone_soon() {
+            // The name is still taken, so this cannot be a later machine's socket.
+            remove_socket(&self.socket);
+        } else {
             tracing::warn!(pid = self.pid, "a killed VM process is still there");
         }
     }
