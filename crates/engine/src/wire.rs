@@ -468,7 +468,10 @@ mod tests {
         assert_eq!(clip("no\r\n\u{1b}[31mroom\u{9b}"), "no   [31mroom ");
         let long = "ä".repeat(TEXT_BYTES_MAX);
         assert_eq!(clip(&long).len(), TEXT_BYTES_MAX);
-        assert_eq!(clip(&long[2..].replacen('ä', "a", 1)).len(), TEXT_BYTES_MAX - 1);
+        assert_eq!(
+            clip(&long[2..].replacen('ä', "a", 1)).len(),
+            TEXT_BYTES_MAX - 1
+        );
     }
 
     #[test]

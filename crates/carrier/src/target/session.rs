@@ -146,7 +146,9 @@ impl Session {
         let all = |inside: &Inside| inside.streams.len() >= usize::from(count);
         let (mut inside, _) = self
             .changed
-            .wait_timeout_while(inside, HANDSHAKE_MAX, |inside| !all(inside) && !inside.given_up)
+            .wait_timeout_while(inside, HANDSHAKE_MAX, |inside| {
+                !all(inside) && !inside.given_up
+            })
             .unwrap_or_else(PoisonError::into_inner);
         if !all(&inside) {
             return None;
