@@ -200,7 +200,8 @@ impl Migration {
                 driver.run(&inbox);
                 driver.write_journal(journal.as_deref());
                 drop(driver);
-                on_finish(lock(&done.engine).machine().report());
+                let report = lock(&done.engine).machine().report().clone();
+                on_finish(&report);
                 *lock(&done.finished) = true;
                 done.finishing.notify_all();
             })

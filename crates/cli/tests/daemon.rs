@@ -4,6 +4,8 @@
 //! `/dev/kvm` what needs a guest prints `skipped`.
 #![allow(clippy::unwrap_used)]
 
+use limosa_host::api::CommandKind;
+use limosa_host::client::Client;
 use serde_json::Value;
 use std::io::{BufRead, BufReader};
 use std::path::Path;
@@ -363,4 +365,25 @@ fn a_guest_moves_between_two_daemons_or_stays() {
     target.json(&spec);
     source.refused(&migrate, "a VM named 'web' exists on this host");
     source.work("web");
+}
+
+#[test]
+fn a_guest_that_finishes_is_listed_until_it_is_removed() {
+    if !has_kvm() {
+        return;
+    }
+    let daemon = Daemon::start();
+    daemon.json(&["run", "calm", "--micro", "idle", "--memory", "16M"]);
+    let client = Client::new(daemon.dir.path().join("host.sock"));
+    client.command("calm", CommandKind::Finish).unwrap();
+    wait_until("the end is noticed", || client.vm("calm").unwrap().pid == 0);
+    let vm = client.vm("calm").unwrap();
+    assert_eq!(
+        vm.ended.as_deref(),
+        Some("the guest finished with status 0")
+    );
+    let again = ["run", "calm", "--micro", "idle", "--memory", "16M"];
+    daemon.refused(&again, "remove it with 'limosa stop calm'");
+    daemon.json(&["stop", "calm"]);
+    daemon.json(&again);
 }
