@@ -114,7 +114,7 @@ fn memory_that_was_never_touched_costs_nothing() {
             report.wire_bytes
                 < (280 * MIB / 4096 + report.pages_resent) * 4112 + report.state_bytes
         );
-        for (most, before) in most.iter().zip(before) {
+        for (most, before) in most.iter().zip(&before) {
             // Buffers of streams and bitmaps of pages; a sixteenth of what was touched.
             assert!(
                 *most < before.anonymous_bytes + 16 * MIB,
