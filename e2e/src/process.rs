@@ -13,8 +13,10 @@ use std::path::Path;
 #[track_caller]
 pub fn kill(pid: u32) {
     assert!(try_kill(pid), "process {pid} cannot be killed");
-    wait::until_true("a killed process ends", || {
-        matches!(state(pid), None | Some('Z'))
+    // Its first thread may be gone before the others are; the last one closes its sockets.
+    wait::until_true("a killed process ends", || match stat(pid) {
+        None => true,
+        Some((state, _)) => state == 'Z' && thread_names(pid).len() <= 1,
     });
 }
 
@@ -56,12 +58,7 @@ pub fn thread_names(pid: u32) -> Vec<String> {
     names.map(|name| name.trim_end().to_owned()).collect()
 }
 
-/// What a process does, as one letter; `None` if there is none.
-fn state(pid: u32) -> Option<char> {
-    stat(pid).map(|(state, _)| state)
-}
-
-/// What a process does, and its parent.
+/// What a process does, as one letter, and its parent; `None` if there is none.
 fn stat(pid: u32) -> Option<(char, u32)> {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
     // The name in parentheses may hold anything; what counts comes after its end.

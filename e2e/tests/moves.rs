@@ -12,9 +12,9 @@ use std::time::{Duration, Instant};
 
 const MIB: u64 = 1 << 20;
 
-/// What the machine itself does to a guest that is measured while other processes run: slices of
-/// the scheduler.
-const NOISE_MS: f64 = 25.0;
+/// What a machine with nothing else to do adds to the time that a guest is stopped: slices of the
+/// scheduler, a rest of the guest that was about to end.
+const NOISE_MS: f64 = 10.0;
 
 #[test]
 fn there_and_back_by_each_mode() {
@@ -27,18 +27,17 @@ fn there_and_back_by_each_mode() {
     spec.vcpus = 2;
     pair.boot(spec);
     for mode in Mode::ALL {
+        let mut untold = Untold::default();
         for (from, to) in [(&pair.a, &pair.b), (&pair.b, &pair.a)] {
             guest::command(from, VM, CommandKind::ClearStalls);
             let report = move_whole(VM, from, to, mode);
             check_pages(&report, 20 * MIB);
-            check_downtime(
-                &report,
-                guest::longest_stall_ms(&to.client().guest(VM).expect("it works")),
-            );
+            untold.note(&report, to);
             // The old host knows of no such guest, and says so.
             let gone = from.client().vm(VM).expect_err("it has gone");
             assert!(gone.to_string().contains("no VM named"), "{gone}");
         }
+        untold.check();
     }
     let turns = pair.beats.assert_one_at_a_time();
     assert_eq!(turns.len(), 1 + 2 * Mode::ALL.len(), "{turns:#?}");
@@ -55,24 +54,34 @@ fn check_pages(report: &Report, touched_bytes: u64) {
     assert!(report.wire_bytes >= touched_bytes, "{report:?}");
 }
 
-/// The downtime of the report is the stall that the guest saw: the guest was stopped at least so
-/// long, and what it saw beyond that is noise. A guest that rests between its bursts may see less
-/// than the downtime by one rest.
-fn check_downtime(report: &Report, guest_stall_ms: f64) {
-    let downtime = report.downtime_ms.expect("it was completed").total;
-    let rest = 1.5;
-    println!(
-        "{:?}: downtime {downtime:.2} ms, the guest's longest stall {guest_stall_ms:.2} ms",
-        report.pause_reason
-    );
-    assert!(
-        guest_stall_ms >= downtime - rest,
-        "the guest stood {guest_stall_ms} ms: {report:?}"
-    );
-    assert!(
-        guest_stall_ms <= downtime + NOISE_MS,
-        "the guest stood {guest_stall_ms} ms: {report:?}"
-    );
+/// How much longer the guest stood than reports told, at its longest stall of each move.
+///
+/// The guest stood at least as long as the downtime, but for one rest of it. What it saw beyond may
+/// be the doing of a busy machine once, but not each time.
+#[derive(Default)]
+struct Untold(Vec<f64>);
+
+impl Untold {
+    /// A guest that waits for its next burst sees what it overslept.
+    const REST_MS: f64 = 1.5;
+
+    /// Takes the stalls of a guest whose stalls were cleared before the move to `here`.
+    fn note(&mut self, report: &Report, here: &Daemon) {
+        let downtime = report.downtime_ms.expect("it was completed").total;
+        let stall = guest::longest_stall_ms(&here.client().guest(VM).expect("it works"));
+        let why = report.pause_reason;
+        println!("{why:?}: downtime {downtime:.2} ms, the guest's longest stall {stall:.2} ms");
+        assert!(
+            stall >= downtime - Self::REST_MS,
+            "the guest stood only {stall} ms: {report:?}"
+        );
+        self.0.push(stall - downtime);
+    }
+
+    fn check(&self) {
+        let least = self.0.iter().copied().fold(f64::INFINITY, f64::min);
+        assert!(least <= NOISE_MS, "untold milliseconds: {:?}", self.0);
+    }
 }
 
 #[test]
@@ -235,25 +244,27 @@ fn a_writer_faster_than_the_link_is_stopped_and_told_the_truth_about() {
     let _places = Places::all();
     let pair = Pair::start();
     boot_too_fast(&pair);
-    guest::command(&pair.a, VM, CommandKind::ClearStalls);
-    let id = pair
-        .a
-        .client()
-        .migrate(VM, &body_over_link(&pair.b))
-        .expect("accepted");
-    let report = end(&pair.a, &id);
-    assert_completed(&report);
-    let ended = matches!(
-        report.pause_reason,
-        Some(PauseReason::NoProgress | PauseReason::RoundsMax)
-    );
-    assert!(ended, "{report:?}");
-    // What was dirty at the pause had to pass the link, and the report says so.
+    let mut untold = Untold::default();
+    for (from, to) in [(&pair.a, &pair.b), (&pair.b, &pair.a)] {
+        guest::command(from, VM, CommandKind::ClearStalls);
+        let id = from.client().migrate(VM, &body_over_link(to));
+        let report = end(from, &id.expect("accepted"));
+        check_gave_up(&report);
+        untold.note(&report, to);
+        assert_is_at(VM, to, from);
+    }
+    untold.check();
+}
+
+/// It ended by its own rules. What was dirty at the pause had to pass the link, and the report says
+/// so, before and after.
+fn check_gave_up(report: &Report) {
+    assert_completed(report);
+    let reasons = [PauseReason::NoProgress, PauseReason::RoundsMax].map(Some);
+    assert!(reasons.contains(&report.pause_reason), "{report:?}");
     let last = report.rounds.last().expect("a last round");
-    assert!(
-        last.pages > 4096,
-        "the guest rewrites more than 16 MiB a round: {report:?}"
-    );
+    // The guest rewrites more than 16 MiB a round.
+    assert!(last.pages > 4096, "{report:?}");
     let on_link_ms = last.bytes as f64 * 1000.0 / LINK as f64;
     let downtime = report.downtime_ms.expect("it was completed");
     assert!(downtime.total >= on_link_ms * 0.9, "{report:?}");
@@ -266,9 +277,6 @@ fn a_writer_faster_than_the_link_is_stopped_and_told_the_truth_about() {
         (0.5..2.0).contains(&ratio),
         "predicted {predicted} ms: {report:?}"
     );
-    let stalls = pair.b.client().guest(VM).expect("it works");
-    check_downtime(&report, guest::longest_stall_ms(&stalls));
-    assert_is_at(VM, &pair.b, &pair.a);
 }
 
 #[test]
