@@ -10,7 +10,7 @@ use std::path::PathBuf;
 
 /// Moves running virtual machines between hosts without stopping them.
 #[derive(Debug, Parser)]
-#[command(name = "limosa", version, propagate_version = true, after_help = EXAMPLES, max_term_width = 100)]
+#[command(name = "limosa", bin_name = "limosa", version, propagate_version = true, after_help = EXAMPLES, max_term_width = 100)]
 pub(crate) struct Arguments {
     /// Directory of the daemon's state [default: $LIMOSA_STATE_DIR, /run/limosa for root, else
     /// $XDG_RUNTIME_DIR/limosa]
