@@ -1,12 +1,14 @@
-//! The dirty bitmap that a VM process shares with its daemon.
+//! Bitmaps that a VM process shares with its daemon: the dirty log, and which pages are missing.
 //!
-//! A memory file of 64-bit words in KVM's order. Its maker has the only writable mapping: the file is
-//! sealed against new ones, so a reader cannot change what KVM is later told to clear. The reader
-//! checks seals and size before it maps; what it reads is input like any other.
+//! A memory file of 64-bit words in KVM's order. Of the dirty log its maker has the only writable
+//! mapping: the file is sealed against new ones, so a reader cannot change what KVM is later told to
+//! clear. The bitmap of missing pages is written by daemons, one after the other, and outlives each.
+//! Whoever opens one checks seals and size before it maps; what it reads is input like any other.
 
 use crate::mapping::{Access, Mapping};
 use crate::memory::{MemoryError, add_seals, check_seals, create_file};
-use limosa_pages::{PageCount, PageSet};
+use limosa_pages::{PageCount, PageRange, PageSet, Pfn};
+use std::ffi::CStr;
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
@@ -15,8 +17,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 const WORD_BITS: u64 = u64::BITS as u64;
 
 /// Seals of a bitmap: those of memory, and nobody maps it writable any more. `F_SEAL_FUTURE_WRITE`.
-const SEALS: i32 =
-    libc::F_SEAL_SHRINK | libc::F_SEAL_GROW | libc::F_SEAL_FUTURE_WRITE | libc::F_SEAL_SEAL;
+const SEALS: i32 = WRITABLE_SEALS | libc::F_SEAL_FUTURE_WRITE;
+/// Seals of a bitmap that others write, too.
+const WRITABLE_SEALS: i32 = libc::F_SEAL_SHRINK | libc::F_SEAL_GROW | libc::F_SEAL_SEAL;
 
 /// One bit for each page of a guest, in shared memory.
 #[derive(Debug)]
@@ -31,7 +34,7 @@ pub struct SharedBitmap {
 #[derive(Debug, thiserror::Error)]
 pub enum BitmapError {
     /// It is too short for the guest.
-    #[error("the dirty bitmap has {bytes} bytes, {needed} are needed")]
+    #[error("the bitmap has {bytes} bytes, {needed} are needed")]
     Short {
         /// Its size.
         bytes: u64,
@@ -49,12 +52,24 @@ impl SharedBitmap {
     /// # Errors
     /// The kernel refuses.
     pub fn create(pages: PageCount) -> Result<Self, BitmapError> {
+        Self::create_sealed(c"dirty-bitmap", pages, SEALS)
+    }
+
+    /// Makes an empty bitmap that others may write, too: see [`SharedBitmap::open_writable`].
+    ///
+    /// # Errors
+    /// The kernel refuses.
+    pub fn create_writable(pages: PageCount) -> Result<Self, BitmapError> {
+        Self::create_sealed(c"shared-bitmap", pages, WRITABLE_SEALS)
+    }
+
+    fn create_sealed(name: &CStr, pages: PageCount, seals: i32) -> Result<Self, BitmapError> {
         let call = |action| move |source| MemoryError::Call { action, source };
         let bytes = byte_count(pages);
-        let file = File::from(create_file(c"dirty-bitmap", 0)?);
+        let file = File::from(create_file(name, 0)?);
         file.set_len(bytes).map_err(call("size"))?;
         let mapping = map(file.as_fd(), bytes, Access::ReadWrite).map_err(call("map"))?;
-        add_seals(file.as_fd(), SEALS)?;
+        add_seals(file.as_fd(), seals)?;
         Ok(Self {
             file,
             mapping,
@@ -68,6 +83,18 @@ impl SharedBitmap {
     /// # Errors
     /// It is not sealed, too short, or cannot be mapped.
     pub fn open(file: OwnedFd, pages: PageCount) -> Result<Self, BitmapError> {
+        Self::open_for(file, pages, Access::Read)
+    }
+
+    /// Maps a bitmap that somebody else made by [`SharedBitmap::create_writable`], to write it.
+    ///
+    /// # Errors
+    /// It is not sealed, sealed against writers, too short, or cannot be mapped.
+    pub fn open_writable(file: OwnedFd, pages: PageCount) -> Result<Self, BitmapError> {
+        Self::open_for(file, pages, Access::ReadWrite)
+    }
+
+    fn open_for(file: OwnedFd, pages: PageCount, access: Access) -> Result<Self, BitmapError> {
         let call = |action| move |source| MemoryError::Call { action, source };
         check_seals(file.as_fd())?;
         let file = File::from(file);
@@ -76,12 +103,12 @@ impl SharedBitmap {
         if bytes < needed {
             return Err(BitmapError::Short { bytes, needed });
         }
-        let mapping = map(file.as_fd(), needed, Access::Read).map_err(call("map"))?;
+        let mapping = map(file.as_fd(), needed, access).map_err(call("map"))?;
         Ok(Self {
             file,
             mapping,
             pages,
-            access: Access::Read,
+            access,
         })
     }
 
@@ -110,9 +137,94 @@ impl SharedBitmap {
     pub fn set_bits(&self, index: usize, bits: u64) {
         assert!(
             self.access == Access::ReadWrite,
-            "only the maker writes the bitmap"
+            "the bitmap is mapped for writing"
         );
         self.word(index).fetch_or(bits, Ordering::Relaxed);
+    }
+
+    /// The same word, in one order with [`SharedBitmap::put_range`] and [`SharedBitmap::take_bits`] of
+    /// all threads; bits beyond the last page are not set, whoever has written there.
+    ///
+    /// # Panics
+    /// If there is no such word.
+    pub fn load_in_order(&self, index: usize) -> u64 {
+        let first = index as u64 * WORD_BITS;
+        let used = self.pages.get().saturating_sub(first).min(WORD_BITS);
+        self.word(index).load(Ordering::SeqCst) & low_bits(used)
+    }
+
+    /// Clears bits in a word; those that were set.
+    ///
+    /// # Panics
+    /// If there is no such word, or the bitmap is not mapped for writing.
+    pub fn take_bits(&self, index: usize, bits: u64) -> u64 {
+        assert!(
+            self.access == Access::ReadWrite,
+            "the bitmap is mapped for writing"
+        );
+        self.word(index).fetch_and(!bits, Ordering::SeqCst) & bits
+    }
+
+    /// Sets the bits of all pages of `range`; how many were not set.
+    ///
+    /// # Panics
+    /// If the range ends beyond the bitmap, or it is not mapped for writing.
+    pub fn put_range(&self, range: PageRange) -> PageCount {
+        assert!(
+            self.access == Access::ReadWrite,
+            "the bitmap is mapped for writing"
+        );
+        let put = |(index, mask)| {
+            let before = self.word(index).fetch_or(mask, Ordering::SeqCst);
+            u64::from((mask & !before).count_ones())
+        };
+        PageCount::new(self.masks(range).map(put).sum())
+    }
+
+    /// Clears the bits of all pages of `range`; how many were set.
+    ///
+    /// # Panics
+    /// If the range ends beyond the bitmap, or it is not mapped for writing.
+    pub fn take_range(&self, range: PageRange) -> PageCount {
+        let take = |(index, mask)| u64::from(self.take_bits(index, mask).count_ones());
+        PageCount::new(self.masks(range).map(take).sum())
+    }
+
+    /// The runs of pages within `range` whose bits are set, ascending.
+    ///
+    /// # Panics
+    /// If the range ends beyond the bitmap.
+    pub fn runs_in(&self, range: PageRange) -> Vec<PageRange> {
+        let mut runs = Vec::new();
+        for (index, mask) in self.masks(range) {
+            push_runs(&mut runs, index, self.load_in_order(index) & mask);
+        }
+        runs
+    }
+
+    /// How many bits are set.
+    pub fn count(&self) -> PageCount {
+        let words = (0..).take(byte_count(self.pages) as usize / 8);
+        PageCount::new(
+            words
+                .map(|index| u64::from(self.load_in_order(index).count_ones()))
+                .sum(),
+        )
+    }
+
+    /// Whether the page's bit is set; false beyond the last page.
+    pub fn contains(&self, page: Pfn) -> bool {
+        page.get() < self.pages.get()
+            && self.load_in_order((page.get() / WORD_BITS) as usize) >> (page.get() % WORD_BITS) & 1
+                == 1
+    }
+
+    fn masks(&self, range: PageRange) -> impl Iterator<Item = (usize, u64)> + use<> {
+        assert!(
+            range.end().get() <= self.pages.get(),
+            "range beyond the bitmap"
+        );
+        masks(range)
     }
 
     /// Copies the bits into `set`, which may be of a smaller guest.
@@ -156,6 +268,43 @@ impl SharedBitmap {
     }
 }
 
+/// Each word that a range touches, with the bits of its pages there.
+pub(crate) fn masks(range: PageRange) -> impl Iterator<Item = (usize, u64)> + use<> {
+    let (first, end) = (range.first.get(), range.end().get());
+    let words = if first == end {
+        0..0
+    } else {
+        first / WORD_BITS..end.div_ceil(WORD_BITS)
+    };
+    words.map(move |index| {
+        let start = index * WORD_BITS;
+        let (from, to) = (first.max(start) - start, end.min(start + WORD_BITS) - start);
+        (index as usize, low_bits(to) & !low_bits(from))
+    })
+}
+
+/// Adds the runs of pages whose bits are set in a word, joined to the last one if they touch it.
+pub(crate) fn push_runs(runs: &mut Vec<PageRange>, index: usize, mut bits: u64) {
+    while bits != 0 {
+        let from = bits.trailing_zeros();
+        let len = (bits >> from).trailing_ones();
+        bits &= !(low_bits(u64::from(len)) << from);
+        let first = Pfn::new(index as u64 * WORD_BITS + u64::from(from));
+        let count = PageCount::new(u64::from(len));
+        match runs.last_mut().filter(|last| last.end() == first) {
+            Some(last) => last.count = last.count.saturating_add(count),
+            None => runs.push(PageRange::new(first, count)),
+        }
+    }
+}
+
+const fn low_bits(count: u64) -> u64 {
+    match count {
+        0..WORD_BITS => (1 << count) - 1,
+        _ => u64::MAX,
+    }
+}
+
 fn byte_count(pages: PageCount) -> u64 {
     pages.get().div_ceil(WORD_BITS) * 8
 }
@@ -191,14 +340,47 @@ mod tests {
     }
 
     #[test]
+    fn a_writable_bitmap_is_written_by_both() {
+        let pages = PageCount::new(200);
+        let made = SharedBitmap::create_writable(pages).unwrap();
+        let file = || made.file().try_clone_to_owned().unwrap();
+        let other = SharedBitmap::open_writable(file(), pages).unwrap();
+        let range = |from, to| PageRange::new(Pfn::new(from), PageCount::new(to - from));
+        let check = |expect: &str| {
+            let text: Vec<String> = made
+                .runs_in(range(0, 200))
+                .iter()
+                .map(|run| format!("{}+{}", run.first.get(), run.count.get()))
+                .collect();
+            assert_eq!(text.join(" "), expect);
+            assert_eq!(made.count(), other.count());
+        };
+        assert_eq!(other.put_range(range(60, 140)), PageCount::new(80));
+        assert_eq!(made.put_range(range(139, 142)), PageCount::new(2));
+        check("60+82");
+        assert_eq!(made.take_range(range(64, 128)), PageCount::new(64));
+        assert_eq!(other.take_range(range(63, 65)), PageCount::new(1));
+        assert_eq!(other.put_range(range(199, 200)), PageCount::new(1));
+        check("60+3 128+14 199+1");
+        assert_eq!(
+            made.runs_in(range(62, 129)),
+            [range(62, 63), range(128, 129)]
+        );
+        assert_eq!(made.runs_in(range(5, 5)), []);
+        assert!(other.contains(Pfn::new(60)) && !other.contains(Pfn::new(200)));
+        made.set_bits(3, u64::MAX);
+        assert_eq!(other.load_in_order(3), 0xff);
+        let sealed = SharedBitmap::create(pages).unwrap();
+        let sealed = sealed.file().try_clone_to_owned().unwrap();
+        assert!(SharedBitmap::open_writable(sealed, pages).is_err());
+    }
+
+    #[test]
     fn short_and_unsealed_bitmaps_are_refused() {
         let made = SharedBitmap::create(PageCount::new(64)).unwrap();
         let file = || made.file().try_clone_to_owned().unwrap();
         let error = SharedBitmap::open(file(), PageCount::new(65)).unwrap_err();
-        assert_eq!(
-            error.to_string(),
-            "the dirty bitmap has 8 bytes, 16 are needed"
-        );
+        assert_eq!(error.to_string(), "the bitmap has 8 bytes, 16 are needed");
         let unsealed = create_file(c"test", 0).unwrap();
         let error = SharedBitmap::open(unsealed, PageCount::new(64)).unwrap_err();
         assert!(error.to_string().contains("not sealed"), "{error}");

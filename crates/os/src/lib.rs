@@ -18,6 +18,7 @@ pub mod memory;
 pub mod process;
 pub mod socket;
 pub mod thread;
+pub mod userfault;
 
 pub use bitmap::SharedBitmap;
 pub use clock::{boot_id, monotonic_nanos, tsc};

@@ -22,7 +22,7 @@ use std::ffi::CStr;
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use xxhash_rust::xxh3::xxh3_64;
 
 /// Bytes in a huge page.
@@ -199,6 +199,16 @@ impl SharedMemory {
         Ok(())
     }
 
+    /// Copies bytes out of the memory file without touching the mapping: a page that does not exist
+    /// reads as zeros and still does not exist afterwards.
+    ///
+    /// # Errors
+    /// `InvalidInput` if they do not lie within the memory, or the kernel refuses.
+    pub fn read_file_at(&self, offset: u64, into: &mut [u8]) -> io::Result<()> {
+        self.mapping.at(offset, into.len())?;
+        self.file.read_exact_at(into, offset)
+    }
+
     /// Copies bytes in at `offset`.
     ///
     /// # Errors
@@ -289,6 +299,35 @@ impl SharedMemory {
                 return Err(error);
             }
         }
+    }
+
+    /// Takes the content of whole pages away, in every mapping, in one call. Only small pages: of
+    /// huge ones, only those that lie completely within the range lose theirs.
+    pub(crate) fn punch(&self, range: PageRange) -> io::Result<()> {
+        let (first, end) = (range.first.file_offset(), range.end().file_offset());
+        if end > self.size().get() {
+            return Err(io::ErrorKind::InvalidInput.into());
+        }
+        let offset = |bytes| libc::off_t::try_from(bytes).map_err(|_| io::ErrorKind::InvalidInput);
+        let (first, len) = (offset(first)?, offset(end - first)?);
+        let mode = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
+        // SAFETY: the descriptor is open; guest memory is never a reference, so its content may
+        // change.
+        if unsafe { libc::fallocate(self.file.as_raw_fd(), mode, first, len) } != 0 {
+            return Err(io::Error::last_os_error());
+        }
+        Ok(())
+    }
+
+    /// Takes all pages out of this mapping and leaves their content in the file.
+    pub(crate) fn unmap_pages(&self) -> io::Result<()> {
+        let (start, len) = (self.mapping.at(0, 0)?, self.mapping.len());
+        // SAFETY: the range is the mapping, which is shared, so that nothing is lost: the next
+        // access finds the file's content.
+        if unsafe { libc::madvise(start.cast(), len, libc::MADV_DONTNEED) } != 0 {
+            return Err(io::Error::last_os_error());
+        }
+        Ok(())
     }
 
     /// The address at which KVM is told to find the memory.
@@ -394,6 +433,26 @@ mod tests {
         }
         assert!(memory.is_zero(page));
         assert_eq!(memory.hash(page), xxh3_64(&[0; PAGE_SIZE_USIZE]));
+    }
+
+    #[test]
+    fn reading_the_file_makes_no_page() {
+        let memory = small(4);
+        memory.write_at(PAGE_SIZE, b"x").unwrap();
+        let mut bytes = [7; 3 * PAGE_SIZE_USIZE];
+        memory.read_file_at(0, &mut bytes).unwrap();
+        assert_eq!((bytes[0], bytes[PAGE_SIZE_USIZE]), (0, b'x'));
+        let all = PageRange::new(Pfn::new(0), PageCount::new(4));
+        let one = PageRange::new(Pfn::new(1), PageCount::new(1));
+        assert_eq!(memory.data_extents(all).unwrap(), [one]);
+        assert!(memory.read_file_at(2 * PAGE_SIZE, &mut bytes).is_err());
+        memory.punch(one).unwrap();
+        assert_eq!(memory.data_extents(all).unwrap(), []);
+        assert!(
+            memory
+                .punch(PageRange::new(Pfn::new(1), all.count))
+                .is_err()
+        );
     }
 
     #[test]

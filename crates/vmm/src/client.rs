@@ -608,7 +608,7 @@ mod tests {
         let short = SharedBitmap::create(PageCount::new(pages.get() - 64)).unwrap();
         check(
             &[memory.file(), short.file()],
-            "the dirty bitmap has 248 bytes, 256 are needed",
+            "the bitmap has 248 bytes, 256 are needed",
         );
         let unsealed: File = tempfile::tempfile().unwrap();
         unsealed.set_len(MEMORY.get()).unwrap();

@@ -8,46 +8,10 @@
 
 use super::{HUGE_PAGE_BYTES, PageKind, SharedMemory};
 use crate::mapping::{Access, Mapping};
+use crate::userfault::request::{Step, Userfault, feature, mode};
 use limosa_pages::{PAGE_SIZE, PageCount, PageRange, Pfn};
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
-
-const UFFD_USER_MODE_ONLY: libc::c_int = 1;
-const UFFD_API: u64 = 0xaa;
-const UFFD_FEATURE_MINOR_HUGETLBFS: u64 = 1 << 9;
-const UFFDIO_REGISTER_MODE_MINOR: u64 = 1 << 2;
-const UFFDIO_API: libc::Ioctl = request(0x3f, size_of::<ApiAnswer>());
-const UFFDIO_REGISTER: libc::Ioctl = request(0x00, size_of::<Register>());
-const UFFDIO_CONTINUE: libc::Ioctl = request(0x07, size_of::<Continue>());
-
-#[repr(C)]
-struct ApiAnswer {
-    api: u64,
-    features: u64,
-    ioctls: u64,
-}
-
-#[repr(C)]
-struct Register {
-    start: u64,
-    len: u64,
-    mode: u64,
-    ioctls: u64,
-}
-
-#[repr(C)]
-struct Continue {
-    start: u64,
-    len: u64,
-    mode: u64,
-    mapped: i64,
-}
-
-/// Number of a userfaultfd request that reads and writes a structure of `size` bytes.
-const fn request(number: u64, size: usize) -> libc::Ioctl {
-    const READ_AND_WRITE: u64 = 3;
-    (READ_AND_WRITE << 30 | (size as u64) << 16 | UFFD_API << 8 | number) as libc::Ioctl
-}
+use std::os::fd::AsRawFd;
 
 impl SharedMemory {
     /// The runs of pages within `range` that exist, ascending. All other pages are zero and were
@@ -127,69 +91,22 @@ impl SharedMemory {
 /// A second mapping of huge-page memory, registered for minor faults.
 struct Probe {
     mapping: Mapping,
-    faults: OwnedFd,
+    faults: Userfault,
 }
 
 impl Probe {
     fn new(memory: &SharedMemory) -> io::Result<Self> {
         let mapping = Mapping::new(memory.file(), memory.mapping.len(), Access::ReadWrite, 0)?;
-        let flags = libc::O_CLOEXEC | libc::O_NONBLOCK | UFFD_USER_MODE_ONLY;
-        // SAFETY: the call takes flags and makes a descriptor.
-        let faults = unsafe { libc::syscall(libc::SYS_userfaultfd, flags) };
-        let faults = i32::try_from(faults).ok().filter(|&faults| faults >= 0);
-        let faults = faults.ok_or_else(io::Error::last_os_error)?;
-        // SAFETY: the kernel has just made this descriptor for us alone.
-        let faults = unsafe { OwnedFd::from_raw_fd(faults) };
-        let mut api = ApiAnswer {
-            api: UFFD_API,
-            features: UFFD_FEATURE_MINOR_HUGETLBFS,
-            ioctls: 0,
-        };
-        let mut register = Register {
-            start: mapping.at(0, 0)?.addr() as u64,
-            len: mapping.len() as u64,
-            mode: UFFDIO_REGISTER_MODE_MINOR,
-            ioctls: 0,
-        };
-        // SAFETY: each structure is the one that its request reads and writes; registering the
-        // mapping changes how faults on it are handled, and nobody ever touches it.
-        let failed = unsafe {
-            libc::ioctl(faults.as_raw_fd(), UFFDIO_API, &raw mut api) != 0
-                || libc::ioctl(faults.as_raw_fd(), UFFDIO_REGISTER, &raw mut register) != 0
-        };
-        if failed {
-            return Err(io::Error::last_os_error());
-        }
+        let faults = Userfault::open(feature::MINOR_HUGETLBFS, false)?;
+        let start = mapping.at(0, 0)?.addr() as u64;
+        faults.register(start, mapping.len() as u64, mode::MINOR)?;
         Ok(Self { mapping, faults })
     }
 
     fn exists(&self, offset: u64) -> io::Result<bool> {
         let start = self.mapping.at(offset, HUGE_PAGE_BYTES as usize)?.addr() as u64;
-        let mut page = Continue {
-            start,
-            len: HUGE_PAGE_BYTES,
-            mode: 0,
-            mapped: 0,
-        };
-        loop {
-            // SAFETY: the structure is the one of this request, the range lies within the mapping,
-            // and mapping an existing page changes no content.
-            if unsafe {
-                libc::ioctl(
-                    self.faults.as_fd().as_raw_fd(),
-                    UFFDIO_CONTINUE,
-                    &raw mut page,
-                )
-            } == 0
-            {
-                return Ok(true);
-            }
-            match io::Error::last_os_error() {
-                error if error.raw_os_error() == Some(libc::EFAULT) => return Ok(false),
-                error if error.raw_os_error() == Some(libc::EAGAIN) => {}
-                error => return Err(error),
-            }
-        }
+        // Mapping an existing page changes no content.
+        Ok(self.faults.map_existing(start, HUGE_PAGE_BYTES)? != Step::Absent)
     }
 }
 
