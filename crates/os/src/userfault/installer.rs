@@ -117,6 +117,11 @@ impl PageInstaller {
         self.path
     }
 
+    /// How many pages the memory has.
+    pub fn page_count(&self) -> PageCount {
+        self.memory.page_count()
+    }
+
     /// Before the guest runs: the content of these pages is not here. On small pages whatever is
     /// there is thrown away, in one call a range, which is dear for scattered pages.
     ///

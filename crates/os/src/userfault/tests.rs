@@ -79,17 +79,22 @@ fn page(number: u64, version: u64) -> Page {
     page
 }
 
-/// What the source has. Pages are of six kinds: three arrive later with content, one arrives later
-/// and is zero, one has arrived before the guest runs, one was never touched.
+/// What the source has. Pages are of six kinds, in runs of sixteen: three kinds arrive later with
+/// content, one arrives later and is zero, one has arrived before the guest runs, one was never
+/// touched.
 fn at_source(number: u64) -> Page {
-    match number % 6 {
+    match kind(number) {
         0..=2 | 4 => page(number, 0),
         _ => [0; PAGE_SIZE_USIZE],
     }
 }
 
+const fn kind(number: u64) -> u64 {
+    number / 16 % 6
+}
+
 const fn arrives_later(number: u64) -> bool {
-    number % 6 <= 3
+    kind(number) <= 3
 }
 
 const fn one(number: u64) -> PageRange {
@@ -118,6 +123,7 @@ impl Random {
 
 /// Brings what arrives later, one page at a time or in batches of neighbours.
 fn bring(installer: &PageInstaller, number: u64, batch: u64) -> u64 {
+    let pages = installer.page_count().get();
     let mut brought = 0;
     let mut buffer: Vec<u8> = Vec::new();
     let mut first = number;
@@ -126,7 +132,7 @@ fn bring(installer: &PageInstaller, number: u64, batch: u64) -> u64 {
         buffer.clear();
         count
     };
-    for number in number..number + batch {
+    for number in number..(number + batch).min(pages) {
         let content = at_source(number);
         if arrives_later(number) && content != [0; PAGE_SIZE_USIZE] {
             if buffer.is_empty() {
@@ -152,11 +158,12 @@ fn serve(installer: &PageInstaller, is_over: &AtomicBool) -> u64 {
         installer.read_faults(&mut faults).unwrap();
         for page in faults.drain(..) {
             let missing = installer.missing_in_unit(page);
+            if missing.is_empty() {
+                installer.resolve(page).unwrap();
+            }
             for number in missing.into_iter().flat_map(PageRange::iter) {
                 brought += bring(installer, number.get(), 1);
             }
-            // Also if all was just brought: then it is done, or was zero.
-            installer.resolve(page).unwrap();
         }
     }
     brought
@@ -193,7 +200,7 @@ fn be_guest(bed: &Bed, versions: &[Mutex<u64>], seed: u64) {
 /// Puts the memory into the state in which a guest would be started.
 fn prepare(bed: &Bed, installer: &PageInstaller) -> u64 {
     let mut late = 0;
-    for number in (0..bed.pages).filter(|number| number % 6 != 5) {
+    for number in (0..bed.pages).filter(|&number| kind(number) != 5) {
         // Stale content of an earlier round, unless it is here to stay.
         let content = if arrives_later(number) {
             page(number, 77)
@@ -267,8 +274,10 @@ fn race(bed: Bed, seed: u64) {
         }));
     }
     let pairs = Random(seed).order(bed.pages / 2);
-    let orders: [(Vec<u64>, u64); 3] = [
-        ((0..bed.pages).step_by(16).collect(), 16),
+    // Two bring the same long runs at the same time, so that one of them is late with each.
+    let orders: [(Vec<u64>, u64); 4] = [
+        ((0..bed.pages).step_by(48).collect(), 48),
+        ((0..bed.pages).step_by(48).collect(), 48),
         ((0..bed.pages).rev().collect(), 1),
         (pairs.into_iter().map(|pair| pair * 2).collect(), 2),
     ];
