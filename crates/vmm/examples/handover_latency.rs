@@ -107,7 +107,9 @@ fn hand_over(source: &VmHandle, target: &VmHandle, id: MigrationId, table: &mut 
         })
         .unwrap();
     let committing = now();
-    let running = target.commit_and_run(id, times.stopped_first).unwrap();
+    let running = target
+        .commit_and_run(id, times.stopped_first, false)
+        .unwrap();
     let committed = now();
 
     table.add(

@@ -1,7 +1,7 @@
 //! What a machine answers: where it is in its life, what a pause found, what a load refused.
 
 use limosa_engine::Timestamp;
-use limosa_pages::PageSet;
+use limosa_pages::{PageSet, Pfn};
 use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::time::Duration;
@@ -77,6 +77,9 @@ pub struct Saved {
     pub dirty: Option<PageSet>,
     /// When.
     pub times: SaveTimes,
+    /// Pages that the vCPUs need to go on at once: their page tables, code, stacks, descriptor tables,
+    /// and what they report in. Ascending, few, and within the memory.
+    pub first_needed: Vec<Pfn>,
 }
 
 /// When a pause did what. vCPUs save themselves as soon as they have left the guest, and the dirty

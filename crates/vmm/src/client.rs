@@ -5,11 +5,12 @@
 //! written without asking. A request that gets no answer in time ends the connection, since a late
 //! answer would be taken for that of the next one.
 
-use crate::answer::{Loaded, RunState, Running, SaveTimes, Saved, SectionInfo};
+use crate::answer::{Loaded, RunState, Running, Saved, SectionInfo};
 use crate::config::VmConfig;
 use crate::process::command_number;
 use crate::protocol::{
-    self, Frame, FrameError, PROTOCOL_VERSION, Refusal, Reply, Request, in_one_line,
+    self, FIRST_NEEDED_MAX, Faults, Frame, FrameError, PROTOCOL_VERSION, Refusal, Reply, Request,
+    in_one_line,
 };
 use crate::state::STATE_BYTES_MAX;
 use limosa_engine::Timestamp;
@@ -17,8 +18,9 @@ use limosa_engine::handover::{MigrationId, Phase};
 use limosa_micro_abi::{CommandKind, PAGE_BYTES, Report, memory_map};
 use limosa_os::bitmap::BitmapError;
 use limosa_os::process::Process;
+use limosa_os::userfault::{FaultPath, InstallError, PageInstaller};
 use limosa_os::{MemoryError, SharedBitmap, SharedMemory, socket};
-use limosa_pages::{PageRange, PageSet};
+use limosa_pages::{PageCount, PageRange, PageSet, Pfn};
 use std::io;
 use std::net::{Shutdown, SocketAddr};
 use std::os::fd::OwnedFd;
@@ -59,6 +61,9 @@ pub enum VmError {
     /// Its dirty bitmap cannot be used.
     #[error(transparent)]
     Bitmap(#[from] BitmapError),
+    /// What it lends for missing pages cannot be used.
+    #[error(transparent)]
+    Install(#[from] InstallError),
     /// The record of who may run the guest forbids it.
     #[error("{0}")]
     Phase(String),
@@ -86,6 +91,9 @@ pub struct Attached {
     pub run_state: RunState,
     /// The process.
     pub pid: u32,
+    /// Why the guest cannot run there with pages missing; `None` if it can, and then there is
+    /// [`VmHandle::installer`].
+    pub not_armed: Option<String>,
 }
 
 /// How a machine does.
@@ -95,6 +103,8 @@ pub struct Status {
     pub phase: Phase,
     /// Where the machine is in its life.
     pub run_state: RunState,
+    /// How many pages are missing, as the process sees it; `None` if none can be.
+    pub missing: Option<PageCount>,
 }
 
 /// A VM process. Dropping it leaves the process to its own rules for a lost daemon.
@@ -104,6 +114,7 @@ pub struct VmHandle {
     connection: Mutex<Option<Connection>>,
     attached: Mutex<Attached>,
     lent: OnceLock<Lent>,
+    installer: Mutex<Option<Arc<PageInstaller>>>,
 }
 
 /// A connection that ends when it is dropped, even if a child that was just forked holds it, too.
@@ -151,12 +162,14 @@ impl VmHandle {
             phase: Phase::Running,
             run_state: RunState::Empty,
             pid,
+            not_armed: None,
         };
         let handle = Self {
             process,
             connection: Mutex::new(Some(Connection(connection))),
             attached: Mutex::new(nothing),
             lent: OnceLock::new(),
+            installer: Mutex::new(None),
         };
         let frame = handle.exchange(
             &Request::Attach {
@@ -266,9 +279,23 @@ impl VmHandle {
     /// The process does not answer.
     pub fn status(&self) -> Result<Status, VmError> {
         match self.ask(&Request::Status)? {
-            Reply::Status { phase, run_state } => Ok(Status { phase, run_state }),
+            Reply::Status {
+                phase,
+                run_state,
+                missing,
+            } => Ok(Status {
+                phase,
+                run_state,
+                missing,
+            }),
             _ => Err(self.foreign()),
         }
+    }
+
+    /// Whether the process has ended, without asking it.
+    pub fn is_gone(&self) -> bool {
+        // Should the kernel refuse to look, the next request tells.
+        self.process.wait_end(0).unwrap_or(false)
     }
 
     /// Every part of the state that moves. Stops the guest for less than a millisecond.
@@ -347,17 +374,13 @@ impl VmHandle {
     /// # Errors
     /// The machine has ended or cannot be saved; it stays paused.
     pub fn pause_and_save(&self, harvest: bool) -> Result<Saved, VmError> {
-        let (times, sections) = self.saved(&Request::PauseAndSave { harvest })?;
-        let dirty = harvest.then(|| {
+        let mut saved = self.saved(&Request::PauseAndSave { harvest })?;
+        saved.dirty = harvest.then(|| {
             let mut set = PageSet::empty(self.memory().page_count());
             self.lent().bitmap.copy_to(&mut set);
             set
         });
-        Ok(Saved {
-            sections,
-            dirty,
-            times,
-        })
+        Ok(saved)
     }
 
     /// Pauses, saves, and runs on.
@@ -365,12 +388,15 @@ impl VmHandle {
     /// # Errors
     /// The machine has ended or cannot be saved; it runs on.
     pub fn rehearse(&self) -> Result<Saved, VmError> {
-        let (times, sections) = self.saved(&Request::Rehearse)?;
-        Ok(Saved {
-            sections,
-            dirty: None,
-            times,
-        })
+        self.saved(&Request::Rehearse)
+    }
+
+    /// Pauses and saves nothing, which is possible also while pages are missing.
+    ///
+    /// # Errors
+    /// The machine has ended; or a vCPU does not come out of the guest, and is paused when it does.
+    pub fn pause(&self) -> Result<(), VmError> {
+        self.order(&Request::Pause)
     }
 
     /// Gives the machine a state. After a rehearsal it cannot run, only be given another one.
@@ -398,20 +424,62 @@ impl VmHandle {
     }
 
     /// Records that the guest has arrived and runs it: one request. Its clocks go on as if it had
-    /// not been stopped; `stopped_at` is [`SaveTimes::stopped_first`] on this host's clock. A
-    /// repeated request answers the same.
+    /// not been stopped; `stopped_at` is [`stopped_first`](crate::answer::SaveTimes::stopped_first) on this host's clock. A
+    /// repeated request answers the same. With `keeps_faults` pages may be missing, which
+    /// [`VmHandle::installer`] puts in, until [`VmHandle::disarm`]; otherwise all is there, and no
+    /// access is held back from the first instruction on.
     ///
     /// # Errors
-    /// The phase is not [`Phase::Preparing`] of that migration, or no state was loaded.
+    /// The phase is not [`Phase::Preparing`] of that migration, no state was loaded, or pages cannot
+    /// be missing here.
     pub fn commit_and_run(
         &self,
         id: MigrationId,
         stopped_at: Timestamp,
+        keeps_faults: bool,
     ) -> Result<Running, VmError> {
-        match self.ask(&Request::CommitAndRun { id, stopped_at })? {
-            Reply::Running(running) => Ok(running),
-            _ => Err(self.foreign()),
+        let request = Request::CommitAndRun {
+            id,
+            stopped_at,
+            keeps_faults,
+        };
+        let Reply::Running(running) = self.ask(&request)? else {
+            return Err(self.foreign());
+        };
+        if !keeps_faults {
+            self.set_installer(None);
         }
+        Ok(running)
+    }
+
+    /// Puts pages in that are missing; `None` if the process holds nobody back who touches one: see
+    /// [`Attached::not_armed`].
+    pub fn installer(&self) -> Option<Arc<PageInstaller>> {
+        self.installer
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone()
+    }
+
+    /// No page is missing any more: the process holds nobody back and forgets what was missing. A
+    /// migration that leaves none missing says so before it loads the state.
+    ///
+    /// # Errors
+    /// Pages are missing, or the process does not answer.
+    pub fn disarm(&self) -> Result<(), VmError> {
+        if let Some(installer) = self.installer() {
+            installer.finish()?;
+        }
+        self.order(&Request::Disarm)?;
+        self.set_installer(None);
+        Ok(())
+    }
+
+    fn set_installer(&self, installer: Option<PageInstaller>) {
+        *self
+            .installer
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner) = installer.map(Arc::new);
     }
 
     /// Sends heartbeats to somebody else, or to nobody.
@@ -437,7 +505,7 @@ impl VmHandle {
     }
 
     /// What the vCPUs of a micro guest say about themselves; `None` for one that has not begun. Read
-    /// straight from memory, without stopping anything.
+    /// straight from the memory file, without stopping anything; one whose page is missing is `None`.
     ///
     /// # Panics
     /// If the process has no machine.
@@ -446,7 +514,7 @@ impl VmHandle {
         let read = |vcpu: u8| {
             let mut page = [0; PAGE_BYTES as usize];
             lent.memory
-                .read_at(memory_map::report_address(u32::from(vcpu)), &mut page)
+                .read_file_at(memory_map::report_address(u32::from(vcpu)), &mut page)
                 .ok()?;
             Report::parse(&page)
         };
@@ -463,35 +531,71 @@ impl VmHandle {
             config,
             phase,
             run_state,
+            faults,
         } = frame.message
         else {
             return Err(self.foreign());
         };
         if let Some(config) = &config {
-            config.check().map_err(|_| self.foreign())?;
-            let [memory, bitmap]: [OwnedFd; 2] =
-                frame.descriptors.try_into().map_err(|_| self.foreign())?;
-            let memory = Arc::new(SharedMemory::open(memory)?);
-            if memory.size() != config.memory {
-                return Err(self.foreign());
-            }
-            let bitmap = SharedBitmap::open(bitmap, memory.page_count())?;
-            let lent = Lent {
-                config: config.clone(),
-                memory,
-                bitmap,
-            };
-            self.lent.set(lent).map_err(|_| self.foreign())?;
+            self.borrow(config, &faults, frame.descriptors)?;
         }
         let name = config.as_ref().map(|config| config.name.clone());
+        let not_armed = match faults {
+            Faults::Held { .. } => None,
+            Faults::NotHeld { why } => Some(why),
+        };
         *self.attached.lock().unwrap_or_else(PoisonError::into_inner) = Attached {
             name,
             config,
             phase,
             run_state,
             pid: self.pid(),
+            not_armed,
         };
         Ok(())
+    }
+
+    /// Maps what is lent, as far as it is what it has to be.
+    fn borrow(
+        &self,
+        config: &VmConfig,
+        faults: &Faults,
+        descriptors: Vec<OwnedFd>,
+    ) -> Result<(), VmError> {
+        config.check().map_err(|_| self.foreign())?;
+        let mut descriptors = descriptors.into_iter();
+        let mut next = || descriptors.next().ok_or_else(|| self.foreign());
+        let (memory, bitmap) = (next()?, next()?);
+        let for_faults = match faults {
+            &Faults::Held { base, is_continued } => Some((next()?, next()?, base, is_continued)),
+            Faults::NotHeld { .. } => None,
+        };
+        if descriptors.next().is_some() {
+            return Err(self.foreign());
+        }
+        let memory = Arc::new(SharedMemory::open(memory)?);
+        if memory.size() != config.memory {
+            return Err(self.foreign());
+        }
+        let pages = memory.page_count();
+        let bitmap = SharedBitmap::open(bitmap, pages)?;
+        if let Some((faults, missing, base, is_continued)) = for_faults {
+            let missing = SharedBitmap::open_writable(missing, pages)?;
+            let path = if is_continued {
+                FaultPath::Continue
+            } else {
+                FaultPath::Copy
+            };
+            let memory = Arc::clone(&memory);
+            let installer = PageInstaller::new(faults, base, memory, missing, path)?;
+            self.set_installer(Some(installer));
+        }
+        let lent = Lent {
+            config: config.clone(),
+            memory,
+            bitmap,
+        };
+        self.lent.set(lent).map_err(|_| self.foreign())
     }
 
     fn order(&self, request: &Request) -> Result<(), VmError> {
@@ -501,10 +605,24 @@ impl VmHandle {
         }
     }
 
-    fn saved(&self, request: &Request) -> Result<(SaveTimes, Vec<u8>), VmError> {
+    fn saved(&self, request: &Request) -> Result<Saved, VmError> {
         let frame = self.exchange(request, &[])?;
+        let pages = self.memory().page_count().get();
+        let is_within = |first_needed: &[Pfn]| {
+            first_needed.len() <= FIRST_NEEDED_MAX
+                && first_needed.iter().all(|page| page.get() < pages)
+                && first_needed.is_sorted_by(|one, next| one < next)
+        };
         match frame.message {
-            Reply::Saved(times) if frame.bytes.len() <= STATE_BYTES_MAX => Ok((times, frame.bytes)),
+            Reply::Saved {
+                times,
+                first_needed,
+            } if frame.bytes.len() <= STATE_BYTES_MAX && is_within(&first_needed) => Ok(Saved {
+                sections: frame.bytes,
+                dirty: None,
+                times,
+                first_needed,
+            }),
             _ => Err(self.foreign()),
         }
     }
@@ -558,6 +676,7 @@ impl VmHandle {
 mod tests {
     use super::*;
     use limosa_os::PageKind;
+    use limosa_os::userfault::FaultGate;
     use limosa_pages::{ByteCount, PageCount};
     use std::fs::File;
     use std::os::fd::{AsFd, BorrowedFd};
@@ -566,7 +685,7 @@ mod tests {
     const MEMORY: ByteCount = ByteCount::new(8 << 20);
 
     /// What becomes of connecting to a process that says it has a machine and lends these files.
-    fn check(lent: &[BorrowedFd<'_>], expect: &str) {
+    fn check(lent: &[BorrowedFd<'_>], base: Option<u64>, expect: &str) {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("vm");
         let listener = UnixListener::bind(&path).unwrap();
@@ -585,6 +704,12 @@ mod tests {
                     config,
                     phase: Phase::Running,
                     run_state: RunState::Paused,
+                    faults: base.map_or(Faults::NotHeld { why: String::new() }, |base| {
+                        Faults::Held {
+                            base,
+                            is_continued: false,
+                        }
+                    }),
                 };
                 protocol::send(&connection, &reply, &[], lent).unwrap();
             });
@@ -598,23 +723,51 @@ mod tests {
         let memory = SharedMemory::create(MEMORY, PageKind::Small).unwrap();
         let pages = memory.page_count();
         let bitmap = SharedBitmap::create(pages).unwrap();
-        check(&[memory.file(), bitmap.file()], "ok");
+        check(&[memory.file(), bitmap.file()], None, "ok");
         let foreign = "the VM process answered with something else than was asked for";
-        check(&[], foreign);
-        check(&[memory.file()], foreign);
-        check(&[memory.file(), bitmap.file(), bitmap.file()], foreign);
+        check(&[], None, foreign);
+        check(&[memory.file()], None, foreign);
+        check(
+            &[memory.file(), bitmap.file(), bitmap.file()],
+            None,
+            foreign,
+        );
         let larger = SharedMemory::create(ByteCount::new(16 << 20), PageKind::Small).unwrap();
-        check(&[larger.file(), bitmap.file()], foreign);
+        check(&[larger.file(), bitmap.file()], None, foreign);
         let short = SharedBitmap::create(PageCount::new(pages.get() - 64)).unwrap();
         check(
             &[memory.file(), short.file()],
+            None,
             "the bitmap has 248 bytes, 256 are needed",
         );
         let unsealed: File = tempfile::tempfile().unwrap();
         unsealed.set_len(MEMORY.get()).unwrap();
         let message = "the memory file is not sealed against resizing (seals 0x0)";
-        check(&[unsealed.as_fd(), bitmap.file()], message);
-        check(&[memory.file(), unsealed.as_fd()], message);
+        check(&[unsealed.as_fd(), bitmap.file()], None, message);
+        check(&[memory.file(), unsealed.as_fd()], None, message);
+        let missing = SharedBitmap::create_writable(pages).unwrap();
+        let lent = [memory.file(), bitmap.file()];
+        check(&lent, Some(0), foreign);
+        let check_held = |faults: BorrowedFd<'_>, missing: BorrowedFd<'_>, base, expect: &str| {
+            check(&[lent[0], lent[1], faults, missing], Some(base), expect);
+        };
+        let message = "cannot use the descriptor for page faults";
+        check_held(unsealed.as_fd(), missing.file(), 0, message);
+        let memory = Arc::new(SharedMemory::create(MEMORY, PageKind::Small).unwrap());
+        let Ok(gate) = FaultGate::open(&memory) else {
+            return println!("skipped: no page faults are reported here");
+        };
+        let faults = gate.descriptor();
+        check_held(faults, missing.file(), gate.base(), "ok");
+        let message = "there is no memory at that address";
+        check_held(faults, missing.file(), 17, message);
+        check_held(faults, missing.file(), u64::MAX - 4095, message);
+        check_held(
+            faults,
+            bitmap.file(),
+            gate.base(),
+            "cannot map guest memory",
+        );
     }
 
     #[test]

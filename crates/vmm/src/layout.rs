@@ -37,6 +37,18 @@ pub(crate) const fn physical_address(offset: u64) -> Gpa {
     })
 }
 
+/// Where in the memory file the byte lies that the guest sees there; `None` if there is no memory.
+pub(crate) fn file_offset(address: Gpa, memory: ByteCount) -> Option<u64> {
+    let address = address.get();
+    let offset = match address {
+        0..HOLE_START => address,
+        _ => address
+            .checked_sub(HOLE_BYTES)
+            .filter(|&offset| offset >= HOLE_START)?,
+    };
+    (offset < memory.get()).then_some(offset)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -64,5 +76,16 @@ mod tests {
         check(3074, "0x0: 0x0+0xc0000, 0x100000000: 0xc0000+0x200");
         assert_eq!(physical_address(HOLE_START - 1).get(), HOLE_START - 1);
         assert_eq!(physical_address(HOLE_START).get(), 4 << 30);
+        let check = |address, expect| {
+            let memory = ByteCount::new(3074 << 20);
+            assert_eq!(file_offset(Gpa::new(address), memory), expect);
+        };
+        check(0, Some(0));
+        check(HOLE_START - 1, Some(HOLE_START - 1));
+        check(HOLE_START, None);
+        check((4 << 30) - 1, None);
+        check(4 << 30, Some(HOLE_START));
+        check((4 << 30) + (2 << 20), None);
+        check(u64::MAX, None);
     }
 }

@@ -19,6 +19,8 @@
 //!
 //! Deliberately absent: who may run the machine. That is the process's record.
 
+mod faults;
+mod first_needed;
 mod msrs;
 mod seat;
 mod snapshot;
@@ -33,12 +35,15 @@ use crate::cpu;
 use crate::layout;
 use crate::ports::{MicroDevice, Ports};
 use crate::state::{StateError, Writer};
+pub use faults::HeldFaults;
+use first_needed::Place;
 use limosa_engine::Timestamp;
 use limosa_micro_abi::CommandKind;
 use limosa_os::bitmap::BitmapError;
 use limosa_os::kvm::{Kvm, KvmError, Vcpu, Vm};
+use limosa_os::userfault::GateError;
 use limosa_os::{MemoryError, SharedBitmap, SharedMemory};
-use limosa_pages::PageRange;
+use limosa_pages::{PageRange, Pfn};
 use msrs::MsrPlan;
 use seat::{Seats, Shared};
 use snapshot::{MachineSections, MachineState};
@@ -58,6 +63,9 @@ pub enum MachineError {
     /// KVM refused.
     #[error(transparent)]
     Kvm(#[from] KvmError),
+    /// Accesses to missing pages cannot be held back, or let go.
+    #[error(transparent)]
+    Gate(#[from] GateError),
     /// There is no memory for it.
     #[error(transparent)]
     Memory(#[from] MemoryError),
@@ -124,6 +132,8 @@ pub struct Snapshot {
     pub sections: Vec<u8>,
     /// When what happened.
     pub times: SaveTimes,
+    /// See [`crate::answer::Saved::first_needed`].
+    pub first_needed: Vec<Pfn>,
 }
 
 /// Says that a machine can run, and from when on its clocks go.
@@ -143,6 +153,8 @@ pub struct Machine {
     shared: Arc<Shared>,
     host_khz: u32,
     life: Life,
+    /// Accesses to missing pages are held back, or why they are not.
+    faults: Result<HeldFaults, String>,
 }
 
 /// Where it is in its life, as long as the guest has not ended it.
@@ -206,6 +218,7 @@ impl Machine {
             shared,
             host_khz,
             life: Life::Empty,
+            faults: Err("its memory was complete from the start".to_owned()),
         })
     }
 
@@ -314,6 +327,7 @@ impl Machine {
         let stopped_last = stops().max().expect("a machine has a vCPU");
         let mut machine = MachineSections::new(&self.vm, &self.config);
         machine.save(&self.device, pair.nanos, stopped_first)?;
+        let places: Vec<Place> = vcpus.iter().map(|vcpu| vcpu.place).collect();
         let mut writers = vec![machine.into_writer()];
         let mut stopped_guest_tsc = 0;
         for (index, vcpu) in (0..).zip(vcpus) {
@@ -331,16 +345,22 @@ impl Machine {
         if harvest {
             self.harvest()?;
         }
+        let harvested = limosa_os::monotonic_nanos();
+        let first_needed = first_needed::pages(&self.memory, &places);
         let saved = limosa_os::monotonic_nanos();
         let stamp = Timestamp::from_nanos;
         let times = SaveTimes {
             stopped_first: stamp(stopped_first),
             stopped_last: stamp(stopped_last),
-            harvested: stamp(stopped_last + (saved - before)),
+            harvested: stamp(stopped_last + (harvested - before)),
             saved: stamp(saved),
             stopped_guest_tsc,
         };
-        Ok(Snapshot { sections, times })
+        Ok(Snapshot {
+            sections,
+            times,
+            first_needed,
+        })
     }
 
     /// Gives the machine a state; it can run afterwards. May be repeated while it has not run.

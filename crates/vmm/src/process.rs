@@ -12,13 +12,15 @@ use crate::answer::{RunState, Running};
 use crate::config::VmConfig;
 use crate::machine::{Machine, MachineError, Snapshot};
 use crate::protocol::{
-    self, Frame, FrameError, PROTOCOL_VERSION, Refusal, Reply, Request, in_one_line,
+    self, Faults, Frame, FrameError, PROTOCOL_VERSION, Refusal, Reply, Request, in_one_line,
 };
 use crate::state;
 use limosa_engine::Timestamp;
 use limosa_engine::handover::{IllegalTransition, MigrationId, OnDaemonLost, Phase};
 use limosa_micro_abi::CommandKind;
+use limosa_os::userfault::FaultPath;
 use limosa_os::{process as os_process, socket, thread as os_thread};
+use limosa_pages::PageCount;
 use std::fs;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -102,7 +104,7 @@ struct Process<'a> {
 /// What a request leads to.
 enum Outcome {
     Reply(Reply, Vec<u8>),
-    /// The same, with the machine's memory and bitmap.
+    /// The same, with the machine's memory and bitmap, and what holds back accesses to missing pages.
     Lend(Reply),
     /// Reply and end.
     End,
@@ -136,6 +138,10 @@ enum RequestError {
     Unknown(#[source] MachineError),
     #[error("command {0} is not known")]
     Command(u8),
+    #[error("{0} are still missing here: the guest cannot move on before they have arrived")]
+    PagesMissing(PageCount),
+    #[error("the guest cannot run with pages missing: {0}")]
+    NotArmed(String),
 }
 
 impl RequestError {
@@ -227,11 +233,7 @@ impl Process<'_> {
         match outcome {
             Outcome::Reply(reply, bytes) => protocol::send(daemon, &reply, &bytes, &[])?,
             Outcome::Lend(reply) => {
-                let lent: Vec<BorrowedFd<'_>> = match &self.machine {
-                    Some(machine) => vec![machine.memory().file(), machine.bitmap().file()],
-                    None => Vec::new(),
-                };
-                protocol::send(daemon, &reply, &[], &lent)?;
+                protocol::send(daemon, &reply, &[], &self.lent())?;
             }
             Outcome::End => {
                 // Before the reply, so that the name is free when the daemon hears it.
@@ -244,7 +246,19 @@ impl Process<'_> {
         Ok(true)
     }
 
+    fn lent(&self) -> Vec<BorrowedFd<'_>> {
+        let Some(machine) = &self.machine else {
+            return Vec::new();
+        };
+        let mut lent = vec![machine.memory().file(), machine.bitmap().file()];
+        if let Ok(held) = machine.faults() {
+            lent.extend([held.gate.descriptor(), held.missing.file()]);
+        }
+        lent
+    }
+
     fn carry_out(&mut self, frame: Frame<Request>) -> Result<Outcome, RequestError> {
+        self.check_complete(&frame.message)?;
         let reply = match frame.message {
             Request::Attach { version } if version != PROTOCOL_VERSION => {
                 return Err(RequestError::Version(version));
@@ -263,6 +277,7 @@ impl Process<'_> {
             Request::Status => Reply::Status {
                 phase: self.phase.clone(),
                 run_state: self.run_state(),
+                missing: self.machine.as_ref().and_then(Machine::missing),
             },
             Request::Inspect => Reply::Sections(self.inspect()?),
             Request::StartTracking => done(self.machine()?.start_tracking())?,
@@ -270,12 +285,10 @@ impl Process<'_> {
             Request::Harvest => done(self.machine()?.harvest())?,
             Request::Clear { range } => done(self.machine()?.clear(range))?,
             Request::PauseAndSave { harvest } => {
-                let Snapshot { sections, times } = self.machine()?.pause_and_save(harvest)?;
-                return Ok(Outcome::Reply(Reply::Saved(times), sections));
+                return Ok(saved(self.machine()?.pause_and_save(harvest)?));
             }
             Request::Rehearse => {
-                let Snapshot { sections, times } = self.save_as_it_runs()?;
-                return Ok(Outcome::Reply(Reply::Saved(times), sections));
+                return Ok(saved(self.save_as_it_runs()?));
             }
             Request::Load { is_rehearsal } => {
                 if !matches!(self.phase, Phase::Preparing { .. }) {
@@ -290,9 +303,13 @@ impl Process<'_> {
                 self.record(phase)?;
                 Reply::Done
             }
-            Request::CommitAndRun { id, stopped_at } => {
-                Reply::Running(self.commit_and_run(id, stopped_at)?)
-            }
+            Request::CommitAndRun {
+                id,
+                stopped_at,
+                keeps_faults,
+            } => Reply::Running(self.commit_and_run(id, stopped_at, keeps_faults)?),
+            Request::Disarm => done(self.machine()?.disarm())?,
+            Request::Pause => done(self.machine()?.pause_and_save(false).map(|_| ()))?,
             Request::SetObserver { address } => done(self.machine()?.set_observer(address))?,
             Request::Command { kind } => {
                 Reply::Sequence(self.machine()?.command(command_kind(kind)?))
@@ -309,6 +326,38 @@ impl Process<'_> {
                 .map(|machine| machine.config().clone()),
             phase: self.phase.clone(),
             run_state: self.run_state(),
+            faults: self.faults(),
+        }
+    }
+
+    fn faults(&self) -> Faults {
+        let held = match &self.machine {
+            Some(machine) => machine.faults(),
+            None => Err("there is no machine yet"),
+        };
+        match held {
+            Ok(held) => Faults::Held {
+                base: held.gate.base(),
+                is_continued: held.gate.path() == FaultPath::Continue,
+            },
+            Err(why) => Faults::NotHeld {
+                why: why.to_owned(),
+            },
+        }
+    }
+
+    /// A guest whose pages are still arriving does not move on: its next target would be given pages
+    /// that are not there. It can be paused, run and ended.
+    fn check_complete(&self, request: &Request) -> Result<(), RequestError> {
+        let begins_move = match request {
+            Request::StartTracking | Request::PauseAndSave { .. } | Request::Rehearse => true,
+            Request::Record { phase } => matches!(phase, Phase::Offered { .. }),
+            _ => false,
+        };
+        let is_here = self.running.is_some();
+        match self.machine.as_ref().and_then(Machine::missing) {
+            Some(missing) if begins_move && is_here => Err(RequestError::PagesMissing(missing)),
+            _ => Ok(()),
         }
     }
 
@@ -329,6 +378,8 @@ impl Process<'_> {
         if let Some(image) = image {
             machine.boot(&image)?;
             self.has_guest = true;
+        } else {
+            machine.arm();
         }
         let config = machine.config();
         tracing::info!(vm = config.name, memory = %config.memory, vcpus = config.vcpus, %phase, "machine made");
@@ -377,6 +428,7 @@ impl Process<'_> {
         &mut self,
         id: MigrationId,
         stopped_at: Timestamp,
+        keeps_faults: bool,
     ) -> Result<Running, RequestError> {
         let arrived = Phase::Arrived { id };
         if let (true, Some(running)) = (self.phase == arrived, self.running) {
@@ -387,6 +439,7 @@ impl Process<'_> {
             return Err(RequestError::NoGuest);
         }
         // What can be refused comes before the record, and then nothing has run.
+        self.settle_faults(keeps_faults)?;
         let ready = self.machine()?.get_ready(stopped_at)?;
         // Recorded before the first instruction: from here on the source must never run it again.
         let from = std::mem::replace(&mut self.phase, arrived);
@@ -397,6 +450,18 @@ impl Process<'_> {
         self.running = Some(running);
         tracing::info!(%from, to = %self.phase, "committed and running");
         Ok(running)
+    }
+
+    /// Before the first instruction: either whoever touches a missing page is held back, or nobody.
+    fn settle_faults(&mut self, keeps_faults: bool) -> Result<(), RequestError> {
+        let machine = self.machine()?;
+        if !keeps_faults {
+            return Ok(machine.disarm()?);
+        }
+        if let Err(why) = machine.faults() {
+            return Err(RequestError::NotArmed(why.to_owned()));
+        }
+        Ok(machine.hide_pages()?)
     }
 
     /// The daemon is gone; false if there is nothing to go on with.
@@ -449,6 +514,19 @@ impl Process<'_> {
             _ => {}
         }
     }
+}
+
+fn saved(snapshot: Snapshot) -> Outcome {
+    let Snapshot {
+        sections,
+        times,
+        first_needed,
+    } = snapshot;
+    let reply = Reply::Saved {
+        times,
+        first_needed,
+    };
+    Outcome::Reply(reply, sections)
 }
 
 fn done(result: Result<(), MachineError>) -> Result<Reply, RequestError> {

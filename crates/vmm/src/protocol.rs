@@ -10,7 +10,7 @@ use crate::config::VmConfig;
 use limosa_engine::Timestamp;
 use limosa_engine::handover::{MigrationId, Phase};
 use limosa_os::descriptor;
-use limosa_pages::PageRange;
+use limosa_pages::{PageCount, PageRange, Pfn};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use std::error::Error;
@@ -20,9 +20,11 @@ use std::os::fd::{BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 
 /// Version of this protocol; a process and a daemon of different versions do not talk.
-pub(crate) const PROTOCOL_VERSION: u32 = 1;
+pub(crate) const PROTOCOL_VERSION: u32 = 2;
 /// Largest message: the list of all sections of the largest state.
 const MESSAGE_BYTES_MAX: usize = 128 << 10;
+/// Most pages that a save names as needed first: the page tables of eight vCPUs and what they point at.
+pub(crate) const FIRST_NEEDED_MAX: usize = 256;
 /// Most bytes beside a message: an image with its debug information.
 pub(crate) const BYTES_MAX: usize = 64 << 20;
 const HEADER_BYTES: usize = 8;
@@ -66,7 +68,13 @@ pub(crate) enum Request {
     CommitAndRun {
         id: MigrationId,
         stopped_at: Timestamp,
+        /// Pages are missing still; otherwise nobody is held back from the first instruction on.
+        keeps_faults: bool,
     },
+    /// No page is missing any more.
+    Disarm,
+    /// Pause and save nothing.
+    Pause,
     SetObserver {
         address: Option<SocketAddr>,
     },
@@ -83,14 +91,21 @@ pub(crate) enum Reply {
         config: Option<VmConfig>,
         phase: Phase,
         run_state: RunState,
+        faults: Faults,
     },
     Status {
         phase: Phase,
         run_state: RunState,
+        /// How many pages are missing, if faults are held back.
+        missing: Option<PageCount>,
     },
     Running(Running),
     /// The state is in the bytes, the dirty log in the shared bitmap.
-    Saved(SaveTimes),
+    Saved {
+        times: SaveTimes,
+        /// At most [`FIRST_NEEDED_MAX`].
+        first_needed: Vec<Pfn>,
+    },
     Loaded(Loaded),
     Sections(Vec<SectionInfo>),
     Sequence(u32),
@@ -98,6 +113,20 @@ pub(crate) enum Reply {
         why: Refusal,
         message: String,
     },
+}
+
+/// Whether accesses to missing pages are held back, and so whether two more descriptors come behind
+/// those of the memory and the dirty log: the page faults' and the bitmap of missing pages.
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) enum Faults {
+    Held {
+        /// Where the process has the memory.
+        base: u64,
+        /// Whether pages are continued, not copied.
+        is_continued: bool,
+    },
+    /// Not any more, or they never were.
+    NotHeld { why: String },
 }
 
 /// Kinds of refusals that a daemon tells apart.

@@ -4,6 +4,8 @@
 
 #[path = "kvm/dirty_log.rs"]
 mod dirty_log;
+#[path = "kvm/faults.rs"]
+mod faults;
 #[path = "kvm/guests.rs"]
 mod guests;
 #[path = "kvm/machines.rs"]

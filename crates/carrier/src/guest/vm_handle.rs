@@ -87,7 +87,7 @@ impl Guest for VmHandle {
         id: MigrationId,
         stopped_at: Timestamp,
     ) -> Result<Running, CommitError> {
-        match self.commit_and_run(id, stopped_at) {
+        match self.commit_and_run(id, stopped_at, false) {
             Ok(running) => Ok(Running {
                 first_instruction_at: running.last_entered_at,
             }),

@@ -4,6 +4,7 @@
 //! vCPU's own thread, while no vCPU of the machine runs.
 
 use super::MachineError;
+use super::first_needed::Place;
 use super::msrs::{self, KVM_CLOCKS, MsrPlan, TSC_DEADLINE};
 use super::time::{ClockPair, SavedTsc, ticks};
 use crate::answer::RefusedMsr;
@@ -45,6 +46,7 @@ pub(super) struct Resume {
 #[derive(Debug)]
 pub(super) struct SavedVcpu {
     pub(super) writer: Writer,
+    pub(super) place: Place,
     pub(super) stopped_at: u64,
     pub(super) tsc: SavedTsc,
 }
@@ -69,10 +71,13 @@ pub(super) fn save(
 ) -> Result<SavedVcpu, MachineError> {
     let instance = u16::from(index);
     let mut writer = Writer::with_capacity(16 << 10);
+    let mut place_in_memory = Place::default();
     // Reading the run state first: it may deliver what is pending to the interrupt controller.
     for (kind, part) in parts(fixed.has_irqchip).filter(|(_, part)| *part != VcpuPart::Events) {
         writer.fill(kind, instance, vcpu.part_bytes(part), |place| {
-            vcpu.read_part(part, place)
+            vcpu.read_part(part, place)?;
+            place_in_memory.note(part, place);
+            Ok::<(), KvmError>(())
         })?;
     }
     let tsc = read_tsc(vcpu, fixed)?;
@@ -96,6 +101,7 @@ pub(super) fn save(
     writer.write(Kind::Ports, instance, &state);
     Ok(SavedVcpu {
         writer,
+        place: place_in_memory,
         stopped_at,
         tsc,
     })

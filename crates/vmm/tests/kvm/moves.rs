@@ -39,7 +39,7 @@ fn move_guest(source: &VmHandle, directory: &Path, id: u128) -> (VmProcess, VmHa
     let rehearsed = source.rehearse().unwrap();
     target.load(&rehearsed.sections, true).unwrap();
     assert!(
-        target.commit_and_run(id, now()).is_err(),
+        target.commit_and_run(id, now(), false).is_err(),
         "a rehearsed state never runs"
     );
     let saved = source.pause_and_save(true).unwrap();
@@ -53,11 +53,11 @@ fn move_guest(source: &VmHandle, directory: &Path, id: u128) -> (VmProcess, VmHa
     let loaded = target.load(&saved.sections, false).unwrap();
     assert_eq!(loaded.refused_msrs, []);
     let running = target
-        .commit_and_run(id, saved.times.stopped_first)
+        .commit_and_run(id, saved.times.stopped_first, false)
         .unwrap();
     assert_eq!(
         target
-            .commit_and_run(id, saved.times.stopped_first)
+            .commit_and_run(id, saved.times.stopped_first, false)
             .unwrap(),
         running,
         "repeated"

@@ -311,7 +311,7 @@ fn a_committed_guest_does_not_resume_before_it_is_resolved() {
     let error = vm.resume().unwrap_err();
     assert!(matches!(&error, VmError::Phase(_)), "{error}");
     assert!(matches!(
-        vm.commit_and_run(ID, now()).unwrap_err(),
+        vm.commit_and_run(ID, now(), false).unwrap_err(),
         VmError::Phase(_)
     ));
     assert!(matches!(
@@ -340,10 +340,10 @@ fn a_process_without_a_guest_ends_with_its_daemon() {
     assert!(matches!(vm.run().unwrap_err(), VmError::Phase(_)));
     let other = MigrationId(8);
     assert!(matches!(
-        vm.commit_and_run(other, now()).unwrap_err(),
+        vm.commit_and_run(other, now(), false).unwrap_err(),
         VmError::Phase(_)
     ));
-    let empty = vm.commit_and_run(ID, now()).unwrap_err();
+    let empty = vm.commit_and_run(ID, now(), false).unwrap_err();
     assert_eq!(
         empty.to_string(),
         "there is nothing to run: no state was loaded"
