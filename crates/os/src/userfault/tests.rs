@@ -245,7 +245,7 @@ fn at_once(
             scope.spawn(&serve);
         }
         let wait = |_| all_done.recv_timeout(Duration::from_secs(20)).is_err();
-        let is_stuck = (0..count).map(wait).any(|is_stuck| is_stuck);
+        let is_stuck = (0..count).any(wait);
         is_over.store(true, Ordering::SeqCst);
         if is_stuck {
             // Wakes everybody, so that the test ends; who waited reads zeros and complains, too.

@@ -31,7 +31,7 @@ struct Move {
 }
 
 /// A guest that has run and is saved, and a target that is ready; `None` where that is not possible.
-fn begin(vcpus: u8) -> Option<(Move, VmHandle)> {
+fn begin(vcpus: u8, huge_pages: bool) -> Option<(Move, VmHandle)> {
     if !has_kvm() {
         return None;
     }
@@ -56,10 +56,15 @@ fn begin(vcpus: u8) -> Option<(Move, VmHandle)> {
     source.record(&Phase::Committed { id: ID, peer }).unwrap();
     let target_process = VmProcess::start(directory.path(), "target");
     let target = target_process.connect().unwrap();
-    let config = VmConfig::from_description(&source.description()).unwrap();
-    target
-        .create(&config, None, Phase::Preparing { id: ID })
-        .unwrap();
+    let mut config = VmConfig::from_description(&source.description()).unwrap();
+    config.huge_pages = huge_pages;
+    match target.create(&config, None, Phase::Preparing { id: ID }) {
+        Err(VmError::Refused(why)) if huge_pages => {
+            println!("skipped: {why}");
+            return None;
+        }
+        other => other.unwrap(),
+    }
     if let Some(why) = target.attached().not_armed {
         println!("skipped: {why}");
         return None;
@@ -119,6 +124,15 @@ fn serve(source: &VmHandle, installer: &PageInstaller, limit: u64, is_over: &Ato
     }
 }
 
+/// Ends the fault servers, whatever becomes of the test.
+struct Over<'a>(&'a AtomicBool);
+
+impl Drop for Over<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::SeqCst);
+    }
+}
+
 /// Loads and runs with pages missing, while faults are served.
 fn hand_over(moved: &Move, target: &VmHandle) {
     target.load(&moved.saved.sections, false).unwrap();
@@ -174,21 +188,23 @@ fn check_guest(moved: &Move, target: &VmHandle, vcpus: u8) {
 
 #[test]
 fn a_guest_runs_while_its_pages_arrive() {
-    for vcpus in [1, 2] {
-        let Some((moved, target)) = begin(vcpus) else {
+    for (vcpus, huge_pages) in [(1, false), (2, false), (2, true)] {
+        let Some((moved, target)) = begin(vcpus, huge_pages) else {
             return;
         };
         let installer = mark_all_missing(&moved, &target);
         let is_over = AtomicBool::new(false);
+        let limit = if huge_pages { 1 } else { 100 };
         thread::scope(|scope| {
-            scope.spawn(|| serve(&moved.source, &installer, u64::MAX, &is_over));
+            let _over = Over(&is_over);
+            scope.spawn(|| serve(&moved.source, &installer, limit, &is_over));
             for &page in &moved.saved.first_needed {
                 bring(&moved.source, &installer, page);
             }
             hand_over(&moved, &target);
             check_refusals(&target, &installer);
+            scope.spawn(|| serve(&moved.source, &installer, u64::MAX, &is_over));
             push_everything(&moved.source, &installer);
-            is_over.store(true, Ordering::SeqCst);
         });
         assert_eq!(target.status().unwrap().missing, Some(PageCount::ZERO));
         target.disarm().unwrap();
@@ -227,16 +243,17 @@ fn check_refusals(target: &VmHandle, installer: &PageInstaller) {
 /// The guest waits at a missing page for as long as there is no daemon, and then goes on.
 #[test]
 fn a_guest_outlives_its_daemon_while_pages_are_missing() {
-    for vcpus in [1, 2] {
-        let Some((moved, target)) = begin(vcpus) else {
+    for (vcpus, huge_pages) in [(1, false), (2, false), (2, true)] {
+        let Some((moved, target)) = begin(vcpus, huge_pages) else {
             return;
         };
         let installer = mark_all_missing(&moved, &target);
         /// Faults that the first daemon serves: the guest has come some way by then.
         const SERVED: u64 = 200;
+        let limit = if huge_pages { 1 } else { SERVED };
         let is_over = AtomicBool::new(false);
         thread::scope(|scope| {
-            scope.spawn(|| serve(&moved.source, &installer, SERVED, &is_over));
+            scope.spawn(|| serve(&moved.source, &installer, limit, &is_over));
             hand_over(&moved, &target);
         });
         // It stands now at a page that nobody brings; this daemon has read the fault and dies.
@@ -254,9 +271,9 @@ fn a_guest_outlives_its_daemon_while_pages_are_missing() {
         target.pause().unwrap();
         target.resume().unwrap();
         thread::scope(|scope| {
+            let _over = Over(&is_over);
             scope.spawn(|| serve(&moved.source, &installer, u64::MAX, &is_over));
             push_everything(&moved.source, &installer);
-            is_over.store(true, Ordering::SeqCst);
         });
         target.disarm().unwrap();
         check_guest(&moved, &target, vcpus);
@@ -265,7 +282,7 @@ fn a_guest_outlives_its_daemon_while_pages_are_missing() {
 
 #[test]
 fn nobody_is_held_back_when_all_was_there() {
-    let Some((moved, target)) = begin(1) else {
+    let Some((moved, target)) = begin(1, false) else {
         return;
     };
     let all = PageRange::new(Pfn::new(0), target.memory().page_count());
@@ -296,7 +313,7 @@ fn nobody_is_held_back_when_all_was_there() {
 
 #[test]
 fn a_guest_that_was_complete_needs_only_its_own_pages_first() {
-    let Some((moved, _target)) = begin(2) else {
+    let Some((moved, _target)) = begin(2, false) else {
         return;
     };
     let needed = &moved.saved.first_needed;
