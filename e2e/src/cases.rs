@@ -51,11 +51,30 @@ impl Drop for Places {
     }
 }
 
+/// Cases that may run at once if each of them waits for seconds and does nothing meanwhile.
+const WAITING: usize = 6;
+
 /// Runs `run` for every case whose name contains `LIMOSA_E2E_CASE`, or for all.
 ///
 /// # Panics
 /// At the end, with the names of all cases that failed.
 pub fn run_all<C: Display + Sync>(cases: &[C], run: impl Fn(&C) + Sync) {
+    run_at_once(cases, PLACES, |case| {
+        let _place = Places::one();
+        run(case);
+    });
+}
+
+/// The same for cases that mostly wait.
+///
+/// # Panics
+/// At the end, with the names of all cases that failed.
+pub fn run_all_waiting<C: Display + Sync>(cases: &[C], run: impl Fn(&C) + Sync) {
+    let _place = Places::all();
+    run_at_once(cases, WAITING, run);
+}
+
+fn run_at_once<C: Display + Sync>(cases: &[C], at_once: usize, run: impl Fn(&C) + Sync) {
     let only = std::env::var("LIMOSA_E2E_CASE").unwrap_or_default();
     let wanted: Vec<&C> = cases
         .iter()
@@ -65,7 +84,6 @@ pub fn run_all<C: Display + Sync>(cases: &[C], run: impl Fn(&C) + Sync) {
     let failures = Mutex::new(Vec::new());
     let work = || {
         while let Some(case) = wanted.get(next.fetch_add(1, Ordering::SeqCst)) {
-            let _place = Places::one();
             let begun = Instant::now();
             let result = catch_unwind(AssertUnwindSafe(|| run(case)));
             println!(
@@ -82,8 +100,9 @@ pub fn run_all<C: Display + Sync>(cases: &[C], run: impl Fn(&C) + Sync) {
             }
         }
     };
+    let begun = Instant::now();
     thread::scope(|scope| {
-        for _ in 0..PLACES {
+        for _ in 0..at_once {
             scope.spawn(work);
         }
     });
@@ -91,6 +110,7 @@ pub fn run_all<C: Display + Sync>(cases: &[C], run: impl Fn(&C) + Sync) {
         .into_inner()
         .unwrap_or_else(PoisonError::into_inner);
     let count = wanted.len();
+    println!("{count} cases in {:.1?}", begun.elapsed());
     assert!(
         failures.is_empty(),
         "{} of {count} cases failed:\n{}",

@@ -21,6 +21,24 @@ const LOG_LINES: usize = 40;
 /// How long VM processes that were killed may take to vanish.
 const VANISH_MAX: Duration = Duration::from_secs(5);
 
+/// Begins of the names of threads that carry migrations: none outlives its own by more than a moment.
+const CARRYING: [&str; 14] = [
+    "answers",
+    "arrive",
+    "connect",
+    "control",
+    "create",
+    "digest",
+    "faults",
+    "hash",
+    "migrate",
+    "pull",
+    "push-",
+    "receive-",
+    "reconcile",
+    "resolve",
+];
+
 /// `limosa host`, running or killed.
 #[derive(Debug)]
 pub struct Daemon {
@@ -108,6 +126,23 @@ impl Daemon {
     /// Its VM processes, also while it is dead itself.
     pub fn vm_processes(&self) -> Vec<u32> {
         process::naming(&self.state_dir, self.child.as_ref().map(Child::id))
+    }
+
+    /// Sockets of VM processes in its state directory, also of those that have ended.
+    pub fn vm_sockets(&self) -> Vec<PathBuf> {
+        let entries = fs::read_dir(self.state_dir.join("vms"));
+        let entries = entries.into_iter().flatten().flatten();
+        entries.map(|entry| entry.path()).collect()
+    }
+
+    /// Names of its threads that carry migrations.
+    ///
+    /// # Panics
+    /// If it does not run.
+    pub fn carrying_threads(&self) -> Vec<String> {
+        let mut names = process::thread_names(self.pid());
+        names.retain(|name| CARRYING.iter().any(|carrying| name.starts_with(carrying)));
+        names
     }
 
     /// What it has logged, all its lives together.

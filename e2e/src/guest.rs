@@ -23,20 +23,24 @@ pub fn writer(name: &str, args: &str) -> VmSpec {
     }
 }
 
-/// Starts a guest and waits until all its vCPUs work.
+/// Bytes a second that a guest fills at least, even on a busy machine.
+const FILL_RATE: u64 = 24 << 20;
+
+/// Starts a guest and waits until all its vCPUs work, which they do when their memory is filled.
 ///
 /// # Panics
 /// If they do not.
 #[track_caller]
 pub fn boot(daemon: &Daemon, spec: &VmSpec) {
     daemon.client().run(spec).expect("a guest can be started");
-    wait::until_true("all vCPUs work", || {
-        let report = daemon.client().guest(&spec.name);
-        report.is_ok_and(|report| {
-            report.vcpus.len() == usize::from(spec.vcpus)
-                && report.vcpus.iter().all(|vcpu| vcpu.state == "ready")
-        })
+    let limit = PATIENCE + Duration::from_secs(spec.memory_bytes / FILL_RATE);
+    let works = wait::poll(limit, || {
+        let report = daemon.client().guest(&spec.name).ok()?;
+        let is_complete = report.vcpus.len() == usize::from(spec.vcpus);
+        let works = is_complete && report.vcpus.iter().all(|vcpu| vcpu.state == "ready");
+        works.then_some(())
     });
+    assert!(works.is_some(), "waited {limit:?} in vain: all vCPUs work");
 }
 
 /// Work over all vCPUs, or nothing if there is no such guest.

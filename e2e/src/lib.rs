@@ -3,7 +3,8 @@
 //! ```text
 //!  tests ─▶ Pair ─┬─ Daemon a ── VM processes        Hold: a migration waits at one action
 //!                 ├─ Daemon b ── VM processes        peer: somebody who speaks the protocol badly
-//!                 └─ Beats: who runs the guest, seen from outside
+//!                 ├─ Beats: who runs the guest, seen from outside
+//!                 └─ Link: a way between them that can be cut; strike: whom else to kill
 //! ```
 //!
 //! A test asks the daemons through their control interface, as an operator does, and believes them
@@ -21,16 +22,19 @@ pub mod cases;
 pub mod daemon;
 pub mod guest;
 pub mod hold;
+pub mod link;
 pub mod pair;
 pub mod peer;
 pub mod points;
 pub mod process;
 pub mod resources;
+pub mod strike;
 pub mod wait;
 
 pub use beats::Beats;
 pub use daemon::Daemon;
 pub use hold::Hold;
+pub use link::Link;
 pub use pair::{Pair, VM};
 
 use std::io::Write;

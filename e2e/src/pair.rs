@@ -4,10 +4,11 @@ use crate::beats::Beats;
 use crate::daemon::Daemon;
 use crate::guest;
 use crate::hold::Hold;
+use crate::points::Manner;
 use crate::wait::{self, PATIENCE};
 use limosa_engine::policy::Mode;
 use limosa_engine::source::Stage;
-use limosa_host::api::{MigrateBody, MigrationInfo, Report, VmSpec, VmState};
+use limosa_host::api::{LimitsPatch, MigrateBody, MigrationInfo, Report, VmSpec, VmState};
 use std::time::{Duration, Instant};
 
 /// Name of the guest where there is only one.
@@ -61,13 +62,13 @@ impl Pair {
         guest::boot(&self.a, &spec);
     }
 
-    /// Starts the guest that cases use: 8 MiB that it rewrites at a moderate rate.
+    /// Starts the guest of most manners: 8 MiB that it rewrites at a moderate rate.
     ///
     /// # Panics
     /// If it does not work.
     #[track_caller]
     pub fn boot_small(&self) {
-        self.boot(guest::writer(VM, "ws=8M rate=5000 touch=2M"));
+        self.boot(Manner::Of(Mode::PreCopy).spec());
     }
 }
 
@@ -89,25 +90,56 @@ pub fn begin(from: &Daemon, to: &Daemon, mode: Mode) -> String {
         .expect("a migration that is accepted")
 }
 
-/// Waits for the end of a migration.
+/// Starts to move [`VM`] in this manner to the daemon at `address` and gives the migration's id.
+///
+/// # Panics
+/// If it is refused.
+#[track_caller]
+pub fn begin_to(from: &Daemon, address: &str, manner: Manner) -> String {
+    from.client()
+        .migrate(VM, &manner.body(address))
+        .expect("a migration that is accepted")
+}
+
+/// Waits for the end of a migration. A guest that runs on demand is drained, since nothing else ends
+/// that.
 ///
 /// # Panics
 /// If it does not end.
 #[track_caller]
 pub fn end(from: &Daemon, id: &str) -> Report {
     let give_up = Instant::now() + MIGRATION_MAX;
+    let mut is_on_demand = true;
     loop {
+        // Short while it may have to be drained, which the daemon tells to nobody who waits.
+        let wait = if is_on_demand { 20 } else { 5_000 };
         let info = from
             .client()
-            .wait(id, Duration::from_secs(5))
+            .wait(id, Duration::from_millis(wait))
             .expect("a daemon that answers");
         if info.stage == Stage::Finished {
             return info.report;
+        }
+        is_on_demand = info.mode == Mode::Demand;
+        if info.stage == Stage::Serving && is_on_demand {
+            drain(from, id);
         }
         assert!(
             Instant::now() < give_up,
             "a migration does not end: {info:?}"
         );
+    }
+}
+
+/// Has all pages sent that a guest misses. Whether one that has them all by now is told so is its
+/// business.
+pub fn drain(from: &Daemon, id: &str) {
+    let patch = LimitsPatch {
+        mode: Some(Mode::PostCopy),
+        ..LimitsPatch::default()
+    };
+    if let Err(error) = from.client().set(id, &patch) {
+        println!("nothing to drain: {error}");
     }
 }
 
@@ -129,15 +161,28 @@ pub fn until_stage(from: &Daemon, id: &str, stages: &[Stage]) -> MigrationInfo {
 /// If anything is not as it should be.
 #[track_caller]
 pub fn move_whole(name: &str, from: &Daemon, to: &Daemon, mode: Mode) -> Report {
+    finish_whole(name, from, to, &body(to, mode))
+}
+
+fn finish_whole(name: &str, from: &Daemon, to: &Daemon, body: &MigrateBody) -> Report {
     let id = from
         .client()
-        .migrate(name, &body(to, mode))
+        .migrate(name, body)
         .expect("a migration that is accepted");
     let report = end(from, &id);
     assert_completed(&report);
     assert_eq!(report.digest_equal, Some(true), "{report:?}");
     assert_is_at(name, to, from);
     report
+}
+
+/// Moves [`VM`] in this manner, and checks the same.
+///
+/// # Panics
+/// If anything is not as it should be.
+#[track_caller]
+pub fn move_so(from: &Daemon, to: &Daemon, manner: Manner) -> Report {
+    finish_whole(VM, from, to, &manner.body(to.peer_address()))
 }
 
 /// The migration was carried out, and its report is complete.
@@ -192,7 +237,8 @@ pub fn assert_is_at(name: &str, here: &Daemon, there: &Daemon) {
     guest::assert_whole(here, name);
 }
 
-/// Nothing of the guest is left on a daemon that has no other guests, or soon will be.
+/// Nothing of the guest is left on a daemon, or soon will be: no machine, no process, no socket, no
+/// migration, no thread that carries one.
 ///
 /// # Panics
 /// If something stays.
@@ -201,15 +247,24 @@ pub fn assert_gone(name: &str, daemon: &Daemon) {
     let mut seen = String::new();
     let is_gone = wait::poll(PATIENCE, || {
         let listed = daemon.client().vms().expect("a daemon that answers");
-        let incoming = daemon.client().incoming().expect("a daemon that answers");
         let others = listed
             .iter()
             .filter(|vm| vm.name != name && vm.pid != 0)
             .count();
         let mine = listed.iter().find(|vm| vm.name == name);
+        let incoming = daemon.client().incoming().expect("a daemon that answers");
         let processes = daemon.vm_processes();
-        let is_gone = mine.is_none() && incoming.is_empty() && processes.len() == others;
-        seen = format!("listed {mine:?}, incoming {incoming:?}, processes {processes:?}");
+        let threads = daemon.carrying_threads();
+        let sockets = daemon.vm_sockets();
+        let is_gone = mine.is_none()
+            && incoming.is_empty()
+            && processes.len() == others
+            && threads.is_empty()
+            && sockets.len() == others;
+        seen = format!(
+            "listed {mine:?}, incoming {incoming:?}, processes {processes:?}, threads {threads:?}, \
+             sockets {sockets:?}"
+        );
         is_gone.then_some(())
     });
     assert!(is_gone.is_some(), "something of {name} is left: {seen}");
@@ -221,7 +276,7 @@ pub fn assert_gone(name: &str, daemon: &Daemon) {
 /// # Panics
 /// If it is otherwise.
 #[track_caller]
-pub fn assert_back_home(pair: &Pair, mode: Mode) {
+pub fn assert_back_home(pair: &Pair, manner: Manner) {
     assert_is_at(VM, &pair.a, &pair.b);
     let turns = pair.beats.assert_one_at_a_time();
     assert_eq!(
@@ -229,6 +284,6 @@ pub fn assert_back_home(pair: &Pair, mode: Mode) {
         1,
         "another process than the first has run the guest: {turns:#?}"
     );
-    move_whole(VM, &pair.a, &pair.b, mode);
+    move_so(&pair.a, &pair.b, manner);
     pair.beats.assert_one_at_a_time();
 }

@@ -18,6 +18,9 @@ use std::time::Duration;
 /// How long any single answer may take: a daemon gives a silent peer ten seconds.
 pub const ANSWER_MAX: Duration = Duration::from_secs(20);
 
+/// What a played source calls its only connections.
+const GENERATION: u32 = 1;
+
 /// An id that no migration has.
 pub fn fresh_id() -> MigrationId {
     let state = RandomState::new();
@@ -51,7 +54,12 @@ pub fn connect(address: &str) -> TcpStream {
 #[track_caller]
 pub fn dial(address: &str, migration: MigrationId, role: Role) -> TcpStream {
     let stream = connect(address);
-    write(&stream, &Preamble { migration, role }.encode());
+    let preamble = Preamble {
+        migration,
+        role,
+        generation: GENERATION,
+    };
+    write(&stream, &preamble.encode());
     stream
 }
 

@@ -86,6 +86,7 @@ fn deeds_at_the_door() -> Vec<Deed> {
             let mut bytes = Preamble {
                 migration: fresh_id(),
                 role: Role::Control,
+                generation: 1,
             }
             .encode();
             bytes[8] = 9;
@@ -97,6 +98,7 @@ fn deeds_at_the_door() -> Vec<Deed> {
             let mut bytes = Preamble {
                 migration: fresh_id(),
                 role: Role::Control,
+                generation: 1,
             }
             .encode();
             bytes[10] = 7;
@@ -347,6 +349,7 @@ fn deeds_inside() -> Vec<Deed> {
                 round,
                 stopped_at: now(),
                 state,
+                missing: PageCount::ZERO,
             });
             let reason = goodbye(&source.control);
             assert!(reason.len() > 10, "{reason:?}");
@@ -539,6 +542,7 @@ fn pages_after_the_last_barrier_are_not_installed() {
         round,
         stopped_at: recording.stopped_at,
         state,
+        missing: PageCount::ZERO,
     });
     assert!(matches!(source.read(), Some(ControlFrame::Prepared { .. })));
     let late = late_pages(&recording);

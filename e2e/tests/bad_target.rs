@@ -5,7 +5,7 @@
 
 use limosa_e2e::cases::Places;
 use limosa_e2e::pair::{assert_failed, end, move_whole, until_stage};
-use limosa_e2e::peer::target::{FakeTarget, Taken};
+use limosa_e2e::peer::target::{ACCEPT, FakeTarget, Taken};
 use limosa_e2e::peer::{now, read, send, write};
 use limosa_e2e::resources::Resources;
 use limosa_e2e::{Daemon, Pair, VM, guest, has_kvm};
@@ -13,7 +13,7 @@ use limosa_engine::Timestamp;
 use limosa_engine::handover::{MigrationId, Resolution};
 use limosa_engine::policy::Mode;
 use limosa_engine::source::Stage;
-use limosa_engine::wire::{ControlFrame, Digest, Preamble, Role};
+use limosa_engine::wire::{ControlFrame, Digest, Role};
 use limosa_host::api::{MigrateBody, Report, VmState};
 use limosa_pages::PageCount;
 use std::net::TcpStream;
@@ -59,7 +59,7 @@ fn deeds_at_the_door() -> Vec<Deed> {
             answer(target, &[2, 0, 0, 0, 0xee, 0])
         }),
         deed("sends half a frame and closes", "broke", |target| {
-            let bytes = ControlFrame::Accept { boot_id: u128::MAX }.encode();
+            let bytes = ACCEPT.encode();
             answer(target, &bytes[..bytes.len() - 1]);
         }),
         deed("refuses", "the target refused: no room for it", |target| {
@@ -73,12 +73,12 @@ fn deeds_at_the_door() -> Vec<Deed> {
         }),
         deed(
             "is of another version",
-            "protocol version 1, this host version 2",
+            "protocol version 2, this host version 3",
             |target| {
                 // What a daemon of the next version says to the preamble.
                 refuse(
                     target,
-                    "the peer speaks protocol version 1, this host version 2: use the same release on both hosts",
+                    "the peer speaks protocol version 2, this host version 3: use the same release on both hosts",
                 );
             },
         ),
@@ -149,7 +149,7 @@ fn deeds_inside() -> Vec<Deed> {
         deed("accepts twice", "accept out of turn", |target| {
             let taken = target.take();
             taken.accept();
-            taken.send(&ControlFrame::Accept { boot_id: 1 });
+            taken.send(&ACCEPT);
             wait_for_end(&taken);
         }),
         deed(
@@ -157,7 +157,7 @@ fn deeds_inside() -> Vec<Deed> {
             "clock-echo out of turn",
             |target| {
                 let taken = target.take();
-                taken.send(&ControlFrame::Accept { boot_id: 1 });
+                taken.send(&ACCEPT);
                 taken.send(&ControlFrame::ClockEcho {
                     number: 77,
                     now: now(),
@@ -249,7 +249,7 @@ fn silent_deeds() -> Vec<Deed> {
         }),
         deed("says half a frame", "silent for 10 s", |target| {
             let taken = target.take();
-            let bytes = ControlFrame::Accept { boot_id: u128::MAX }.encode();
+            let bytes = ACCEPT.encode();
             write(&taken.control, &bytes[..bytes.len() / 2]);
             wait_for_end(&taken);
         }),
@@ -269,9 +269,9 @@ fn silent_deeds() -> Vec<Deed> {
                 panic!("expected start")
             };
             // The streams stay open and nobody reads them.
-            let _streams: Vec<(Preamble, TcpStream)> =
+            let _streams: Vec<(limosa_engine::wire::Preamble, TcpStream)> =
                 (0..start.streams).map(|_| target.accept()).collect();
-            send(&control, &ControlFrame::Accept { boot_id: 1 });
+            send(&control, &ACCEPT);
             loop {
                 match read(&control) {
                     Some(ControlFrame::ClockProbe { number }) => {
@@ -372,7 +372,7 @@ fn only_a_clear_answer_brings_the_guest_back() {
     let target = FakeTarget::listen();
     let (id, attempt) = commit_to(&target, &pair.a);
     for answer in [
-        ControlFrame::Accept { boot_id: 1 }.encode(),
+        ACCEPT.encode(),
         ControlFrame::Refuse {
             reason: "ask somebody else".to_owned(),
         }
@@ -395,7 +395,7 @@ fn only_a_clear_answer_brings_the_guest_back() {
         &ControlFrame::Resolved(Resolution::Barred),
     );
     assert_failed(&end(&pair.a, &id));
-    limosa_e2e::pair::assert_back_home(&pair, Mode::PreCopy);
+    limosa_e2e::pair::assert_back_home(&pair, limosa_e2e::points::Manner::Of(Mode::PreCopy));
 }
 
 /// Has a source commit its guest to a played target, which then closes everything.
@@ -410,13 +410,8 @@ fn commit_to(target: &FakeTarget, source: &Daemon) -> (String, MigrationId) {
 /// The next question of the source about the outcome.
 fn asked(target: &FakeTarget, attempt: MigrationId) -> TcpStream {
     let (preamble, question) = target.accept();
-    assert_eq!(
-        preamble,
-        Preamble {
-            migration: attempt,
-            role: Role::Resolve
-        }
-    );
+    let asked = (preamble.migration, preamble.role);
+    assert_eq!(asked, (attempt, Role::Resolve));
     assert_eq!(read(&question), Some(ControlFrame::Resolve));
     question
 }
@@ -441,7 +436,7 @@ fn impossible_numbers_are_reported_and_harm_nobody() {
         (request.rounds_max, request.verify) = (Some(1), true);
         let id = pair.a.client().migrate(VM, &request).expect("accepted");
         let taken = target.take();
-        taken.send(&ControlFrame::Accept { boot_id: 1 });
+        taken.send(&ACCEPT);
         // Clocks that are centuries apart.
         let Some(ControlFrame::Rehearsal { .. }) = taken.read_with_clock(|| at(runs_at)) else {
             panic!("expected a rehearsal")

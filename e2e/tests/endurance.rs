@@ -1,19 +1,24 @@
-//! Many moves there and back: nothing breaks and nothing grows.
+//! Many moves there and back in all modes: nothing breaks and nothing grows.
+//!
+//! A guest on demand works for a while without its pages and is then drained.
 //!
 //! `LIMOSA_E2E_MOVES` says how many; the seed of the modes is printed and can be given as
 //! `LIMOSA_E2E_SEED`.
 
 use limosa_e2e::cases::Places;
-use limosa_e2e::pair::move_whole;
+use limosa_e2e::pair::{assert_completed, assert_is_at, begin, end, move_whole, until_stage};
 use limosa_e2e::resources::Resources;
-use limosa_e2e::{Pair, VM, guest, has_kvm};
+use limosa_e2e::{Daemon, Pair, VM, guest, has_kvm};
 use limosa_engine::policy::Mode;
+use limosa_engine::source::Stage;
+use limosa_host::api::Report;
 use std::time::Instant;
 
 /// Moves if nothing is said.
-const MOVES: u64 = 20;
-/// The moves after which everything that daemons make only once has been made.
-const MOVES_UNTIL_WARM: u64 = 4;
+const MOVES: u64 = 30;
+/// The moves after which everything that daemons make only once has been made: each mode once there
+/// and once back.
+const MOVES_UNTIL_WARM: u64 = 2 * Mode::ALL.len() as u64;
 
 #[test]
 fn moves_there_and_back_leave_nothing_behind() {
@@ -38,10 +43,15 @@ fn moves_there_and_back_leave_nothing_behind() {
             (&pair.b, &pair.a)
         };
         if number == MOVES_UNTIL_WARM {
-            // Both have been source and target of both modes by then, as good as certainly.
+            // Both have been source and target of every mode.
             warm = Some([Resources::of(&pair.a), Resources::of(&pair.b)]);
         }
-        let report = move_whole(VM, from, to, mode(seed, number));
+        let mode = mode(seed, number);
+        let report = if mode == Mode::Demand {
+            move_on_demand(from, to)
+        } else {
+            move_whole(VM, from, to, mode)
+        };
         downtimes.push(report.downtime_ms.expect("it was completed").total);
     }
     downtimes.sort_by(f64::total_cmp);
@@ -61,16 +71,33 @@ fn moves_there_and_back_leave_nothing_behind() {
     b.assert_not_grown(&pair.b);
 }
 
-/// The mode of a move: each of the first four comes once for each host, the rest is mixed.
+/// Moves the guest, lets it work without its pages, and drains it.
+fn move_on_demand(from: &Daemon, to: &Daemon) -> Report {
+    let id = begin(from, to, Mode::Demand);
+    until_stage(from, &id, &[Stage::Serving]);
+    guest::assert_works(to, VM);
+    let report = end(from, &id);
+    assert_completed(&report);
+    assert_eq!(report.digest_equal, Some(true), "{report:?}");
+    assert!(report.pulled_pages > Some(0), "{report:?}");
+    assert_is_at(VM, to, from);
+    report
+}
+
+/// The mode of a move: at first each comes once for each host, the rest is mixed.
 fn mode(seed: u64, number: u64) -> Mode {
+    let at = |index: u64| {
+        let count = Mode::ALL.len() as u64;
+        Mode::ALL[usize::try_from(index % count).expect("a few modes")]
+    };
     if number < MOVES_UNTIL_WARM {
-        return Mode::ALL[usize::from(number >= 2)];
+        return at(number / 2);
     }
     // One step of splitmix64.
     let mut bits = seed.wrapping_add(number.wrapping_mul(0x9e37_79b9_7f4a_7c15));
     bits = (bits ^ (bits >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
     bits = (bits ^ (bits >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-    Mode::ALL[usize::from(bits >> 63 == 1)]
+    at(bits ^ (bits >> 31))
 }
 
 fn number(variable: &str) -> Option<u64> {

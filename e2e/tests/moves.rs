@@ -32,7 +32,10 @@ fn there_and_back_by_each_mode() {
             guest::command(from, VM, CommandKind::ClearStalls);
             let report = move_whole(VM, from, to, mode);
             check_pages(&report, 20 * MIB);
-            untold.note(&report, to);
+            if report.missing_at_switch == 0 {
+                // A guest that misses pages stands for each of them, beyond the downtime.
+                untold.note(&report, to);
+            }
             // The old host knows of no such guest, and says so.
             let gone = from.client().vm(VM).expect_err("it has gone");
             assert!(gone.to_string().contains("no VM named"), "{gone}");
@@ -47,11 +50,25 @@ fn there_and_back_by_each_mode() {
 fn check_pages(report: &Report, touched_bytes: u64) {
     let touched = touched_bytes / 4096;
     assert!(report.pages_sent >= touched, "{report:?}");
+    if report.missing_at_switch > 0 {
+        check_faults(report);
+        return;
+    }
     let first_time = report.pages_sent - report.pages_resent;
     assert!(first_time <= touched + 8 * MIB / 4096, "{report:?}");
     let rounds: u64 = report.rounds.iter().map(|round| round.bytes).sum();
     assert_eq!(report.wire_bytes, rounds + report.state_bytes, "{report:?}");
     assert!(report.wire_bytes >= touched_bytes, "{report:?}");
+}
+
+/// Every page that was missing came, some because a vCPU waited for them.
+fn check_faults(report: &Report) {
+    let pulled = report.pulled_pages.expect("all pages are there");
+    let pushed = report.pushed_before_need.expect("all pages are there");
+    assert!(pulled > 0, "{report:?}");
+    assert!(pulled + pushed <= report.missing_at_switch, "{report:?}");
+    assert!(report.fault_latency_us.is_some(), "{report:?}");
+    assert!(report.missing_set_bytes > 0, "{report:?}");
 }
 
 /// How much longer the guest stood than reports told, at its longest stall of each move.
@@ -79,6 +96,9 @@ impl Untold {
     }
 
     fn check(&self) {
+        if self.0.is_empty() {
+            return;
+        }
         let least = self.0.iter().copied().fold(f64::INFINITY, f64::min);
         assert!(least <= NOISE_MS, "untold milliseconds: {:?}", self.0);
     }
@@ -223,12 +243,12 @@ fn several_guests_move_at_once() {
     }
 }
 
-/// A guest that rewrites 32 MiB far faster than a link of 100 MB/s carries them.
+/// A guest that rewrites 16 MiB far faster than the link carries them, even on a busy host.
 fn boot_too_fast(pair: &Pair) {
-    pair.boot(guest::writer(VM, "ws=32M rate=max pattern=seq"));
+    pair.boot(guest::writer(VM, "ws=16M rate=max pattern=seq"));
 }
 
-const LINK: u64 = 100_000_000;
+const LINK: u64 = 25_000_000;
 
 fn body_over_link(to: &Daemon) -> MigrateBody {
     let mut body = body(to, Mode::PreCopy);
@@ -263,8 +283,8 @@ fn check_gave_up(report: &Report) {
     let reasons = [PauseReason::NoProgress, PauseReason::RoundsMax].map(Some);
     assert!(reasons.contains(&report.pause_reason), "{report:?}");
     let last = report.rounds.last().expect("a last round");
-    // The guest rewrites more than 16 MiB a round.
-    assert!(last.pages > 4096, "{report:?}");
+    // The guest rewrites more than 8 MiB a round.
+    assert!(last.pages > 2048, "{report:?}");
     let on_link_ms = last.bytes as f64 * 1000.0 / LINK as f64;
     let downtime = report.downtime_ms.expect("it was completed");
     assert!(downtime.total >= on_link_ms * 0.9, "{report:?}");
@@ -306,9 +326,9 @@ fn rounds_end_at_their_limit_and_before_the_deadline() {
     );
     assert_is_at(VM, &pair.b, &pair.a);
 
-    // One round takes a third of a second: there is time for the first and the last one.
+    // One round takes two thirds of a second: there is time for the first and the last one.
     let mut body = body_over_link(&pair.a);
-    body.deadline_ms = Some(1000.0);
+    body.deadline_ms = Some(1900.0);
     let report = end(
         &pair.b,
         &pair.b.client().migrate(VM, &body).expect("accepted"),
@@ -319,7 +339,7 @@ fn rounds_end_at_their_limit_and_before_the_deadline() {
         Some(PauseReason::Deadline),
         "{report:?}"
     );
-    assert!(report.total_ms < 1000.0 + NOISE_MS, "{report:?}");
+    assert!(report.total_ms < 1900.0 + NOISE_MS, "{report:?}");
     assert_is_at(VM, &pair.a, &pair.b);
 }
 
@@ -330,7 +350,9 @@ fn a_bandwidth_set_in_flight_takes_effect() {
     }
     let _places = Places::all();
     let pair = Pair::start();
-    pair.boot(guest::writer(VM, "ws=2M rate=500 touch=48M"));
+    let mut spec = guest::writer(VM, "ws=2M rate=500 touch=192M");
+    spec.memory_bytes = 256 << 20;
+    pair.boot(spec);
     let mut body = body(&pair.b, Mode::PreCopy);
     body.bandwidth_max = Some(4_000_000);
     let id = pair.a.client().migrate(VM, &body).expect("accepted");
@@ -358,9 +380,9 @@ fn a_bandwidth_set_in_flight_takes_effect() {
     assert_eq!(info.limits.bandwidth_max, None);
     let report = end(&pair.a, &id);
     assert_completed(&report);
-    // At the former limit the rest would have taken seconds.
+    // At the former limit the rest would have taken nine seconds.
     assert!(
-        lifted.elapsed() < Duration::from_secs(1),
+        lifted.elapsed() < Duration::from_secs(5),
         "{:?}: {report:?}",
         lifted.elapsed()
     );

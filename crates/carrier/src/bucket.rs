@@ -42,8 +42,13 @@ impl Bucket {
 
     /// Changes the rate for what is taken from now on, and lets everybody pass who waits.
     pub(crate) fn set_rate(&self, rate: Option<BytesPerSecond>) {
+        self.lock().rate = rate;
+        self.hurry();
+    }
+
+    /// Lets everybody pass who waits.
+    pub(crate) fn hurry(&self) {
         let mut state = self.lock();
-        state.rate = rate;
         state.free_at = Instant::now();
         state.changes += 1;
         drop(state);
@@ -60,6 +65,11 @@ impl Bucket {
             let waited = self.changed.wait_timeout_while(state, wait, waits);
             drop(waited.unwrap_or_else(PoisonError::into_inner));
         }
+    }
+
+    /// Takes `bytes` at once: they go before all that waits, which passes so much later.
+    pub(crate) fn take_first(&self, bytes: u64) {
+        self.lock().book(bytes, Instant::now());
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {

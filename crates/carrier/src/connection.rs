@@ -4,8 +4,7 @@
 //! has a limit and, during the handshake, a time-out.
 
 use crate::bucket::Bucket;
-use limosa_engine::handover::MigrationId;
-use limosa_engine::wire::{ControlFrame, PREAMBLE_BYTES, Preamble, Role, WireError};
+use limosa_engine::wire::{ControlFrame, PREAMBLE_BYTES, Preamble, WireError};
 use std::io::{self, Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpStream, ToSocketAddrs};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -15,6 +14,8 @@ use std::time::Duration;
 pub(crate) const HANDSHAKE_MAX: Duration = Duration::from_secs(5);
 /// How long one control frame may take to be written: longer, and the peer has stopped reading.
 const WRITE_MAX: Duration = Duration::from_secs(10);
+/// Longest frame that does not wait for its turn on an emulated link: all but states.
+const SMALL_FRAME_BYTES: usize = 4 << 10;
 /// Step by which the buffer for a frame grows, so that memory follows what arrived and not what
 /// was announced.
 const GROW_STEP: usize = 64 << 10;
@@ -54,7 +55,7 @@ pub(crate) enum ReadError {
 }
 
 /// Connects and sends the preamble.
-pub(crate) fn dial(peer: &str, migration: MigrationId, role: Role) -> Result<TcpStream, Dial> {
+pub(crate) fn dial(peer: &str, preamble: Preamble) -> Result<TcpStream, Dial> {
     let unreachable = |source| Dial::Unreachable {
         peer: peer.to_owned(),
         source,
@@ -74,9 +75,7 @@ pub(crate) fn dial(peer: &str, migration: MigrationId, role: Role) -> Result<Tcp
                 stream
                     .set_write_timeout(Some(WRITE_MAX))
                     .map_err(unreachable)?;
-                stream
-                    .write_all(&Preamble { migration, role }.encode())
-                    .map_err(unreachable)?;
+                stream.write_all(&preamble.encode()).map_err(unreachable)?;
                 return Ok(stream);
             }
             Err(error) => last = error,
@@ -127,7 +126,12 @@ impl ControlWriter {
     /// Writes one frame with one system call.
     pub(crate) fn send(&self, frame: &ControlFrame) -> io::Result<()> {
         let bytes = frame.encode();
-        self.link.take(bytes.len() as u64);
+        // What is small goes first: nobody waits long for it, and much waits for what it says.
+        if bytes.len() <= SMALL_FRAME_BYTES {
+            self.link.take_first(bytes.len() as u64);
+        } else {
+            self.link.take(bytes.len() as u64);
+        }
         self.stream
             .lock()
             .unwrap_or_else(PoisonError::into_inner)

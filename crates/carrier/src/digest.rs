@@ -35,10 +35,24 @@ impl PageHashes {
 
     /// Hashes `page` as it lies in memory.
     pub(crate) fn set(&self, page: Pfn, memory: &SharedMemory) {
+        self.store(page, hash(page, memory));
+    }
+
+    /// Hashes the content of `page` as it will be installed.
+    pub(crate) fn set_content(&self, page: Pfn, content: &[u8]) {
+        self.store(page, hash_content(content));
+    }
+
+    /// Notes that `page` is zero.
+    pub(crate) fn set_zero(&self, page: Pfn) {
+        self.store(page, ZERO);
+    }
+
+    fn store(&self, page: Pfn, hash: u64) {
         let index = |number: u64| usize::try_from(number).expect("within the table");
         let chunk = self.chunks[index(page.get() / CHUNK)]
             .get_or_init(|| (0..CHUNK).map(|_| AtomicU64::new(ZERO)).collect());
-        chunk[index(page.get() % CHUNK)].store(hash(page, memory), Ordering::Relaxed);
+        chunk[index(page.get() % CHUNK)].store(hash, Ordering::Relaxed);
     }
 
     /// The digest of what was installed, with that of the state.
@@ -72,6 +86,13 @@ fn hash(page: Pfn, memory: &SharedMemory) -> u64 {
     }
     // A page with content never looks like a zero page.
     memory.hash(page).max(1)
+}
+
+fn hash_content(content: &[u8]) -> u64 {
+    if content.iter().all(|&byte| byte == 0) {
+        return ZERO;
+    }
+    xxh3_64(content).max(1)
 }
 
 #[derive(Default)]

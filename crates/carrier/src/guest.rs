@@ -8,7 +8,8 @@ mod vm_handle;
 use limosa_engine::Timestamp;
 use limosa_engine::handover::{MigrationId, Phase};
 use limosa_os::SharedMemory;
-use limosa_pages::{PageRange, PageSet};
+use limosa_os::userfault::PageInstaller;
+use limosa_pages::{PageRange, PageSet, Pfn};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -43,6 +44,8 @@ pub struct Saved {
     pub saved: Timestamp,
     /// What the last harvest found, if one was asked for.
     pub dirty: Option<PageSet>,
+    /// Pages that the vCPUs need at once when they go on: page tables, code, stack.
+    pub first_needed: Vec<Pfn>,
 }
 
 /// A guest that runs.
@@ -121,8 +124,21 @@ pub trait Guest: Send + Sync {
     /// The state does not fit or is damaged; the guest cannot run then.
     fn load(&self, state: &[u8], is_rehearsal: bool) -> Result<Duration, GuestError>;
 
+    /// What installs pages that come when the guest runs; `None` if its page faults cannot be
+    /// served, or need not be any more.
+    fn installer(&self) -> Option<Arc<PageInstaller>>;
+
+    /// All pages are there: from now on page faults are the kernel's.
+    ///
+    /// # Errors
+    /// The VM process does not answer.
+    fn disarm(&self) -> Result<(), GuestError>;
+
+    /// True if the VM process has ended.
+    fn is_gone(&self) -> bool;
+
     /// Records the commit and runs: one request. `stopped_at` is when the guest stopped at the
-    /// source, on this host's clock.
+    /// source, on this host's clock. With `keeps_faults` its page faults are still reported.
     ///
     /// # Errors
     /// Whether it is certain that the guest has not run.
@@ -130,6 +146,7 @@ pub trait Guest: Send + Sync {
         &self,
         id: MigrationId,
         stopped_at: Timestamp,
+        keeps_faults: bool,
     ) -> Result<Running, CommitError>;
 
     /// Ends the VM process.

@@ -2,16 +2,21 @@
 //!
 //! One thread a stream. Until the guest's state is loaded nobody else touches that memory, so the
 //! pages are received in place; scattered ones go through a small buffer that saves system calls.
-//! Once [`Shared::seal`] was called nothing is installed any more, whatever a peer sends.
+//! From then on the memory is the guest's: after [`Shared::seal`] nothing is installed any more,
+//! whatever a peer sends; after [`Shared::serve`] pages are received into a buffer of the stream and
+//! put in by the installer, at most once and never over what the guest wrote.
 
 use crate::digest::PageHashes;
-use limosa_engine::wire::{PUSH_HEADER_BYTES, PushHeader, WireError};
+use crate::faults::{Faults, Way};
+use crate::missing;
+use limosa_engine::wire::{PUSH_HEADER_BYTES, PushHeader, WireError, bits_bytes};
 use limosa_os::SharedMemory;
+use limosa_os::userfault::InstallError;
 use limosa_pages::{PAGE_SIZE_USIZE, PageCount, PageRange, PageSet};
 use std::io::{self, Read};
 use std::net::TcpStream;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 
 /// Bytes read ahead: many headers with their scattered pages in one system call.
@@ -20,8 +25,31 @@ const BUFFER_BYTES: usize = 128 << 10;
 /// What a stream reports.
 #[derive(Debug)]
 pub(crate) enum Report {
-    Barrier { stream: u8, round: u32 },
-    Broken { reason: String },
+    Barrier {
+        stream: u8,
+        round: u32,
+    },
+    Broken {
+        reason: String,
+    },
+    /// Nothing is missing any more.
+    Filled,
+    /// A page could not be put under the guest.
+    NotInstalled {
+        reason: String,
+    },
+}
+
+/// Whose the memory is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+enum Owner {
+    /// The streams': pages are written in place.
+    Streams,
+    /// The guest's, which misses pages.
+    Filling,
+    /// The guest's alone.
+    Guest,
 }
 
 /// What all streams of an arriving guest share.
@@ -32,26 +60,95 @@ pub(crate) struct Shared {
     pub(crate) filled: Mutex<PageSet>,
     /// With verification: the hash of each page as installed.
     pub(crate) hashes: Option<PageHashes>,
+    /// What puts pages under a guest that runs; `None` if none ever will be.
+    pub(crate) faults: Option<Arc<Faults>>,
     pub(crate) pages_received: AtomicU64,
     pub(crate) bytes_received: AtomicU64,
-    sealed: AtomicBool,
+    owner: AtomicU8,
 }
 
 impl Shared {
-    pub(crate) fn new(memory: Arc<SharedMemory>, pages: PageCount, verify: bool) -> Self {
+    pub(crate) fn new(
+        memory: Arc<SharedMemory>,
+        verify: bool,
+        faults: Option<Arc<Faults>>,
+    ) -> Self {
+        let pages = memory.page_count();
         Self {
             memory,
             filled: Mutex::new(PageSet::empty(pages)),
             hashes: verify.then(|| PageHashes::new(pages)),
+            faults,
             pages_received: AtomicU64::new(0),
             bytes_received: AtomicU64::new(0),
-            sealed: AtomicBool::new(false),
+            owner: AtomicU8::new(Owner::Streams as u8),
         }
     }
 
     /// From now on no page is installed.
     pub(crate) fn seal(&self) {
-        self.sealed.store(true, Ordering::SeqCst);
+        self.owner.store(Owner::Guest as u8, Ordering::SeqCst);
+    }
+
+    /// From now on pages are put under a guest that runs, or will.
+    pub(crate) fn serve(&self) {
+        self.owner.store(Owner::Filling as u8, Ordering::SeqCst);
+    }
+
+    /// True while the guest runs, or will, and pages are put under it.
+    pub(crate) fn is_filling(&self) -> bool {
+        self.owner() == Owner::Filling
+    }
+
+    fn owner(&self) -> Owner {
+        match self.owner.load(Ordering::SeqCst) {
+            0 => Owner::Streams,
+            1 => Owner::Filling,
+            _ => Owner::Guest,
+        }
+    }
+
+    fn filled(&self) -> MutexGuard<'_, PageSet> {
+        self.filled.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn count(&self, pages: PageCount, bytes: u64) {
+        self.pages_received
+            .fetch_add(pages.get(), Ordering::Relaxed);
+        self.bytes_received.fetch_add(bytes, Ordering::Relaxed);
+    }
+
+    /// Puts received pages under the guest and keeps their hashes; whether somebody asked for them
+    /// makes no difference.
+    pub(crate) fn put_in(
+        &self,
+        faults: &Faults,
+        range: PageRange,
+        content: &[u8],
+        way: Way,
+    ) -> Result<(), InstallError> {
+        // Before they are visible: a guest that writes them must not be hashed.
+        if let Some(hashes) = &self.hashes {
+            for (page, content) in range.iter().zip(content.chunks(PAGE_SIZE_USIZE)) {
+                hashes.set_content(page, content);
+            }
+        }
+        self.count(range.count, range.bytes().get());
+        faults.install(range, content, way)
+    }
+
+    /// The same for pages that are zero.
+    pub(crate) fn put_zeros_in(
+        &self,
+        faults: &Faults,
+        range: PageRange,
+        way: Way,
+    ) -> Result<(), InstallError> {
+        if let Some(hashes) = &self.hashes {
+            range.iter().for_each(|page| hashes.set_zero(page));
+        }
+        self.count(range.count, 0);
+        faults.install_zeros(range, way)
     }
 }
 
@@ -72,6 +169,7 @@ pub(crate) fn start(
                 socket,
                 shared,
                 buffer: vec![0; BUFFER_BYTES],
+                content: Vec::new(),
                 start: 0,
                 end: 0,
             };
@@ -79,11 +177,12 @@ pub(crate) fn start(
                 Ok(()) => return,
                 Err(error) => error,
             };
-            // Whoever sealed the memory closes the streams, too: that is no news.
-            if !stream.shared.sealed.load(Ordering::SeqCst) {
-                report(Report::Broken {
-                    reason: error.to_string(),
-                });
+            let reason = error.to_string();
+            match error {
+                ReceiveError::Install(_) => report(Report::NotInstalled { reason }),
+                // Whoever sealed the memory closes the streams, too: that is no news.
+                _ if stream.shared.owner() == Owner::Guest => {}
+                _ => report(Report::Broken { reason }),
             }
         })?;
     Ok(())
@@ -97,6 +196,10 @@ enum ReceiveError {
     Wire(#[from] WireError),
     #[error("the source sent pages after the last round")]
     Late,
+    #[error("the source spoke of missing pages, but page faults cannot be served here")]
+    NoFaults,
+    #[error(transparent)]
+    Install(#[from] InstallError),
 }
 
 #[derive(Debug)]
@@ -105,6 +208,8 @@ struct PushStream {
     socket: TcpStream,
     shared: Arc<Shared>,
     buffer: Vec<u8>,
+    /// Pages on their way to the installer.
+    content: Vec<u8>,
     start: usize,
     end: usize,
 }
@@ -114,18 +219,62 @@ impl PushStream {
         let memory = self.shared.memory.page_count();
         loop {
             let header = PushHeader::decode(&self.read_header()?, memory)?;
-            if self.shared.sealed.load(Ordering::SeqCst) {
-                return Err(ReceiveError::Late);
-            }
-            match header {
-                PushHeader::Pages(range) => self.install(range)?,
-                PushHeader::Zeros(range) => self.install_zeros(range)?,
-                PushHeader::Barrier { round } => report(Report::Barrier {
+            match (self.shared.owner(), header) {
+                (Owner::Streams, PushHeader::Pages(range)) => self.install(range)?,
+                (Owner::Streams, PushHeader::Zeros(range)) => self.install_zeros(range)?,
+                (Owner::Streams, PushHeader::Stale(range)) => self.mark_missing(range)?,
+                (Owner::Streams, PushHeader::StaleBits(range)) => {
+                    let mut bits = vec![0; bits_bytes(range)];
+                    self.read(&mut bits)?;
+                    for run in missing::decode(range, &bits) {
+                        self.mark_missing(run)?;
+                    }
+                }
+                (Owner::Streams, PushHeader::Barrier { round }) => report(Report::Barrier {
                     stream: self.index,
                     round,
                 }),
+                (Owner::Filling, PushHeader::Pages(range)) => self.put_in(range)?,
+                (Owner::Filling, PushHeader::Zeros(range)) => {
+                    self.shared
+                        .put_zeros_in(self.faults()?, range, Way::Pushed)?;
+                }
+                _ => return Err(ReceiveError::Late),
+            }
+            if self.shared.owner() == Owner::Filling && self.faults()?.is_filled_now() {
+                report(Report::Filled);
             }
         }
+    }
+
+    fn faults(&self) -> Result<&Faults, ReceiveError> {
+        self.shared.faults.as_deref().ok_or(ReceiveError::NoFaults)
+    }
+
+    fn mark_missing(&self, range: PageRange) -> Result<(), ReceiveError> {
+        self.faults()?.installer().mark_missing(range)?;
+        Ok(())
+    }
+
+    fn put_in(&mut self, range: PageRange) -> Result<(), ReceiveError> {
+        let mut content = std::mem::take(&mut self.content);
+        content.resize(
+            usize::try_from(range.bytes().get()).expect("limited by the header"),
+            0,
+        );
+        self.read(&mut content)?;
+        self.shared
+            .put_in(self.faults()?, range, &content, Way::Pushed)?;
+        self.content = content;
+        Ok(())
+    }
+
+    /// Reads exactly so much, first what was read ahead.
+    fn read(&mut self, into: &mut [u8]) -> io::Result<()> {
+        let ahead = into.len().min(self.end - self.start);
+        into[..ahead].copy_from_slice(&self.buffer[self.start..self.start + ahead]);
+        self.start += ahead;
+        self.socket.read_exact(&mut into[ahead..])
     }
 
     fn read_header(&mut self) -> io::Result<[u8; PUSH_HEADER_BYTES]> {
@@ -142,12 +291,12 @@ impl PushStream {
         let mut header = [0; PUSH_HEADER_BYTES];
         header.copy_from_slice(&self.buffer[self.start..self.start + PUSH_HEADER_BYTES]);
         self.start += PUSH_HEADER_BYTES;
-        self.count(PageCount::ZERO, PUSH_HEADER_BYTES as u64);
+        self.shared.count(PageCount::ZERO, PUSH_HEADER_BYTES as u64);
         Ok(header)
     }
 
     /// Puts the content of `range` in place: first what was read ahead, the rest without a detour.
-    fn install(&mut self, range: PageRange) -> io::Result<()> {
+    fn install(&mut self, range: PageRange) -> Result<(), ReceiveError> {
         let offset = range.first.file_offset();
         let length = usize::try_from(range.bytes().get()).expect("limited by the header");
         let ahead = length.min(self.end - self.start);
@@ -160,27 +309,27 @@ impl PushStream {
                 .memory
                 .receive(&self.socket, offset + ahead as u64, length - ahead)?;
         }
-        self.shared
-            .filled
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .insert_range(range);
+        self.shared.filled().insert_range(range);
+        self.arrived_in_place(range)?;
         if let Some(hashes) = &self.shared.hashes {
             range
                 .iter()
                 .for_each(|page| hashes.set(page, &self.shared.memory));
         }
-        self.count(range.count, range.bytes().get());
+        self.shared.count(range.count, range.bytes().get());
         Ok(())
     }
 
-    fn install_zeros(&self, range: PageRange) -> io::Result<()> {
+    fn arrived_in_place(&self, range: PageRange) -> Result<(), ReceiveError> {
+        if let Some(faults) = &self.shared.faults {
+            faults.installer().arrived_in_place(range)?;
+        }
+        Ok(())
+    }
+
+    fn install_zeros(&self, range: PageRange) -> Result<(), ReceiveError> {
         let stale: Vec<PageRange> = {
-            let mut filled = self
-                .shared
-                .filled
-                .lock()
-                .unwrap_or_else(PoisonError::into_inner);
+            let mut filled = self.shared.filled();
             let stale = filled.runs_in(range).collect();
             filled.remove_range(range);
             stale
@@ -193,16 +342,8 @@ impl PushStream {
                 hashes.set(page, &self.shared.memory);
             }
         }
-        self.count(range.count, 0);
+        self.arrived_in_place(range)?;
+        self.shared.count(range.count, 0);
         Ok(())
-    }
-
-    fn count(&self, pages: PageCount, bytes: u64) {
-        self.shared
-            .pages_received
-            .fetch_add(pages.get(), Ordering::Relaxed);
-        self.shared
-            .bytes_received
-            .fetch_add(bytes, Ordering::Relaxed);
     }
 }

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!  control reader ─┐
-//!  push streams ───┼─▶ events ─▶ driver ─▶ engine ─▶ actions ─▶ VM process, streams, control
+//!  push, pull ─────┼─▶ events ─▶ driver ─▶ engine ─▶ actions ─▶ VM process, streams, control
 //!  API, timer ─────┘
 //! ```
 //!
@@ -24,7 +24,7 @@ use limosa_engine::handover::MigrationId;
 use limosa_engine::journal::Journaled;
 use limosa_engine::policy::{Limits, Mode};
 use limosa_engine::report::MigrationReport;
-use limosa_engine::source::{Source, SourceConfig, SourceEvent, Stage};
+use limosa_engine::source::{Fence, Source, SourceConfig, SourceEvent, Stage};
 use limosa_engine::wire::STREAMS_MAX;
 use limosa_pages::{BytesPerSecond, PageCount};
 use std::path::PathBuf;
@@ -36,6 +36,10 @@ use std::time::{Duration, Instant};
 
 /// Pages for which the engine gets one dirty count: 2 MiB of memory.
 const CHUNK: PageCount = PageCount::new(512);
+
+/// Slowest rate that a migration is given. Below it a state takes seconds, and a round of some pages
+/// longer than a link may be silent.
+pub const RATE_MIN: BytesPerSecond = BytesPerSecond::new(64 << 10);
 
 /// What is called once when a migration is over.
 pub type OnFinish = Box<dyn FnOnce(&MigrationReport) + Send>;
@@ -63,9 +67,12 @@ pub enum StartError {
     /// The number of streams is out of range.
     #[error("a migration takes 1 to {STREAMS_MAX} streams, not {0}")]
     Streams(u8),
-    /// A bandwidth of nothing.
-    #[error("a bandwidth of 0 bytes a second would never end: leave the limit out or give a rate")]
-    NoBandwidth,
+    /// A rate at which it would not end.
+    #[error(
+        "{0} bytes a second are too few to move a guest: give {min} or more, or leave the limit out",
+        min = RATE_MIN.get()
+    )]
+    TooSlow(u64),
     /// The guest does not answer.
     #[error("the VM does not answer: {0}")]
     Guest(#[from] GuestError),
@@ -113,8 +120,8 @@ impl Migration {
             return Err(StartError::Streams(request.streams));
         }
         let rates = [request.limits.bandwidth_max, request.link];
-        if rates.contains(&Some(BytesPerSecond::new(0))) {
-            return Err(StartError::NoBandwidth);
+        if let Some(rate) = rates.into_iter().flatten().find(|&rate| rate < RATE_MIN) {
+            return Err(StartError::TooSlow(rate.get()));
         }
         let vm = guest.description()?;
         let mut id = [0; 16];
@@ -224,9 +231,10 @@ impl Migration {
         let unresolved = lock(&self.shared.unresolved).clone();
         let pages_out = PageCount::new(self.pages.pages_out.load(Ordering::Relaxed));
         let elapsed = self.shared.begun.elapsed();
+        let unsent = self.pages.unsent().lock().count();
         MigrationStatus::of(
             lock(&self.shared.engine).machine(),
-            pages_out,
+            (pages_out, unsent),
             elapsed,
             unresolved,
         )
@@ -235,6 +243,27 @@ impl Migration {
     /// Changes what is allowed from now on.
     pub fn set(&self, limits: Limits) {
         self.tell(SourceEvent::Set(limits));
+    }
+
+    /// Changes the technique from now on.
+    ///
+    /// # Errors
+    /// Why it cannot become this one now.
+    pub fn set_mode(&self, mode: Mode) -> Result<(), &'static str> {
+        lock(&self.shared.engine).machine().check_mode(mode)?;
+        self.tell(SourceEvent::SetMode(mode));
+        Ok(())
+    }
+
+    /// Decides, in place of a target that does not answer, how it ended. The operator answers for
+    /// it that the other host does as they say.
+    ///
+    /// # Errors
+    /// Why there is nothing to decide.
+    pub fn fence(&self, fence: Fence) -> Result<(), &'static str> {
+        lock(&self.shared.engine).machine().check_fence(fence)?;
+        self.tell(SourceEvent::Fence(fence));
+        Ok(())
     }
 
     /// Ends it; the guest runs on at the source. Returns at once: wait for the report.
@@ -248,9 +277,11 @@ impl Migration {
                 self.tell(SourceEvent::Abort);
                 Ok(())
             }
-            Stage::Committed | Stage::Unresolved | Stage::Releasing | Stage::Finished => {
-                Err(AbortTooLate)
-            }
+            Stage::Committed
+            | Stage::Serving
+            | Stage::Unresolved
+            | Stage::Releasing
+            | Stage::Finished => Err(AbortTooLate),
         }
     }
 

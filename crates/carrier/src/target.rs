@@ -2,20 +2,23 @@
 //!
 //! ```text
 //!  accept ─▶ preamble ─┬─ control ─▶ new session: driver thread + this thread reads its frames
-//!                      ├─ push i  ─▶ joins the session, waits there for its guest
+//!                      ├─ push i, pull ─▶ joins the session, waits there for its guest
+//!                      ├─ resume  ─▶ an existing session whose guest misses pages
 //!                      └─ resolve ─▶ asks the session's driver, or the host if none is left
 //! ```
 //!
 //! Whoever connects has [`HANDSHAKE_MAX`] to say what it wants, and at most [`HANDSHAKES_MAX`] may
 //! be saying it at once. A session that has ended stays barred: its id is never accepted again.
 
+mod driver;
 mod session;
 
 use crate::connection::{self, HANDSHAKE_MAX};
 use crate::guest::Guest;
+use driver::Driver;
 use limosa_engine::handover::{MigrationId, Resolution};
 use limosa_engine::target::TargetOutcome;
-use limosa_engine::wire::{ControlFrame, Role, Start};
+use limosa_engine::wire::{ControlFrame, Preamble, Role, Start};
 use serde::Serialize;
 use session::Session;
 use std::collections::{HashMap, VecDeque};
@@ -46,7 +49,11 @@ pub trait TargetHost: Send + Sync {
 
     /// The guest runs here, as its VM process has recorded: from now on [`TargetHost::resolve`] answers
     /// so, even when the guest has moved on or ended.
-    fn running(&self, id: MigrationId);
+    /// With `is_filling` it still misses pages, until [`TargetHost::filled`].
+    fn running(&self, id: MigrationId, is_filling: bool);
+
+    /// A guest that ran without all its pages has them now.
+    fn filled(&self, id: MigrationId);
 
     /// The migration is over here.
     fn finished(&self, id: MigrationId, outcome: &TargetOutcome);
@@ -63,8 +70,10 @@ pub trait TargetHost: Send + Sync {
 pub struct IncomingStatus {
     /// The attempt.
     pub id: MigrationId,
-    /// The source's address.
-    pub from: SocketAddr,
+    /// The source's address; `None` after a restart until it has come back.
+    pub from: Option<SocketAddr>,
+    /// Pages that the guest misses, once it was told which.
+    pub missing_pages: u64,
     /// Pages installed, zero pages included.
     pub pages_received: u64,
     /// Bytes that came by the push streams.
@@ -138,6 +147,26 @@ impl Listener {
             .collect()
     }
 
+    /// Takes up an arrival whose guest an earlier daemon left running without all its pages: its
+    /// page faults are served again, and its source is waited for.
+    ///
+    /// # Errors
+    /// The kernel gives no thread.
+    pub fn recover(&self, id: MigrationId, guest: Arc<dyn Guest>) -> io::Result<()> {
+        let host = Arc::clone(&self.shared.host);
+        match Session::recover(id, guest, host) {
+            Some((session, driver)) => self.shared.begin(id, session, driver),
+            None => Ok(()),
+        }
+    }
+
+    /// Says that the source of a guest that misses pages will never come back; true if there is such
+    /// a guest. It is lost, then: it stands at the first page that it misses.
+    pub fn source_is_gone(&self, id: MigrationId, reason: &str) -> bool {
+        let session = self.shared.registry().sessions.get(&id).cloned();
+        session.is_some_and(|session| session.source_is_gone(reason))
+    }
+
     /// Ends an arriving migration unless it is committed; true if there was one.
     pub fn abort(&self, id: MigrationId) -> bool {
         let session = self.shared.registry().sessions.get(&id).cloned();
@@ -191,7 +220,7 @@ impl Shared {
                 let preamble = connection::read_preamble(&mut stream);
                 shared.handshakes.fetch_sub(1, Ordering::SeqCst);
                 match preamble {
-                    Ok(preamble) => shared.serve(stream, from, preamble.migration, preamble.role),
+                    Ok(preamble) => shared.serve(stream, from, preamble),
                     Err(error) => {
                         tracing::warn!(%from, %error, "a connection was refused");
                         refuse(&mut stream, &error.to_string());
@@ -204,46 +233,81 @@ impl Shared {
         }
     }
 
-    fn serve(
-        self: &Arc<Self>,
-        mut stream: TcpStream,
-        from: SocketAddr,
-        id: MigrationId,
-        role: Role,
-    ) {
-        match role {
-            Role::Control => match self.open(id, from, &stream) {
-                Ok(session) => self.read_control(&session, stream),
-                Err(reason) => {
-                    tracing::warn!(migration_id = %id, %from, %reason, "a migration was refused");
-                    refuse(&mut stream, &reason);
-                }
-            },
-            Role::Push(index) => match self.wait_for_session(id) {
-                Some(session) => session.attach(index, stream),
-                None => tracing::warn!(migration_id = %id, %from, "pages for no migration"),
-            },
-            Role::Resolve => self.answer(id, &mut stream),
+    fn serve(self: &Arc<Self>, mut stream: TcpStream, from: SocketAddr, preamble: Preamble) {
+        let Preamble {
+            migration: id,
+            role,
+            generation,
+        } = preamble;
+        let opened = match role {
+            Role::Control => self.open(id, (from, generation), &stream),
+            Role::Resume => self.resume(id, (from, generation), &stream),
+            Role::Push(_) | Role::Pull => {
+                return match self.wait_for_session(id) {
+                    Some(session) => session.attach(generation, role, stream),
+                    None => tracing::warn!(migration_id = %id, %from, "pages for no migration"),
+                };
+            }
+            Role::Resolve => return self.answer(id, &mut stream),
+        };
+        match opened {
+            Ok(session) => self.read_control(&session, generation, stream),
+            Err(reason) => {
+                tracing::warn!(migration_id = %id, %from, %reason, "a migration was refused");
+                refuse(&mut stream, &reason);
+            }
         }
+    }
+
+    /// Gives a source that has come back to the session that waits for it.
+    fn resume(
+        &self,
+        id: MigrationId,
+        (from, generation): (SocketAddr, u32),
+        stream: &TcpStream,
+    ) -> Result<Arc<Session>, String> {
+        let session = self.registry().sessions.get(&id).cloned();
+        let session = session.ok_or("the guest of this migration does not wait here for pages")?;
+        let control = stream.try_clone().map_err(|error| error.to_string())?;
+        session.resume(from, generation, control)?;
+        Ok(session)
     }
 
     /// Makes the session of a new attempt and starts its driver.
     fn open(
         self: &Arc<Self>,
         id: MigrationId,
-        from: SocketAddr,
+        (from, generation): (SocketAddr, u32),
         stream: &TcpStream,
     ) -> Result<Arc<Session>, String> {
-        let writer = stream.try_clone().map_err(|error| error.to_string())?;
-        let mut registry = self.registry();
+        let control = stream.try_clone().map_err(|error| error.to_string())?;
+        let registry = self.registry();
         if registry.sessions.contains_key(&id) || registry.barred.contains(&id) {
             return Err("this migration was begun before: start a new one".to_owned());
         }
         if registry.sessions.len() >= SESSIONS_MAX {
             return Err("too many migrations arrive at once: try again later".to_owned());
         }
-        let (session, driver) = Session::new(id, from, writer, Arc::clone(&self.host));
-        registry.sessions.insert(id, Arc::clone(&session));
+        drop(registry);
+        let host = Arc::clone(&self.host);
+        let (session, driver) = Session::new(id, (from, generation), control, host);
+        self.begin(id, Arc::clone(&session), driver)
+            .map_err(|error| error.to_string())?;
+        Ok(session)
+    }
+
+    /// Starts the driver of a session that is known from here on.
+    fn begin(
+        self: &Arc<Self>,
+        id: MigrationId,
+        session: Arc<Session>,
+        driver: Driver,
+    ) -> io::Result<()> {
+        let mut registry = self.registry();
+        if registry.sessions.contains_key(&id) {
+            return Err(io::ErrorKind::AlreadyExists.into());
+        }
+        registry.sessions.insert(id, session);
         drop(registry);
         self.opened.notify_all();
         let shared = Arc::clone(self);
@@ -253,11 +317,7 @@ impl Shared {
                 driver.run();
                 shared.close(id);
             });
-        if let Err(error) = spawned {
-            self.close(id);
-            return Err(error.to_string());
-        }
-        Ok(session)
+        spawned.map(drop).inspect_err(|_| self.close(id))
     }
 
     /// The session of a migration whose control connection may still be in its handshake.
@@ -282,19 +342,21 @@ impl Shared {
         self.opened.notify_all();
     }
 
-    fn read_control(&self, session: &Session, mut stream: TcpStream) {
+    fn read_control(&self, session: &Session, generation: u32, mut stream: TcpStream) {
         loop {
             match connection::read_frame(&mut stream) {
                 Ok(frame) => {
                     // The first frame had to come soon; between later ones the engine watches.
-                    if matches!(frame, ControlFrame::Start(_))
-                        && let Err(error) = stream.set_read_timeout(None)
+                    if matches!(
+                        frame,
+                        ControlFrame::Start(_) | ControlFrame::Reattach { .. }
+                    ) && let Err(error) = stream.set_read_timeout(None)
                     {
-                        return session.lost(&error.to_string());
+                        return session.lost(generation, &error.to_string());
                     }
-                    session.frame(frame);
+                    session.frame(generation, frame);
                 }
-                Err(error) => return session.lost(&error.to_string()),
+                Err(error) => return session.lost(generation, &error.to_string()),
             }
         }
     }

@@ -8,6 +8,7 @@ use limosa_carrier::{Guest, Listener, MigrateRequest, Migration, replay_file};
 use limosa_engine::handover::Phase;
 use limosa_engine::policy::{Limits, Mode};
 use limosa_engine::report::{MigrationReport, Outcome};
+use limosa_engine::source::Stage;
 use limosa_engine::wire::ControlFrame;
 use limosa_pages::BytesPerSecond;
 use std::io::{Read, Write};
@@ -78,12 +79,21 @@ fn every_mode_moves_a_busy_guest_whole() {
     for mode in Mode::ALL {
         let (host, listener) = listen();
         let guest = ThreadGuest::new(8192, 3000, true);
-        let report = migrate(&guest, request(listener.local_addr(), mode));
+        let migration = start(&guest, request(listener.local_addr(), mode));
+        if mode == Mode::Demand {
+            wait_until("the guest runs at the target", || {
+                migration.status().stage == Stage::Serving
+            });
+            std::thread::sleep(Duration::from_millis(50));
+            migration.set_mode(Mode::PostCopy).unwrap();
+        }
+        let report = migration.wait(PATIENCE).expect("a migration ends");
         assert_eq!(report.outcome, Some(Outcome::Completed), "{mode}");
         assert_eq!(report.digest_equal, Some(true), "{mode}");
         assert!(guest.ended());
         let arrived = host.guests.lock().unwrap()[0].1.clone();
         assert_eq!(arrived.errors.load(Ordering::SeqCst), 0, "{mode}");
+        assert_eq!(arrived.sweep(), 0, "{mode}");
         wait_until("the source said done", || arrived.phase() == Phase::Running);
         // Holes were never sent, and everything else was.
         assert!(
@@ -202,9 +212,9 @@ fn bad_targets_end_the_attempt_and_not_the_guest() {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let peer = listener.local_addr().unwrap();
         std::thread::spawn(move || {
-            // Control and two push streams.
+            // Control, pull and two push streams.
             let mut streams: Vec<TcpStream> =
-                (0..3).map(|_| listener.accept().unwrap().0).collect();
+                (0..4).map(|_| listener.accept().unwrap().0).collect();
             let mut preamble = [0; 32];
             streams[0].read_exact(&mut preamble).unwrap();
             let _gone = streams[0].write_all(&answer);

@@ -72,11 +72,15 @@ pub(crate) enum Command {
     Migrate(Migrate),
     /// Show migrations, or one of them
     Status(Status),
-    /// Change the limits of a running migration
+    /// Change the mode or the limits of a running migration
     Set(Set),
+    /// Send the pages that a moved guest still misses, and follow that to its end
+    Drain(Drain),
     /// End a migration; the guest runs on here
     #[command(after_help = "Examples:\n  limosa abort web\n  limosa abort 3f2a")]
     Abort(Selected),
+    /// Decide how a migration ended when the other host cannot be asked any more
+    Resolve(Resolve),
     /// End a virtual machine, or remove one that has ended
     Stop(Stop),
     /// Move a virtual machine there and back on this machine, and measure it
@@ -173,12 +177,14 @@ pub(crate) struct Selected {
 ///
 /// Shows progress until it is over. Ctrl-C aborts the migration and the guest runs on here; a
 /// second Ctrl-C leaves the migration alone and returns. Ends with status 0 only if the guest runs
-/// at the target.
+/// at the target. With --mode demand that is all: the guest's pages stay here until it needs them,
+/// or until 'limosa drain' sends them.
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Examples:
   limosa migrate web --to 127.0.0.1:7071
   limosa migrate web --to 127.0.0.1:7071 --mode stop-and-copy
+  limosa migrate web --to 127.0.0.1:7071 --mode demand && limosa drain web
   limosa migrate web --to 192.0.2.7:7070 --insecure --downtime-max 10ms --bandwidth-max 500M
   limosa migrate web --to 127.0.0.1:7071 --detach && limosa status web --follow
 
@@ -189,8 +195,15 @@ pub(crate) struct Migrate {
     /// The target: where its daemon listens for hosts
     #[arg(long, value_name = "HOST:PORT")]
     pub to: String,
-    /// The technique: stop-and-copy or pre-copy
-    #[arg(long, value_name = "MODE", default_value = "pre-copy", value_parser = mode)]
+    /// The technique: auto, pre-copy, hybrid, post-copy, demand or stop-and-copy
+    ///
+    /// auto: pre-copy, which becomes hybrid as soon as further rounds do not pay;
+    /// pre-copy: copy while the guest runs here, again what it wrote, pause for the rest;
+    /// hybrid: copy everything once, then run there and send what was written since;
+    /// post-copy: run there at once, pages follow, those that are needed first;
+    /// demand: run there at once, each page follows when it is needed and not before;
+    /// stop-and-copy: pause, copy everything, run there.
+    #[arg(long, value_name = "MODE", default_value_t = Mode::default(), value_parser = mode)]
     pub mode: Mode,
     /// Downtime to aim at [default: 5ms]
     #[arg(long, value_name = "TIME")]
@@ -242,18 +255,25 @@ pub(crate) struct Status {
     pub format: Format,
 }
 
-/// Change the limits of a running migration
+/// Change the mode or the limits of a running migration
+///
+/// The next decision uses them. Once the guest runs at the target only the modes demand and
+/// post-copy are left: the one leaves its pages here until they are needed, the other sends them.
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Examples:
   limosa set web --downtime-max 20ms
-  limosa set web --bandwidth-max none --deadline 30s")]
-#[command(group(clap::ArgGroup::new("limits").required(true).multiple(true)
-    .args(["downtime_max", "bandwidth_max", "deadline", "rounds_max"])))]
+  limosa set web --bandwidth-max none --deadline 30s
+  limosa set web --mode hybrid")]
+#[command(group(clap::ArgGroup::new("changes").required(true).multiple(true)
+    .args(["mode", "downtime_max", "bandwidth_max", "deadline", "rounds_max"])))]
 pub(crate) struct Set {
     /// Name of the virtual machine, or (the beginning of) the id of the migration
     #[arg(value_name = "VM|ID")]
     pub which: String,
+    /// The technique from now on: auto, pre-copy, hybrid, post-copy, demand or stop-and-copy
+    #[arg(long, value_name = "MODE", value_parser = mode)]
+    pub mode: Option<Mode>,
     /// Downtime to aim at
     #[arg(long, value_name = "TIME")]
     pub downtime_max: Option<Milliseconds>,
@@ -266,6 +286,59 @@ pub(crate) struct Set {
     /// Rounds while the guest runs
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     pub rounds_max: Option<u32>,
+    #[command(flatten)]
+    pub format: Format,
+}
+
+/// Send the pages that a moved guest still misses, and follow that to its end
+///
+/// For a guest that runs at the target with residual dependency on this host, as --mode demand
+/// leaves it: its mode becomes post-copy, and when all pages are there this host holds nothing of it
+/// any more. Ctrl-C only ends the showing.
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:\n  limosa drain web\n  limosa drain 3f2a --json")]
+pub(crate) struct Drain {
+    /// Name of the virtual machine, or (the beginning of) the id of the migration
+    #[arg(value_name = "VM|ID")]
+    pub which: String,
+    #[command(flatten)]
+    pub format: Format,
+}
+
+/// Decide how a migration ended when the other host cannot be asked any more
+///
+/// A migration that lost its target after the commit is unresolved: this host asks again and again,
+/// and as soon as the target answers the matter heals by itself. Only if it never will, somebody has
+/// to say what is the case. limosa cannot check it: you answer for it.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  limosa resolve web --runs-here
+  limosa resolve web --gone
+
+At the source, for a migration that is unresolved:
+  --runs-here  You answer for it that the target has not run the guest and never will: its daemon
+               and the guest's process there are dead, or the machine is switched off and will not
+               come back with them. If you are wrong the guest runs twice. Refused if it is known
+               that the guest has run at the target.
+  --gone       You answer for it that the guest runs at the target with all its pages, or is lost.
+               What is left of it here is ended. If you are wrong the guest is lost.
+
+At the target, for a guest that runs there and misses pages:
+  --gone       You answer for it that its source will never come back. The guest is given up and its
+               process ended, since without those pages it cannot go on.
+  --runs-here  Is refused: it runs there, but not without the pages that its source has.")]
+#[command(group(clap::ArgGroup::new("word").required(true).args(["runs_here", "gone"])))]
+pub(crate) struct Resolve {
+    /// Name of the virtual machine, or (the beginning of) the id of the migration
+    #[arg(value_name = "VM|ID")]
+    pub which: String,
+    /// The target has not run the guest and never will: it goes on here
+    #[arg(long)]
+    pub runs_here: bool,
+    /// Nothing is to be kept here; at the target: the source will never come back
+    #[arg(long)]
+    pub gone: bool,
     #[command(flatten)]
     pub format: Format,
 }
@@ -351,7 +424,7 @@ mod tests {
         check("limosa run web --micro idle --vcpus 9", "9 is not in 1..=8");
         check(
             "limosa migrate web --to a:1 --mode fast",
-            "known modes are stop-and-copy, pre-copy",
+            "known modes are stop-and-copy, demand, post-copy, pre-copy, hybrid, auto",
         );
         check(
             "limosa migrate web --to a:1 --downtime-max 5",
@@ -359,7 +432,29 @@ mod tests {
         );
         check("limosa migrate web", "--to <HOST:PORT>");
         check("limosa set web", "--downtime-max");
+        check("limosa resolve web", "--runs-here");
+        check(
+            "limosa resolve web --runs-here --gone",
+            "cannot be used with",
+        );
         check("limosa status --follow", "<VM|ID>");
+    }
+
+    #[test]
+    fn every_mode_is_explained() {
+        let mut arguments = Arguments::command();
+        for name in ["migrate", "set"] {
+            let command = arguments.find_subcommand_mut(name).unwrap();
+            let help = command.render_long_help().to_string();
+            for mode in Mode::ALL {
+                assert!(help.contains(mode.name()), "{name} --help: {mode}");
+            }
+        }
+        let parsed = Arguments::try_parse_from(["limosa", "migrate", "web", "--to", "b:1"]);
+        let Command::Migrate(migrate) = parsed.unwrap().command else {
+            panic!()
+        };
+        assert_eq!(migrate.mode, Mode::Auto);
     }
 
     #[test]

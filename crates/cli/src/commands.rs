@@ -44,6 +44,13 @@ pub(crate) fn run(arguments: Arguments) -> Result<()> {
             migrations::status(&follower, &status)
         }
         Command::Set(set) => migrations::set(&place.client()?, &set, output(set.format.json)),
+        Command::Drain(drain) => {
+            let follower = Follower::new(place.client()?, output(drain.format.json))?;
+            migrations::drain(&follower, &drain.which)
+        }
+        Command::Resolve(resolve) => {
+            migrations::resolve(&place.client()?, &resolve, output(resolve.format.json))
+        }
         Command::Abort(which) => {
             migrations::abort(&place.client()?, &which.which, output(which.format.json))
         }

@@ -62,7 +62,8 @@ impl Follower {
     }
 
     /// Shows a migration until it is over. `owns` says whether it was started by this command: then
-    /// Ctrl-C aborts it, otherwise it only ends the showing.
+    /// Ctrl-C aborts it, otherwise it only ends the showing, and a guest that runs at the target and
+    /// whose pages are left here by its mode has come as far as was asked for.
     ///
     /// # Errors
     /// It did not complete, or it was left.
@@ -75,6 +76,10 @@ impl Follower {
             if info.stage == Stage::Finished {
                 display.finish();
                 return self.conclude(&info);
+            }
+            if owns && info.stage == Stage::Serving && !info.mode.pushes() {
+                display.finish();
+                return self.output.answer(&info, residue_line);
             }
             display.show(&speedometer.complete(&info))?;
             match self.interrupts.load(Ordering::SeqCst) {
@@ -205,8 +210,9 @@ impl Display {
     fn show(&mut self, info: &MigrationInfo) -> Result<()> {
         match self {
             Self::Bar(bar) => {
-                bar.set_length(info.round_pages.max(1));
-                bar.set_position(info.round_sent_pages);
+                let (done, all) = extent(info);
+                bar.set_length(all.max(1));
+                bar.set_position(done);
                 bar.set_prefix(headline(info));
                 bar.set_message(numbers(info));
             }
@@ -245,6 +251,7 @@ pub(crate) const fn stage_name(stage: Stage) -> &'static str {
         Stage::Copying => "copying",
         Stage::Paused => "paused",
         Stage::Committed => "committed",
+        Stage::Serving => "serving",
         Stage::Unresolved => "unresolved",
         Stage::Releasing => "releasing",
         Stage::Returning => "returning",
@@ -263,6 +270,9 @@ pub(crate) fn headline(info: &MigrationInfo) -> String {
 pub(crate) fn numbers(info: &MigrationInfo) -> String {
     if let Some(reason) = &info.unresolved {
         return format!("{reason}; asking again");
+    }
+    if info.stage == Stage::Serving {
+        return serving(info);
     }
     let mut parts = Vec::new();
     if info.round_pages > 0 {
@@ -284,6 +294,56 @@ pub(crate) fn numbers(info: &MigrationInfo) -> String {
         return format!("{} to {}", info.vm, info.to);
     }
     parts.join(", ")
+}
+
+/// What was done of the stage that the migration is in, and all of it, in pages.
+pub(crate) fn extent(info: &MigrationInfo) -> (u64, u64) {
+    if info.stage == Stage::Serving {
+        let missing = info.report.missing_at_switch.max(info.unsent_pages);
+        return (missing - info.unsent_pages, missing);
+    }
+    (
+        info.round_sent_pages.min(info.round_pages),
+        info.round_pages,
+    )
+}
+
+/// How far a guest is that runs at the target and misses pages.
+fn serving(info: &MigrationInfo) -> String {
+    let what = if info.mode.pushes() {
+        "pages left, pushed and on demand"
+    } else {
+        "pages left, which go only on demand"
+    };
+    let (sent, _) = extent(info);
+    let mut text = format!(
+        "{} runs at {}: {} {what}, {} sent since the switch",
+        info.vm,
+        info.to,
+        count(info.unsent_pages),
+        count(sent)
+    );
+    if let Some(rate) = info.bandwidth.filter(|_| info.mode.pushes()) {
+        let left = ByteCount::new(info.unsent_pages.saturating_mul(PAGE_SIZE));
+        if let Some(left) = BytesPerSecond::new(rate).time_for(left) {
+            text.push_str(&format!(", {} left", time(milliseconds(left))));
+        }
+    }
+    text
+}
+
+/// How it stands with a guest that runs at the target and whose pages are left here.
+pub(crate) fn residue_line(info: &MigrationInfo) -> String {
+    let (vm, to) = (&info.vm, &info.to);
+    let downtime = info.report.downtime_ms.map_or_else(String::new, |parts| {
+        format!(", downtime {}", time(parts.total))
+    });
+    let left = ByteCount::new(info.unsent_pages.saturating_mul(PAGE_SIZE));
+    format!(
+        "{vm} runs at {to}{downtime}: running with residual dependency, {} pages ({left}) are still \
+         here and go when they are needed; 'limosa drain {vm}' sends them and ends that",
+        count(info.unsent_pages)
+    )
 }
 
 fn rounds(number: usize) -> String {
@@ -308,8 +368,11 @@ pub(crate) fn outcome_line(info: &MigrationInfo) -> String {
             } else {
                 ""
             };
+            let pulled = report.pulled_pages.map_or_else(String::new, |pulled| {
+                format!(", {} pages pulled", count(pulled))
+            });
             format!(
-                "{vm} runs at {to}{downtime}, total {}, {}, {} sent{verified}",
+                "{vm} runs at {to}{downtime}, total {}, {}, {} sent{pulled}{verified}",
                 time(report.total_ms),
                 rounds(report.rounds.len()),
                 ByteCount::new(report.wire_bytes)
@@ -326,6 +389,7 @@ pub(crate) fn outcome_line(info: &MigrationInfo) -> String {
 mod tests {
     use super::*;
     use crate::commands::tests::info;
+    use limosa_engine::policy::Mode;
 
     #[test]
     fn progress_names_what_is_known() {
@@ -339,6 +403,35 @@ mod tests {
         assert_eq!(
             numbers(&info),
             "no answer from 127.0.0.1:7071; asking again"
+        );
+    }
+
+    #[test]
+    fn a_guest_that_misses_pages_is_told_plainly() {
+        let mut info = info("3f2a", "web");
+        info.stage = Stage::Serving;
+        info.mode = Mode::Demand;
+        info.unsent_pages = 60_000;
+        info.report.missing_at_switch = 65_536;
+        assert_eq!(headline(&info), "serving");
+        assert_eq!(extent(&info), (5536, 65_536));
+        assert_eq!(
+            numbers(&info),
+            "web runs at 127.0.0.1:7071: 60,000 pages left, which go only on demand, 5,536 sent since \
+             the switch"
+        );
+        assert_eq!(
+            residue_line(&info),
+            "web runs at 127.0.0.1:7071: running with residual dependency, 60,000 pages (234 MiB) are \
+             still here and go when they are needed; 'limosa drain web' sends them and ends that"
+        );
+        info.mode = Mode::PostCopy;
+        info.report.missing_at_switch = 0;
+        assert_eq!(extent(&info), (0, 60_000));
+        assert_eq!(
+            numbers(&info),
+            "web runs at 127.0.0.1:7071: 60,000 pages left, pushed and on demand, 0 sent since the \
+             switch, 191 ms left"
         );
     }
 

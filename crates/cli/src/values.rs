@@ -279,7 +279,10 @@ mod tests {
         assert_eq!(mode("pre-copy"), Ok(Mode::PreCopy));
         assert_eq!(
             mode("precopy"),
-            Err("known modes are stop-and-copy, pre-copy".to_owned())
+            Err(
+                "known modes are stop-and-copy, demand, post-copy, pre-copy, hybrid, auto"
+                    .to_owned()
+            )
         );
     }
 }

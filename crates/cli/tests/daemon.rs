@@ -33,9 +33,26 @@ impl Daemon {
 
     /// Kills the daemon without a word and starts another one.
     fn kill_and_restart(&mut self) {
+        self.kill();
+        self.restart();
+    }
+
+    fn kill(&mut self) {
         self.process.kill().unwrap();
         self.process.wait().unwrap();
+    }
+
+    fn restart(&mut self) {
         (self.process, self.peer) = spawn(self.dir.path());
+    }
+
+    /// Moves the guest away so that its pages stay here.
+    fn migrate_on_demand(&self, to: &Self) {
+        let output = self.limosa(&["migrate", "web", "--to", &to.peer, "--mode", "demand"]);
+        assert!(output.status.success(), "{}", errors(&output));
+        let text = String::from_utf8_lossy(&output.stdout);
+        let told = ["running with residual dependency", "'limosa drain web'"];
+        assert!(told.iter().all(|told| text.contains(told)), "{text}");
     }
 
     fn limosa(&self, arguments: &[&str]) -> Output {
@@ -365,6 +382,104 @@ fn a_guest_moves_between_two_daemons_or_stays() {
     target.json(&spec);
     source.refused(&migrate, "a VM named 'web' exists on this host");
     source.work("web");
+}
+
+/// A guest that owns more memory than it writes, so that most of it is never asked for.
+const ROOMY: [&str; 8] = [
+    "run",
+    "web",
+    "--micro",
+    "writer",
+    "--args",
+    "ws=4M touch=32M rate=1000",
+    "--memory",
+    "64M",
+];
+
+#[test]
+fn a_guest_lives_on_demand_until_it_is_drained() {
+    if !has_kvm() {
+        return;
+    }
+    let [source, target] = [Daemon::start(), Daemon::start()];
+    source.json(&ROOMY);
+    wait_until("the guest works", || source.work("web") > 0);
+    source.migrate_on_demand(&target);
+
+    let vm = &target.json(&["list"])[0];
+    assert!(vm["missing_pages"].as_u64().unwrap() > 1000, "{vm}");
+    let residue = vm["residual_dependency"].as_str().unwrap();
+    assert!(residue.contains("at its source, 127.0.0.1"), "{residue}");
+    let before = target.work("web");
+    wait_until("the guest works on faults", || target.work("web") > before);
+    let onwards = ["migrate", "web", "--to", &source.peer];
+    target.refused(&onwards, "'limosa drain web' at the source");
+    target.refused(&["inspect", "web"], "residual dependency");
+    target.refused(&["drain", "web"], "is a command for that host");
+    let refused = ["resolve", "web", "--runs-here"];
+    target.refused(&refused, "pages of it are still at its source");
+    source.refused(&["resolve", "web", "--gone"], "nothing to decide");
+    source.refused(&["set", "web", "--mode", "pre-copy"], "post-copy are left");
+    source.refused(&["stop", "--force", "web"], "limosa drain web");
+    source.refused(&["abort", "web"], "too late");
+    let status = source.json(&["status", "web"]);
+    assert_eq!(status["stage"], "serving", "{status}");
+    assert!(status["unsent_pages"].as_u64().unwrap() > 1000, "{status}");
+
+    let output = source.limosa(&["drain", "web"]);
+    assert!(output.status.success(), "{}", errors(&output));
+    let text = String::from_utf8_lossy(&output.stdout);
+    assert!(text.contains(" pages pulled"), "{text}");
+    assert_eq!(source.json(&["list"]), Value::Array(Vec::new()));
+    let report = &source.json(&["status", "web"])["report"];
+    assert_eq!(report["mode_changes"][0]["to"], "post-copy", "{report}");
+    assert!(report["pulled_pages"].as_u64().unwrap() > 0, "{report}");
+    let vm = &target.json(&["list"])[0];
+    assert_eq!(vm["residual_dependency"], Value::Null, "{vm}");
+    target.json(&["inspect", "web"]);
+    source.refused(&["drain", "web"], "nothing to drain");
+}
+
+#[test]
+fn a_killed_source_daemon_brings_the_pages_when_it_is_back() {
+    if !has_kvm() {
+        return;
+    }
+    let [mut source, target] = [Daemon::start(), Daemon::start()];
+    source.json(&ROOMY);
+    wait_until("the guest works", || source.work("web") > 0);
+    source.migrate_on_demand(&target);
+    source.kill_and_restart();
+    let is_empty = || source.json(&["list"]) == Value::Array(Vec::new());
+    wait_until("all pages have gone", is_empty);
+    let vm = &target.json(&["list"])[0];
+    assert_eq!(vm["missing_pages"], 0, "{vm}");
+    let before = target.work("web");
+    wait_until("the guest works on", || target.work("web") > before);
+}
+
+#[test]
+fn a_guest_whose_source_is_lost_is_given_up_by_its_operator_only() {
+    if !has_kvm() {
+        return;
+    }
+    let [mut source, target] = [Daemon::start(), Daemon::start()];
+    source.json(&ROOMY);
+    wait_until("the guest works", || source.work("web") > 0);
+    source.migrate_on_demand(&target);
+    source.kill();
+    assert!(target.json(&["list"])[0]["residual_dependency"].is_string());
+    target.json(&["resolve", "web", "--gone"]);
+    wait_until("it is given up", || {
+        target.json(&["list"])[0]["state"] == "ended"
+    });
+    target.json(&["stop", "web"]);
+    // Should the source come back nevertheless, it hears that nobody needs its pages.
+    source.restart();
+    wait_until("the source knows", || {
+        source.json(&["list"])[0]["state"] == "ended"
+    });
+    source.json(&["stop", "web"]);
 }
 
 #[test]

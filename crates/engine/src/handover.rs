@@ -168,8 +168,12 @@ impl fmt::Display for Phase {
 /// The target's answer to *resolve*: does the guest of this attempt run there?
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Resolution {
-    /// It does, or did: the source must never run it again.
+    /// It does, or did, with all its pages: the source must never run it again.
     Runs,
+    /// It does, and still misses pages that only the source has.
+    Needs,
+    /// It did, and ended before all its pages had come.
+    Gone,
     /// It does not, and never will: the source resumes.
     Barred,
 }

@@ -10,40 +10,73 @@ use limosa_pages::{BytesPerSecond, PageCount};
 use serde::{Deserialize, Serialize};
 
 /// The technique of a migration.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Mode {
     /// Pause, copy everything, run at the target: the least traffic and the longest downtime.
     StopAndCopy,
+    /// Run at the target at once; each page comes when it is first touched, and nothing ends that
+    /// but an order to drain. `[Hines09 §2]`
+    Demand,
+    /// Run at the target at once; pages come when they are touched, and all others are pushed
+    /// meanwhile. `[Hines09 §3]`
+    PostCopy,
     /// Copy while the guest runs, again what it dirtied, pause for the rest. `[Clark05 §3]`
     PreCopy,
+    /// Copy everything once while the guest runs, then go on as post-copy with what it dirtied.
+    Hybrid,
+    /// Pre-copy that becomes hybrid as soon as its rounds do not pay.
+    #[default]
+    Auto,
 }
 
 impl Mode {
     /// All of them, in the order in which they are explained.
-    pub const ALL: [Self; 2] = [Self::StopAndCopy, Self::PreCopy];
+    pub const ALL: [Self; 6] = [
+        Self::StopAndCopy,
+        Self::Demand,
+        Self::PostCopy,
+        Self::PreCopy,
+        Self::Hybrid,
+        Self::Auto,
+    ];
 
     /// As it is typed on a command line.
     pub const fn name(self) -> &'static str {
         match self {
             Self::StopAndCopy => "stop-and-copy",
+            Self::Demand => "demand",
+            Self::PostCopy => "post-copy",
             Self::PreCopy => "pre-copy",
+            Self::Hybrid => "hybrid",
+            Self::Auto => "auto",
         }
     }
 
     /// True if pages go out while the guest runs at the source.
     pub const fn copies_live(self) -> bool {
-        match self {
-            Self::StopAndCopy => false,
-            Self::PreCopy => true,
-        }
+        matches!(self, Self::PreCopy | Self::Hybrid | Self::Auto)
+    }
+
+    /// True if the guest is meant to run at the target before all its pages are there. Such a
+    /// migration needs a target that can serve page faults.
+    pub const fn needs_faults(self) -> bool {
+        matches!(self, Self::Demand | Self::PostCopy | Self::Hybrid)
+    }
+
+    /// True if pages that are still missing at the target are sent without being asked for.
+    pub const fn pushes(self) -> bool {
+        !matches!(self, Self::Demand)
     }
 
     /// The policy that carries it out.
     pub fn policy(self) -> &'static dyn Policy {
         match self {
             Self::StopAndCopy => &StopAndCopy,
+            Self::Demand | Self::PostCopy => &PostCopy,
             Self::PreCopy => &PreCopy,
+            Self::Hybrid => &Hybrid,
+            Self::Auto => &Auto,
         }
     }
 }
@@ -86,6 +119,8 @@ pub struct Progress {
     pub rounds: u32,
     /// Pages that wait to be sent now.
     pub remaining: PageCount,
+    /// Pages of the round that was sent last.
+    pub last_round: PageCount,
     /// Consecutive rounds that shrank the remaining pages by less than a tenth.
     pub rounds_without_progress: u32,
     /// Payload rate as delivered to the target; `None` before the first round.
@@ -123,6 +158,10 @@ pub enum PauseReason {
     NoProgress,
     /// Another round would miss the deadline.
     Deadline,
+    /// The mode switches after its bulk round.
+    BulkDone,
+    /// The next round would have been as large as the last one.
+    Predicted,
 }
 
 impl PauseReason {
@@ -134,6 +173,8 @@ impl PauseReason {
             Self::RoundsMax => "the limit of rounds was reached",
             Self::NoProgress => "the guest dirtied its pages as fast as the link carried them",
             Self::Deadline => "another round would have missed the deadline",
+            Self::BulkDone => "the bulk round was over, after which the mode switches",
+            Self::Predicted => "the next round would have been as large as the last one",
         }
     }
 }
@@ -145,12 +186,14 @@ pub enum Verdict {
     AnotherRound,
     /// Pause the guest, send them and whatever came on top.
     PauseAndCopy(PauseReason),
+    /// Pause the guest, run it at the target, send them from then on.
+    SwitchNow(PauseReason),
 }
 
 /// A technique.
 pub trait Policy {
     /// Decides after a harvest. Total, and with any sequence of answers from the world it says
-    /// [`Verdict::PauseAndCopy`] after at most `limits.rounds_max` rounds.
+    /// something else than [`Verdict::AnotherRound`] after at most `limits.rounds_max` rounds.
     fn verdict(&self, progress: &Progress, limits: &Limits) -> Verdict;
 }
 
@@ -206,6 +249,65 @@ impl Policy for PreCopy {
     }
 }
 
+/// Runs the guest at the target before the first page.
+#[derive(Debug)]
+pub struct PostCopy;
+
+impl Policy for PostCopy {
+    fn verdict(&self, progress: &Progress, _: &Limits) -> Verdict {
+        // After rounds of another mode the guest's pages are there as far as they are clean.
+        Verdict::SwitchNow(if progress.rounds == 0 {
+            PauseReason::Mode
+        } else {
+            PauseReason::BulkDone
+        })
+    }
+}
+
+/// One bulk round, a second one if that pays, then the switch.
+///
+/// A second round pays if it is at most half the first: it then takes at most half its time, and
+/// leaves fewer pages to be faulted in.
+#[derive(Debug)]
+pub struct Hybrid;
+
+impl Policy for Hybrid {
+    fn verdict(&self, progress: &Progress, limits: &Limits) -> Verdict {
+        let is_small = progress.remaining.get() <= progress.last_round.get() / 2;
+        match (PreCopy.verdict(progress, limits), progress.rounds) {
+            (Verdict::AnotherRound, 0) => Verdict::AnotherRound,
+            (Verdict::AnotherRound, 1) if is_small => Verdict::AnotherRound,
+            (Verdict::PauseAndCopy(PauseReason::WithinBudget), _) => {
+                Verdict::PauseAndCopy(PauseReason::WithinBudget)
+            }
+            _ => Verdict::SwitchNow(PauseReason::BulkDone),
+        }
+    }
+}
+
+/// Pre-copy as long as its rounds shrink; what pre-copy would pause for at any price is left to
+/// page faults instead.
+#[derive(Debug)]
+pub struct Auto;
+
+impl Policy for Auto {
+    fn verdict(&self, progress: &Progress, limits: &Limits) -> Verdict {
+        // A guest that dirtied as much as was sent dirties as much in the next round, which takes
+        // as long: no round after it will be smaller.
+        let is_stuck = progress.remaining.get() >= progress.last_round.get() / 10 * 9;
+        match PreCopy.verdict(progress, limits) {
+            Verdict::AnotherRound if progress.rounds > 0 && is_stuck => {
+                Verdict::SwitchNow(PauseReason::Predicted)
+            }
+            Verdict::PauseAndCopy(PauseReason::WithinBudget) => {
+                Verdict::PauseAndCopy(PauseReason::WithinBudget)
+            }
+            Verdict::PauseAndCopy(reason) => Verdict::SwitchNow(reason),
+            verdict => verdict,
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -215,6 +317,7 @@ mod tests {
         Progress {
             rounds,
             remaining: PageCount::new(remaining),
+            last_round: PageCount::new(2000),
             rounds_without_progress: 0,
             bandwidth: Some(BytesPerSecond::new(4096 * 1000)),
             fixed_cost: Duration::from_millis(2),
@@ -224,6 +327,35 @@ mod tests {
 
     fn check(progress: Progress, limits: Limits, expect: Verdict) {
         assert_eq!(PreCopy.verdict(&progress, &limits), expect);
+    }
+
+    /// What a mode says after so many rounds, 2000 pages in the last one, with so many that wait.
+    fn check_mode(mode: Mode, rounds: u32, remaining: u64, expect: &str) {
+        let verdict = mode
+            .policy()
+            .verdict(&progress(rounds, remaining), &Limits::default());
+        assert_eq!(alloc::format!("{verdict:?}"), expect, "{mode}");
+    }
+
+    #[test]
+    fn post_copy_and_hybrid_switch_by_themselves() {
+        check_mode(Mode::Demand, 0, 5000, "SwitchNow(Mode)");
+        check_mode(Mode::PostCopy, 0, 5000, "SwitchNow(Mode)");
+        check_mode(Mode::PostCopy, 1, 5000, "SwitchNow(BulkDone)");
+        check_mode(Mode::Hybrid, 0, 5000, "AnotherRound");
+        check_mode(Mode::Hybrid, 1, 1000, "AnotherRound");
+        check_mode(Mode::Hybrid, 1, 1001, "SwitchNow(BulkDone)");
+        check_mode(Mode::Hybrid, 2, 1000, "SwitchNow(BulkDone)");
+        check_mode(Mode::Hybrid, 1, 3, "PauseAndCopy(WithinBudget)");
+    }
+
+    #[test]
+    fn auto_is_pre_copy_until_that_does_not_pay() {
+        check_mode(Mode::Auto, 0, 5000, "AnotherRound");
+        check_mode(Mode::Auto, 1, 1799, "AnotherRound");
+        check_mode(Mode::Auto, 1, 1800, "SwitchNow(Predicted)");
+        check_mode(Mode::Auto, 5, 3, "PauseAndCopy(WithinBudget)");
+        check_mode(Mode::Auto, 30, 1000, "SwitchNow(RoundsMax)");
     }
 
     #[test]
@@ -273,19 +405,24 @@ mod tests {
 
     proptest! {
         #[test]
-        fn pre_copy_always_ends(rest in 0..u64::MAX / 8192, max in 0..100u32, stuck in 0..9u32,
+        fn every_policy_ends(rest in 0..u64::MAX / 8192, last in 0..u64::MAX / 8192, max in 0..100u32, stuck in 0..9u32,
                                 rate in prop::option::of(0..u64::MAX), elapsed in 0..u64::MAX / 4) {
             let limits = Limits { rounds_max: max, ..Limits::default() };
             let progress = Progress {
                 rounds: max.max(1),
                 remaining: PageCount::new(rest),
+                last_round: PageCount::new(last),
                 rounds_without_progress: stuck,
                 bandwidth: rate.map(BytesPerSecond::new),
                 fixed_cost: Duration::from_nanos(elapsed),
                 elapsed: Duration::from_nanos(elapsed),
             };
-            let verdict = PreCopy.verdict(&progress, &limits);
-            prop_assert!(matches!(verdict, Verdict::PauseAndCopy(_)));
+            for mode in Mode::ALL {
+                let verdict = mode.policy().verdict(&progress, &limits);
+                prop_assert_ne!(verdict, Verdict::AnotherRound, "{}", mode);
+                let switches = matches!(verdict, Verdict::SwitchNow(_));
+                prop_assert!(!switches || mode.needs_faults() || mode == Mode::Auto);
+            }
         }
     }
 }

@@ -87,6 +87,53 @@ impl Downtime {
     }
 }
 
+/// Buckets of a [`FaultReport`]'s histogram: the last one holds everything from two seconds on.
+pub const FAULT_BUCKETS: usize = 22;
+
+/// How a guest that ran before its pages were there came by them, as the target saw it.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FaultReport {
+    /// Pages that came because a vCPU waited for them: network faults. `[Hines09 §5]`
+    pub pulled: PageCount,
+    /// Pages that were there before anybody needed them.
+    pub pushed: PageCount,
+    /// Bytes of the pulled pages on the wire, headers included.
+    pub pulled_bytes: ByteCount,
+    /// From a fault's notice to its page in place: half of them were faster.
+    pub latency_p50: Duration,
+    /// 99 of 100 were faster.
+    pub latency_p99: Duration,
+    /// The slowest.
+    pub latency_max: Duration,
+    /// Network faults by latency: bucket `n` counts those from 2^(n-1) up to 2^n microseconds,
+    /// bucket 0 those below one.
+    pub latency_log2_us: [u32; FAULT_BUCKETS],
+    /// How long the first fault after the switch took.
+    pub first_stall: Duration,
+}
+
+impl FaultReport {
+    /// Network faults over all pages that were missing, in thousandths. `[Hines09 §5]` divides by
+    /// all faults. Differs: a fault on a page that has come is served by the kernel, unseen.
+    pub fn network_share_per_mille(&self) -> Option<u64> {
+        let all = self.pulled.get().saturating_add(self.pushed.get());
+        self.pulled.get().saturating_mul(1000).checked_div(all)
+    }
+}
+
+/// The technique was changed on the way.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ModeChange {
+    /// Since the request.
+    pub at: Duration,
+    /// From this one.
+    pub from: Mode,
+    /// To this one.
+    pub to: Mode,
+    /// One line that says why.
+    pub reason: String,
+}
+
 /// How well the two hosts' clocks could be compared.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ClockOffset {
@@ -101,15 +148,18 @@ pub struct ClockOffset {
 pub struct MigrationReport {
     /// The attempt.
     pub id: MigrationId,
-    /// The technique.
+    /// The technique that was asked for.
     pub mode: Mode,
+    /// How it changed on the way, in order.
+    pub mode_changes: Vec<ModeChange>,
     /// `None` while it runs.
     pub outcome: Option<Outcome>,
     /// Why the guest was paused, once it was.
     pub pause_reason: Option<PauseReason>,
     /// From the request to the first page.
     pub preparation: Duration,
-    /// From the request to the target's word that the guest runs there, or to the failure.
+    /// From the request to the target's word that the guest runs there and has all its pages, or to
+    /// the failure.
     pub total: Duration,
     /// From the request until the source holds nothing.
     pub eviction: Duration,
@@ -126,8 +176,15 @@ pub struct MigrationReport {
     pub rehearsal_stall: Duration,
     /// For the times that compare both hosts' clocks.
     pub clock: ClockOffset,
-    /// The rounds in order, the last one with the guest paused.
+    /// The rounds in order: the last one with the guest paused or, with a switch, running at the
+    /// target.
     pub rounds: Vec<RoundReport>,
+    /// Pages that the target did not have when the guest ran there.
+    pub missing_at_switch: PageCount,
+    /// Bytes that told the target which pages it does not have.
+    pub missing_set_bytes: ByteCount,
+    /// How the missing pages came, once they had.
+    pub faults: Option<FaultReport>,
     /// Bytes of the state sections.
     pub state_bytes: ByteCount,
     /// With verification: whether source and target hashed the same memory and state.
@@ -135,9 +192,13 @@ pub struct MigrationReport {
 }
 
 impl MigrationReport {
-    /// Pages sent over all rounds, repetitions included.
+    /// Pages sent over all rounds and for faults, repetitions included.
     pub fn pages_sent(&self) -> PageCount {
-        self.sum(|round| round.pages)
+        let pulled = self
+            .faults
+            .as_ref()
+            .map_or(PageCount::ZERO, |faults| faults.pulled);
+        self.sum(|round| round.pages).saturating_add(pulled)
     }
 
     /// Pages sent again after an earlier round had sent them.
@@ -145,11 +206,19 @@ impl MigrationReport {
         self.sum(|round| round.resent)
     }
 
-    /// Bytes on the push streams and of the state.
+    /// Bytes on the push and pull streams and of the state.
     pub fn wire_bytes(&self) -> ByteCount {
-        self.rounds.iter().fold(self.state_bytes, |sum, round| {
-            sum.saturating_add(round.bytes)
-        })
+        let pulled = self
+            .faults
+            .as_ref()
+            .map_or(ByteCount::ZERO, |faults| faults.pulled_bytes);
+        let first = self
+            .state_bytes
+            .saturating_add(self.missing_set_bytes)
+            .saturating_add(pulled);
+        self.rounds
+            .iter()
+            .fold(first, |sum, round| sum.saturating_add(round.bytes))
     }
 
     fn sum(&self, of: impl Fn(&RoundReport) -> PageCount) -> PageCount {

@@ -15,6 +15,8 @@
 //!  ends by failure or abort ─▶ Returning (record, resume) ─▶ Finished
 //! ```
 //!
+//! A guest that runs at the target before its pages are there takes a longer way: [`switching`].
+//!
 //! Invariants: a page is read only after its dirty bit was cleared ([`rounds`]); the state goes
 //! out only after every page was handed to its stream, and the target waits for the barriers; the
 //! commit frame leaves only after the VM process recorded it; from then on only the target's word
@@ -27,12 +29,13 @@ mod ending;
 mod event;
 mod preparing;
 mod rounds;
+mod switching;
 
-pub use event::{Paused, Piece, SentPiece, SourceAction, SourceConfig, SourceEvent};
+pub use event::{Fence, Paused, Piece, SentPiece, SourceAction, SourceConfig, SourceEvent};
 
 use crate::handover::Phase;
 use crate::journal::Machine;
-use crate::policy::{Limits, Progress};
+use crate::policy::{Limits, Mode, Progress};
 use crate::report::{ClockOffset, MigrationReport, Outcome};
 use crate::time::Timestamp;
 use crate::wire::{ControlFrame, Digest, clip};
@@ -70,6 +73,8 @@ pub enum SourceFault {
     ResumeAfterCommit,
     /// The commit frame leaves before it was recorded.
     CommitBeforeRecord,
+    /// The target is not told which of its pages are stale.
+    StaleNotTold,
 }
 
 /// Where the migration stands, for the operator.
@@ -84,6 +89,8 @@ pub enum Stage {
     Paused,
     /// Commit was recorded; the target decides.
     Committed,
+    /// The guest runs at the target and misses pages, which are sent as it needs them.
+    Serving,
     /// The target could not be asked yet whether the guest runs there.
     Unresolved,
     /// The guest runs at the target; the source tidies up.
@@ -111,6 +118,9 @@ enum State {
         sent: Option<Timestamp>,
     },
     Rounds,
+    Telling {
+        passes: u32,
+    },
     Pausing,
     LastRound {
         prepared: bool,
@@ -119,6 +129,10 @@ enum State {
         lost: Option<String>,
     },
     AwaitRuns,
+    Serving,
+    Reattaching {
+        reconciled: bool,
+    },
     Verifying {
         ours: Option<Digest>,
         theirs: Option<Digest>,
@@ -143,6 +157,18 @@ pub struct Source {
     /// True from the `Pause` action until the guest runs or is gone.
     paused: bool,
     tracking: bool,
+    /// The target can serve page faults.
+    can_switch: bool,
+    /// The guest will run, or runs, at the target before its pages are there.
+    is_switching: bool,
+    /// Pages that are missing there, of each chunk; unknown until the target has said it again.
+    missing: Option<Vec<u32>>,
+    /// It is known that the guest has run there.
+    ran_there: bool,
+    /// Pages that were pushed to the guest there.
+    pushed: PageCount,
+    /// The guest ended at the target.
+    lost_guest: Option<String>,
     begun: Timestamp,
     heard: Timestamp,
     moved: Timestamp,
@@ -175,6 +201,7 @@ impl Source {
         let report = MigrationReport {
             id: config.id,
             mode: config.mode,
+            mode_changes: Vec::new(),
             outcome: None,
             pause_reason: None,
             preparation: Duration::ZERO,
@@ -188,11 +215,15 @@ impl Source {
             clock: ClockOffset::default(),
             rounds: Vec::new(),
             state_bytes: ByteCount::ZERO,
+            missing_at_switch: PageCount::ZERO,
+            missing_set_bytes: ByteCount::ZERO,
+            faults: None,
             digest_equal: None,
         };
         let progress = Progress {
             rounds: 0,
             remaining: config.memory,
+            last_round: PageCount::ZERO,
             rounds_without_progress: 0,
             bandwidth: None,
             fixed_cost: Duration::ZERO,
@@ -204,6 +235,12 @@ impl Source {
             state: State::Idle,
             paused: false,
             tracking: false,
+            can_switch: false,
+            is_switching: false,
+            missing: None,
+            ran_there: false,
+            pushed: PageCount::ZERO,
+            lost_guest: None,
             begun: Timestamp::ZERO,
             heard: Timestamp::ZERO,
             moved: Timestamp::ZERO,
@@ -226,6 +263,8 @@ impl Source {
     pub fn recover(config: SourceConfig) -> Self {
         let mut source = Self::new(config);
         source.paused = true;
+        // The saved state, half of what is compared, was lost with the daemon.
+        source.config.verify = false;
         // The daemon that was killed may have switched it on, and nobody has switched it off.
         source.tracking = true;
         source.state = State::Resolving {
@@ -252,6 +291,11 @@ impl Source {
         &self.progress
     }
 
+    /// The technique as it is now.
+    pub const fn mode(&self) -> Mode {
+        self.config.mode
+    }
+
     /// What the operator allows now.
     pub const fn limits(&self) -> &Limits {
         &self.config.limits
@@ -274,10 +318,11 @@ impl Source {
             | State::Recording { .. }
             | State::Tracking
             | State::Rehearsing { .. } => Stage::Preparing,
-            State::Rounds => Stage::Copying,
+            State::Rounds | State::Telling { .. } => Stage::Copying,
             State::Pausing | State::LastRound { .. } => Stage::Paused,
             State::Committing { .. } | State::AwaitRuns => Stage::Committed,
-            State::Resolving { .. } => Stage::Unresolved,
+            State::Serving => Stage::Serving,
+            State::Resolving { .. } | State::Reattaching { .. } => Stage::Unresolved,
             State::Verifying { .. } | State::Releasing => Stage::Releasing,
             State::Returning { .. } => Stage::Returning,
             State::Finished => Stage::Finished,
@@ -288,12 +333,11 @@ impl Source {
         self.heard = now;
         match (frame, &self.state) {
             (ControlFrame::Keepalive, _) => Vec::new(),
-            (ControlFrame::Accept { boot_id }, State::Offering) => {
-                if boot_id == self.config.boot_id {
-                    // One kernel, one clock.
-                    return self.record_offer(now);
-                }
-                self.probe(now, 0)
+            (frame, State::Serving | State::Reattaching { .. }) => {
+                self.frame_while_serving(now, frame)
+            }
+            (ControlFrame::Accept { boot_id, can_fault }, State::Offering) => {
+                self.accepted(now, boot_id, can_fault)
             }
             (
                 ControlFrame::ClockEcho {
@@ -312,7 +356,7 @@ impl Source {
                 let there_and_back = now.since(*sent);
                 self.rehearsal_loaded(now, there_and_back, load)
             }
-            (ControlFrame::RoundReceived { round }, State::Rounds) => {
+            (ControlFrame::RoundReceived { round }, State::Rounds | State::Telling { .. }) => {
                 self.round_received(now, round)
             }
             (ControlFrame::RoundReceived { .. }, State::LastRound { .. }) => {
@@ -398,8 +442,11 @@ impl Source {
         let mut actions = vec![SourceAction::SetTimer(now.after(KEEPALIVE_EVERY))];
         let is_moving = matches!(
             self.state,
-            State::Rounds | State::LastRound { .. } | State::Verifying { .. }
-        );
+            State::Rounds
+                | State::Telling { .. }
+                | State::LastRound { .. }
+                | State::Verifying { .. }
+        ) || (self.state == State::Serving && self.is_pushing());
         if now.since(self.heard) > SILENCE_MAX {
             actions.extend(self.lost(now, String::from("the target has been silent for 10 s")));
         } else if is_moving && now.since(self.moved) > STALL_MAX {
@@ -431,6 +478,11 @@ impl Machine for Source {
         }
         match event {
             SourceEvent::Begin => self.begin(now),
+            SourceEvent::Connected if matches!(self.state, State::Reattaching { .. }) => {
+                self.heard = now;
+                let streams = self.config.streams;
+                vec![SourceAction::Send(ControlFrame::Reattach { streams })]
+            }
             SourceEvent::Connected => self.connected(now),
             SourceEvent::ConnectionLost { reason } => self.lost(now, reason),
             SourceEvent::Frame(frame) => self.frame(now, frame),
@@ -458,7 +510,10 @@ impl Machine for Source {
             SourceEvent::GuestFailed { reason } => self.guest_failed(now, reason),
             SourceEvent::Resolved(resolution) => self.resolved(now, resolution),
             SourceEvent::ResolveFailed { reason } => self.resolve_failed(now, reason),
+            SourceEvent::Reconciled { dirty } => self.reconciled(now, dirty),
             SourceEvent::Set(limits) => self.set(limits),
+            SourceEvent::SetMode(mode) => self.set_mode(now, mode),
+            SourceEvent::Fence(fence) => self.fence(now, fence),
             SourceEvent::Abort => self.abort(now),
             SourceEvent::Timer => self.timer(now),
         }

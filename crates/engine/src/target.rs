@@ -7,12 +7,28 @@
 //!                         lost, aborted, barred            └─▶ Finished
 //! ```
 //!
+//! A guest whose pages are not all there runs in `Filling` until they are. A lost connection changes
+//! nothing there but that pages stop coming: the source comes back by itself and says *reattach*.
+//!
+//! ```text
+//!  Committing ─▶ Filling ─▶ Disarming ─▶ Running
+//!                 │   ▲
+//!            lost ▼   │ reattach
+//!                Filling, alone
+//! ```
+//!
 //! Invariants: the state is loaded only when the barrier of the last round has come on every
 //! stream; the guest runs only after the VM process recorded the commit; once somebody was told
 //! that the attempt is barred, no late frame brings it to life.
 
+mod event;
+mod filling;
+
+pub use event::{TargetAction, TargetEvent, TargetOutcome};
+
 use crate::handover::{MigrationId, Phase, Resolution};
 use crate::journal::Machine;
+use crate::report::FaultReport;
 use crate::source::{KEEPALIVE_EVERY, SILENCE_MAX};
 use crate::time::Timestamp;
 use crate::wire::{ControlFrame, Digest, Start, clip};
@@ -20,138 +36,8 @@ use alloc::string::String;
 use alloc::vec;
 use alloc::vec::Vec;
 use core::time::Duration;
+use limosa_pages::PageCount;
 use serde::{Deserialize, Serialize};
-
-/// A fact for the target.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub enum TargetEvent {
-    /// A control frame arrived; the first one is [`ControlFrame::Start`].
-    Frame(ControlFrame),
-    /// The VM process exists, its phase is [`Phase::Preparing`], every push stream is up.
-    Created,
-    /// It could not be made.
-    CreateFailed {
-        /// For the operator at the source.
-        reason: String,
-    },
-    /// A stream delivered everything of a round.
-    Barrier {
-        /// Which.
-        stream: u8,
-        /// The round.
-        round: u32,
-    },
-    /// The state was loaded.
-    Loaded {
-        /// How long it took.
-        took: Duration,
-    },
-    /// The guest runs, and its commit is recorded.
-    Running {
-        /// When the last vCPU entered the guest.
-        first_instruction_at: Timestamp,
-    },
-    /// Digest of what was installed.
-    Digested(Digest),
-    /// The phase was recorded by the VM process.
-    Recorded(Phase),
-    /// The VM process failed or refused. In answer to [`TargetAction::CommitAndRun`] it means that
-    /// nobody can say whether the guest ran: the process died, or its answer was lost.
-    VmFailed {
-        /// One line for the operator.
-        reason: String,
-    },
-    /// The VM process did not record the commit, and it is certain that it never will: it said so,
-    /// or it is dead and left no record.
-    CommitRefused {
-        /// One line for the operator.
-        reason: String,
-    },
-    /// The VM process is gone.
-    Destroyed,
-    /// A stream or the control connection broke, or the peer sent nonsense.
-    ConnectionLost {
-        /// One line for the operator.
-        reason: String,
-    },
-    /// The source asks on another connection how this attempt ended.
-    Resolve,
-    /// The operator at the target wants it to end.
-    Abort,
-    /// The timer that was set has run out.
-    Timer,
-}
-
-/// Something that the world shall do for the target.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub enum TargetAction {
-    /// Check that the machine fits, make it, start the receivers. Answer: `Created`,
-    /// `CreateFailed`.
-    Create(Start),
-    /// Send a control frame. No answer.
-    Send(ControlFrame),
-    /// Load a state. Answer: `Loaded` or `VmFailed`.
-    Load {
-        /// Sections.
-        state: Vec<u8>,
-        /// It will be overwritten by the real one.
-        is_rehearsal: bool,
-    },
-    /// Record [`Phase::Arrived`], then run: one request. Answer: `Running`, `CommitRefused` or
-    /// `VmFailed`.
-    CommitAndRun {
-        /// When the guest stopped at the source, on this host's clock, to advance its time.
-        stopped_at: Timestamp,
-    },
-    /// Digest the hashes of the installed pages and the state. Answer: `Digested`.
-    Digest,
-    /// Record the phase in the VM process. Answer: `Recorded`.
-    Record(Phase),
-    /// End the VM process. Answer: `Destroyed`.
-    Destroy,
-    /// Answer every open question about this attempt. No answer.
-    AnswerResolve(Resolution),
-    /// Tell `Timer` at this time; replaces an earlier timer.
-    SetTimer(Timestamp),
-    /// The migration is over here. The last action of all.
-    Finish(TargetOutcome),
-}
-
-impl TargetAction {
-    /// Name for logs and for tests that hold a migration at a point.
-    pub const fn name(&self) -> &'static str {
-        match self {
-            Self::Create(_) => "create",
-            Self::Send(frame) => frame.name(),
-            Self::Load {
-                is_rehearsal: true, ..
-            } => "load-rehearsal",
-            Self::Load { .. } => "load",
-            Self::CommitAndRun { .. } => "commit-and-run",
-            Self::Digest => "digest",
-            Self::Record(_) => "record-running",
-            Self::Destroy => "destroy",
-            Self::AnswerResolve(_) => "answer-resolve",
-            Self::SetTimer(_) => "set-timer",
-            Self::Finish(_) => "finish",
-        }
-    }
-}
-
-/// How a migration ended at the target.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub enum TargetOutcome {
-    /// The guest runs here and the source said that it is done.
-    Completed,
-    /// The guest runs here, or ran; the source did not say that it is done, so the attempt stays
-    /// recorded until it asks.
-    Unconfirmed,
-    /// The guest never ran here and its memory is gone.
-    Dropped {
-        /// One line for the operator.
-        reason: String,
-    },
-}
 
 /// A fault that a test plants to see that the simulator's checker catches it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -162,6 +48,8 @@ pub enum TargetFault {
     CommitRepeated,
     /// A commit that comes after the abort runs the guest.
     LateFrameAfterAbort,
+    /// The state is loaded before faults are served.
+    LoadBeforeServing,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -169,12 +57,29 @@ enum State {
     Waiting,
     Creating,
     Receiving,
-    Loading { received_at: Timestamp },
+    Loading {
+        received_at: Timestamp,
+    },
     Prepared,
-    Committing { committed_at: Timestamp },
-    Running { digesting: bool },
+    Committing {
+        committed_at: Timestamp,
+    },
+    /// The guest runs and pages are missing; `alone` without a source.
+    Filling {
+        alone: bool,
+    },
+    /// Nothing is missing, and the VM process is told so.
+    Disarming {
+        alone: bool,
+        faults: FaultReport,
+    },
+    Running {
+        digesting: bool,
+    },
     Confirming,
-    Destroying { reason: String },
+    Destroying {
+        reason: String,
+    },
     Finished,
 }
 
@@ -184,6 +89,7 @@ struct Arriving {
     round: u32,
     stopped_at: Timestamp,
     state: Vec<u8>,
+    missing: PageCount,
 }
 
 /// The target's state machine; see the module.
@@ -200,6 +106,11 @@ pub struct Target {
     next_round: u32,
     arriving: Option<Arriving>,
     stopped_at: Timestamp,
+    /// Pages that were missing at the switch.
+    missing: PageCount,
+    /// Loading the state asked for the last of them, before the guest ran.
+    present: Option<FaultReport>,
+    can_fault: bool,
     rehearsing: bool,
     resolve_asked: bool,
     connection_lost: bool,
@@ -219,11 +130,22 @@ impl Target {
             next_round: 0,
             arriving: None,
             stopped_at: Timestamp::ZERO,
+            missing: PageCount::ZERO,
+            present: None,
+            can_fault: false,
             rehearsing: false,
             resolve_asked: false,
             connection_lost: false,
             heard: now,
         }
+    }
+
+    /// A target that a restarted daemon found: the guest runs here and misses pages, and nobody
+    /// brings them yet. Its first event is [`TargetEvent::Timer`].
+    pub fn recover(id: MigrationId, boot_id: u128, now: Timestamp) -> Self {
+        let mut target = Self::new(id, boot_id, now);
+        target.state = State::Filling { alone: true };
+        target
     }
 
     /// Plants a fault. For the tests of the simulator only.
@@ -242,8 +164,17 @@ impl Target {
     pub const fn is_committed(&self) -> bool {
         matches!(
             self.state,
-            State::Committing { .. } | State::Running { .. } | State::Confirming
+            State::Committing { .. }
+                | State::Filling { .. }
+                | State::Disarming { .. }
+                | State::Running { .. }
+                | State::Confirming
         )
+    }
+
+    /// True while the guest runs and misses pages.
+    pub const fn is_filling(&self) -> bool {
+        matches!(self.state, State::Filling { .. })
     }
 
     fn frame(&mut self, now: Timestamp, frame: ControlFrame) -> Vec<TargetAction> {
@@ -276,13 +207,15 @@ impl Target {
                     round,
                     stopped_at,
                     state,
+                    missing,
                 },
                 State::Receiving,
-            ) if self.arriving.is_none() => {
+            ) if self.arriving.is_none() && (self.can_fault || missing == PageCount::ZERO) => {
                 self.arriving = Some(Arriving {
                     round,
                     stopped_at,
                     state,
+                    missing,
                 });
                 self.load_if_complete(now)
             }
@@ -296,6 +229,10 @@ impl Target {
                 if self.fault == Some(TargetFault::LateFrameAfterAbort) =>
             {
                 self.commit(now)
+            }
+            // On a new connection, which may come before the end of the old one is noticed.
+            (ControlFrame::Reattach { streams }, State::Filling { .. }) => {
+                self.reattach(now, streams)
             }
             (ControlFrame::Done, State::Running { .. }) => {
                 self.state = State::Confirming;
@@ -311,13 +248,15 @@ impl Target {
         }
     }
 
-    fn created(&mut self) -> Vec<TargetAction> {
+    fn created(&mut self, can_fault: bool) -> Vec<TargetAction> {
         if self.state != State::Creating {
             return Vec::new();
         }
         self.state = State::Receiving;
+        self.can_fault = can_fault;
         vec![TargetAction::Send(ControlFrame::Accept {
             boot_id: self.boot_id,
+            can_fault,
         })]
     }
 
@@ -374,11 +313,18 @@ impl Target {
             return Vec::new();
         };
         self.stopped_at = arriving.stopped_at;
+        self.missing = arriving.missing;
         self.state = State::Loading { received_at: now };
-        vec![TargetAction::Load {
+        let mut actions = vec![TargetAction::Load {
             state: arriving.state,
             is_rehearsal: false,
-        }]
+        }];
+        if self.missing > PageCount::ZERO {
+            // Loading may touch pages that are missing.
+            let is_late = self.fault == Some(TargetFault::LoadBeforeServing);
+            actions.insert(usize::from(is_late), TargetAction::ServeFaults);
+        }
+        actions
     }
 
     fn loaded(&mut self, now: Timestamp, took: Duration) -> Vec<TargetAction> {
@@ -403,6 +349,7 @@ impl Target {
         self.state = State::Committing { committed_at: now };
         vec![TargetAction::CommitAndRun {
             stopped_at: self.stopped_at,
+            keeps_faults: self.missing > PageCount::ZERO,
         }]
     }
 
@@ -410,8 +357,6 @@ impl Target {
         let State::Committing { committed_at } = self.state else {
             return Vec::new();
         };
-        let verify = self.start.as_ref().is_some_and(|start| start.verify);
-        self.state = State::Running { digesting: verify };
         let mut actions = Vec::new();
         if !self.connection_lost {
             actions.push(TargetAction::Send(ControlFrame::Runs {
@@ -419,16 +364,29 @@ impl Target {
                 first_instruction_at,
             }));
         }
-        if verify {
-            actions.push(TargetAction::Digest);
+        if self.missing > PageCount::ZERO {
+            actions.extend(self.fill());
+            return actions;
         }
-        if self.resolve_asked {
-            actions.push(TargetAction::AnswerResolve(Resolution::Runs));
-        }
+        self.state = State::Running { digesting: false };
+        actions.extend(self.digest());
+        actions.extend(self.answer(Resolution::Runs));
         if self.connection_lost {
             actions.extend(self.finish_unconfirmed());
         }
         actions
+    }
+
+    /// Begins to put the digest together, if the source wants to have it.
+    fn digest(&mut self) -> Option<TargetAction> {
+        let verify = self.start.as_ref().is_some_and(|start| start.verify);
+        self.state = State::Running { digesting: verify };
+        verify.then_some(TargetAction::Digest)
+    }
+
+    fn answer(&self, resolution: Resolution) -> Option<TargetAction> {
+        self.resolve_asked
+            .then_some(TargetAction::AnswerResolve(resolution))
     }
 
     fn digested(&mut self, digest: Digest) -> Vec<TargetAction> {
@@ -451,6 +409,15 @@ impl Target {
         match self.state {
             State::Committing { .. } => {
                 self.connection_lost = true;
+                Vec::new()
+            }
+            // Alone or not: a source that came back may be lost before it has said so.
+            State::Filling { .. } => {
+                self.state = State::Filling { alone: true };
+                vec![TargetAction::Detach]
+            }
+            State::Disarming { ref mut alone, .. } => {
+                *alone = true;
                 Vec::new()
             }
             State::Running { .. } => self.finish_unconfirmed(),
@@ -492,12 +459,31 @@ impl Target {
         match self.state {
             // It may have run, and what it did may have been seen: a source that resumed it would
             // set it back in time. So the attempt counts as one that runs, here or no more.
-            State::Committing { .. } => {
+            // Unless pages were missing: then it is known not to run on.
+            State::Committing { .. } if self.missing == PageCount::ZERO => {
                 let mut actions = Vec::new();
                 if self.resolve_asked {
                     actions.push(TargetAction::AnswerResolve(Resolution::Runs));
                 }
                 actions.extend(self.finish_unconfirmed());
+                actions
+            }
+            State::Committing { .. } => {
+                let mut actions: Vec<TargetAction> =
+                    self.answer(Resolution::Gone).into_iter().collect();
+                self.state = State::Finished;
+                actions.push(TargetAction::Finish(TargetOutcome::Lost { reason }));
+                actions
+            }
+            State::Filling { alone } | State::Disarming { alone, .. } => {
+                let mut actions = Vec::new();
+                if !alone {
+                    let reason = clip(&reason);
+                    actions.push(TargetAction::Send(ControlFrame::Lost { reason }));
+                }
+                actions.extend(self.answer(Resolution::Gone));
+                self.state = State::Finished;
+                actions.push(TargetAction::Finish(TargetOutcome::Lost { reason }));
                 actions
             }
             State::Running { .. } | State::Confirming => self.finish_unconfirmed(),
@@ -534,6 +520,16 @@ impl Target {
             State::Running { .. } | State::Confirming => {
                 vec![TargetAction::AnswerResolve(Resolution::Runs)]
             }
+            State::Filling { .. } => {
+                // Whoever asks has lost its connection, whatever it looks like from here.
+                let mut actions = self.lost(String::from("the source asks for the outcome"));
+                actions.push(TargetAction::AnswerResolve(Resolution::Needs));
+                actions
+            }
+            State::Disarming { ref mut alone, .. } => {
+                *alone = true;
+                Vec::new()
+            }
             State::Committing { .. } | State::Destroying { .. } | State::Finished => Vec::new(),
             _ => self.give_up(String::from(
                 "the source asked for the outcome before commit",
@@ -546,6 +542,9 @@ impl Target {
             return Vec::new();
         }
         let mut actions = vec![TargetAction::SetTimer(now.after(KEEPALIVE_EVERY))];
+        if self.state == (State::Filling { alone: true }) {
+            return actions;
+        }
         if now.since(self.heard) > SILENCE_MAX {
             actions.extend(self.lost(String::from("the source has been silent for 10 s")));
         } else {
@@ -566,13 +565,16 @@ impl Machine for Target {
         }
         match event {
             TargetEvent::Frame(frame) => self.frame(now, frame),
-            TargetEvent::Created => self.created(),
+            TargetEvent::Created { can_fault } => self.created(can_fault),
             TargetEvent::CreateFailed { reason } => self.create_failed(reason),
             TargetEvent::Barrier { stream, round } => self.barrier(now, stream, round),
             TargetEvent::Loaded { took } => self.loaded(now, took),
             TargetEvent::Running {
                 first_instruction_at,
             } => self.running(first_instruction_at),
+            TargetEvent::AllPresent(faults) => self.all_present(faults),
+            TargetEvent::Disarmed => self.disarmed(),
+            TargetEvent::StillMissing(missing) => self.still_missing(missing),
             TargetEvent::Digested(digest) => self.digested(digest),
             TargetEvent::Recorded(phase) => self.recorded(&phase),
             TargetEvent::VmFailed { reason } => self.vm_failed(reason),
@@ -580,6 +582,8 @@ impl Machine for Target {
             TargetEvent::Destroyed => self.destroyed(),
             TargetEvent::ConnectionLost { reason } => self.lost(reason),
             TargetEvent::Resolve => self.resolve(),
+            TargetEvent::SourceGone { reason } if self.is_filling() => self.vm_failed(reason),
+            TargetEvent::SourceGone { .. } => Vec::new(),
             TargetEvent::Abort => self.give_up(String::from("the operator at the target ended it")),
             TargetEvent::Timer => self.timer(now),
         }
@@ -590,10 +594,9 @@ impl Machine for Target {
 mod tests {
     use super::*;
     use crate::policy::Mode;
-    use limosa_pages::PageCount;
 
     /// A target that has asked its VM process to commit and run, and was asked how it ended.
-    fn committing() -> Target {
+    fn committing(missing: u64) -> Target {
         let start = Start {
             mode: Mode::StopAndCopy,
             memory_pages: PageCount::new(1),
@@ -605,11 +608,12 @@ mod tests {
             round: 0,
             stopped_at: Timestamp::ZERO,
             state: vec![1],
+            missing: PageCount::new(missing),
         };
         let mut target = Target::new(MigrationId(1), 2, Timestamp::ZERO);
         for event in [
             TargetEvent::Frame(ControlFrame::Start(start)),
-            TargetEvent::Created,
+            TargetEvent::Created { can_fault: true },
             TargetEvent::Barrier {
                 stream: 0,
                 round: 0,
@@ -629,8 +633,8 @@ mod tests {
         target
     }
 
-    fn check(events: &[TargetEvent], expect: &[&str]) {
-        let mut target = committing();
+    fn check(missing: u64, events: &[TargetEvent], expect: &[&str]) {
+        let mut target = committing(missing);
         let mut names = Vec::new();
         for event in events {
             for action in target.handle(Timestamp::ZERO, event.clone()) {
@@ -649,9 +653,63 @@ mod tests {
         let failed = TargetEvent::VmFailed {
             reason: reason.clone(),
         };
-        check(&[failed], &["Runs", "finish"]);
+        check(0, &[failed], &["Runs", "finish"]);
         let refused = TargetEvent::CommitRefused { reason };
         let events = [refused, TargetEvent::Destroyed];
-        check(&events, &["destroy", "Barred", "finish"]);
+        check(0, &events, &["destroy", "Barred", "finish"]);
+        let reason = String::from("the VM process died");
+        check(7, &[TargetEvent::VmFailed { reason }], &["Gone", "finish"]);
+    }
+
+    #[test]
+    fn pages_that_came_before_the_guest_ran_are_not_waited_for() {
+        let runs = TargetEvent::Running {
+            first_instruction_at: Timestamp::ZERO,
+        };
+        let present = TargetEvent::AllPresent(FaultReport::default());
+        let events = [present, runs, TargetEvent::Disarmed];
+        check(7, &events, &["detach", "disarm", "Runs", "finish"]);
+    }
+
+    #[test]
+    fn a_guest_without_its_pages_waits_for_the_source_to_come_back() {
+        let runs = TargetEvent::Running {
+            first_instruction_at: Timestamp::ZERO,
+        };
+        let filled = [
+            TargetEvent::AllPresent(FaultReport::default()),
+            TargetEvent::Disarmed,
+        ];
+        let [present, disarmed] = filled.clone();
+        let back = TargetEvent::Frame(ControlFrame::Reattach { streams: 1 });
+        let asked = TargetEvent::StillMissing(PageCount::new(3));
+        let alone = [runs.clone(), present, disarmed];
+        check(7, &alone, &["detach", "Needs", "disarm", "Runs", "finish"]);
+        let events = [&[runs.clone(), back.clone(), asked], &filled[..]].concat();
+        let expect = [
+            "detach",
+            "Needs",
+            "reconcile",
+            "set-timer",
+            "reattached",
+            "disarm",
+            "complete",
+        ];
+        check(7, &events, &expect);
+        let reason = String::from("it crashed");
+        let events = [runs, back, TargetEvent::VmFailed { reason }];
+        check(
+            7,
+            &events,
+            &[
+                "detach",
+                "Needs",
+                "reconcile",
+                "set-timer",
+                "lost",
+                "Gone",
+                "finish",
+            ],
+        );
     }
 }

@@ -7,6 +7,7 @@
 
 use crate::handover::{MigrationId, Resolution};
 use crate::policy::Mode;
+use crate::report::FaultReport;
 use crate::time::Timestamp;
 use alloc::string::String;
 use alloc::vec::Vec;
@@ -15,7 +16,7 @@ use limosa_pages::{PageCount, PageRange, Pfn};
 use serde::{Deserialize, Serialize};
 
 /// Version of everything in this file. Peers with another version are refused by name.
-pub const PROTOCOL_VERSION: u16 = 1;
+pub const PROTOCOL_VERSION: u16 = 2;
 /// First bytes of every connection.
 pub const MAGIC: [u8; 8] = *b"LIMOSA\r\n";
 /// Bytes of an encoded [`Preamble`].
@@ -26,6 +27,8 @@ pub const PUSH_HEADER_BYTES: usize = 16;
 pub const CONTROL_FRAME_BYTES_MAX: usize = 4 << 20;
 /// Most pages behind one push header: 1 MiB, so that a stream's receiver can stop within it.
 pub const PUSH_PAGES_MAX: u32 = 256;
+/// Most pages that one bitmap of missing pages speaks of: 4 KiB of bits.
+pub const MISSING_PAGES_MAX: u32 = 32_768;
 /// Most push streams of one migration.
 pub const STREAMS_MAX: u8 = 16;
 /// Longest text (a reason, a name) in a control frame, in bytes.
@@ -40,6 +43,11 @@ pub enum Role {
     Push(u8),
     /// One question about the outcome of one migration: [`ControlFrame::Resolve`].
     Resolve,
+    /// Control frames of a migration whose guest runs at the target and misses pages: the first is
+    /// [`ControlFrame::Reattach`].
+    Resume,
+    /// Requests for pages, target to source, and their answers.
+    Pull,
 }
 
 /// The first 32 bytes of every connection, sent by the side that dials.
@@ -49,6 +57,8 @@ pub struct Preamble {
     pub migration: MigrationId,
     /// What it is for.
     pub role: Role,
+    /// Tells the connections of one attempt to connect from those of an earlier one.
+    pub generation: u32,
 }
 
 /// Why bytes of a peer were refused.
@@ -94,12 +104,15 @@ impl Preamble {
             Role::Control => (0, 0),
             Role::Push(index) => (1, index),
             Role::Resolve => (2, 0),
+            Role::Resume => (3, 0),
+            Role::Pull => (4, 0),
         };
         let mut bytes = [0; PREAMBLE_BYTES];
         bytes[..8].copy_from_slice(&MAGIC);
         bytes[8..10].copy_from_slice(&PROTOCOL_VERSION.to_le_bytes());
         bytes[10] = role;
         bytes[11] = index;
+        bytes[12..16].copy_from_slice(&self.generation.to_le_bytes());
         bytes[16..].copy_from_slice(&self.migration.0.to_le_bytes());
         bytes
     }
@@ -120,6 +133,8 @@ impl Preamble {
             (0, 0) => Role::Control,
             (1, index) if index < STREAMS_MAX => Role::Push(index),
             (2, 0) => Role::Resolve,
+            (3, 0) => Role::Resume,
+            (4, 0) => Role::Pull,
             (role, _) => return Err(WireError::UnknownRole { role }),
         };
         let mut id = [0; 16];
@@ -127,6 +142,7 @@ impl Preamble {
         Ok(Self {
             migration: MigrationId(u128::from_le_bytes(id)),
             role,
+            generation: u32::from_le_bytes([bytes[12], bytes[13], bytes[14], bytes[15]]),
         })
     }
 }
@@ -166,6 +182,8 @@ pub enum ControlFrame {
     Accept {
         /// Identifies the running kernel: equal ids mean one clock.
         boot_id: u128,
+        /// It can run a guest before all its pages are there.
+        can_fault: bool,
     },
     /// Target: it may not.
     Refuse {
@@ -207,6 +225,8 @@ pub enum ControlFrame {
         stopped_at: Timestamp,
         /// Sections of the VMM.
         state: Vec<u8>,
+        /// Pages that the target does not have and that come when the guest runs there.
+        missing: PageCount,
     },
     /// Target: memory and state are in place; the guest could run.
     Prepared {
@@ -223,6 +243,25 @@ pub enum ControlFrame {
         committed_at: Timestamp,
         /// When the last vCPU entered the guest.
         first_instruction_at: Timestamp,
+    },
+    /// Target: every page is there.
+    Complete(FaultReport),
+    /// Target: the guest ended there, and some of its pages had not come.
+    Lost {
+        /// For the operator at the source.
+        reason: String,
+    },
+    /// Source, first on a [`Role::Resume`] connection: here are the pages again.
+    Reattach {
+        /// How many push streams come with it.
+        streams: u8,
+    },
+    /// Target: it goes on; the pull stream says which pages are missing.
+    Reattached {
+        /// How many.
+        missing: PageCount,
+        /// It still knows what it installed: a [`ControlFrame::Verified`] can follow.
+        verifies: bool,
     },
     /// Target: digest of what it installed (only with [`Start::verify`]).
     Verified(Digest),
@@ -291,6 +330,7 @@ impl ControlFrame {
         let is_sound = match &frame {
             Self::Refuse { reason } | Self::Abort { reason } => reason.len() <= TEXT_BYTES_MAX,
             Self::Start(start) => start.streams >= 1 && start.streams <= STREAMS_MAX,
+            Self::Reattach { streams } => (1..=STREAMS_MAX).contains(streams),
             _ => true,
         };
         if rest.is_empty() && is_sound {
@@ -315,6 +355,10 @@ impl ControlFrame {
             Self::Prepared { .. } => "prepared",
             Self::Commit => "commit",
             Self::Runs { .. } => "runs",
+            Self::Complete(_) => "complete",
+            Self::Lost { .. } => "lost",
+            Self::Reattach { .. } => "reattach",
+            Self::Reattached { .. } => "reattached",
             Self::Verified(_) => "verified",
             Self::Done => "done",
             Self::Abort { .. } => "abort",
@@ -347,22 +391,64 @@ pub enum PushHeader {
         /// The round.
         round: u32,
     },
+    /// The target does not have these pages, whatever it has in their place.
+    Stale(PageRange),
+    /// The same for the pages of this range whose bits are set in the words that follow.
+    StaleBits(PageRange),
+}
+
+/// What comes on a pull stream from the target. Answers are [`PushHeader::Pages`] and
+/// [`PushHeader::Zeros`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PullHeader {
+    /// Somebody waits for these pages.
+    Want(PageRange),
+    /// After a reconnection: these pages are missing.
+    Missing(PageRange),
+    /// The same for the pages of this range whose bits are set in the words that follow.
+    MissingBits(PageRange),
+    /// All missing pages were told.
+    MissingEnd,
+}
+
+impl PullHeader {
+    /// As it is sent; in the form of a [`PushHeader`].
+    pub fn encode(&self) -> [u8; PUSH_HEADER_BYTES] {
+        match *self {
+            Self::Want(range) => encode_header(1, range.count.get(), range.first.get()),
+            Self::Missing(range) => encode_header(2, range.count.get(), range.first.get()),
+            Self::MissingBits(range) => encode_header(3, range.count.get(), range.first.get()),
+            Self::MissingEnd => encode_header(4, 0, 0),
+        }
+    }
+
+    /// Reads what a target sent about a guest of `memory` pages.
+    ///
+    /// # Errors
+    /// As [`PushHeader::decode`].
+    pub fn decode(bytes: &[u8; PUSH_HEADER_BYTES], memory: PageCount) -> Result<Self, WireError> {
+        let (kind, count, value) = decode_header(bytes)?;
+        match kind {
+            1 if count > PUSH_PAGES_MAX => Err(WireError::MalformedPush("too many pages at once")),
+            1 => Ok(Self::Want(checked_range(value, count, memory)?)),
+            2 => Ok(Self::Missing(checked_range(value, count, memory)?)),
+            3 => Ok(Self::MissingBits(checked_bits(value, count, memory)?)),
+            4 if count == 0 && value == 0 => Ok(Self::MissingEnd),
+            _ => Err(WireError::MalformedPush("unknown kind")),
+        }
+    }
 }
 
 impl PushHeader {
     /// As it is sent: kind, three zero bytes, `u32` count, `u64` first page or round.
     pub fn encode(&self) -> [u8; PUSH_HEADER_BYTES] {
-        let (kind, count, value) = match *self {
-            Self::Pages(range) => (1u8, range.count.get(), range.first.get()),
-            Self::Zeros(range) => (2, range.count.get(), range.first.get()),
-            Self::Barrier { round } => (3, 0, u64::from(round)),
-        };
-        let count = u32::try_from(count).expect("senders split ranges by the limit");
-        let mut bytes = [0; PUSH_HEADER_BYTES];
-        bytes[0] = kind;
-        bytes[4..8].copy_from_slice(&count.to_le_bytes());
-        bytes[8..].copy_from_slice(&value.to_le_bytes());
-        bytes
+        match *self {
+            Self::Pages(range) => encode_header(1, range.count.get(), range.first.get()),
+            Self::Zeros(range) => encode_header(2, range.count.get(), range.first.get()),
+            Self::Barrier { round } => encode_header(3, 0, u64::from(round)),
+            Self::Stale(range) => encode_header(4, range.count.get(), range.first.get()),
+            Self::StaleBits(range) => encode_header(5, range.count.get(), range.first.get()),
+        }
     }
 
     /// Reads what a peer sent about a guest of `memory` pages.
@@ -370,14 +456,8 @@ impl PushHeader {
     /// # Errors
     /// An unknown kind, a range that is empty, too long or outside the memory, stray bits.
     pub fn decode(bytes: &[u8; PUSH_HEADER_BYTES], memory: PageCount) -> Result<Self, WireError> {
-        let count = u32::from_le_bytes([bytes[4], bytes[5], bytes[6], bytes[7]]);
-        let mut value = [0; 8];
-        value.copy_from_slice(&bytes[8..]);
-        let value = u64::from_le_bytes(value);
-        if bytes[1..4] != [0; 3] {
-            return Err(WireError::MalformedPush("reserved bytes are set"));
-        }
-        match bytes[0] {
+        let (kind, count, value) = decode_header(bytes)?;
+        match kind {
             1 if count > PUSH_PAGES_MAX => Err(WireError::MalformedPush("too many pages at once")),
             1 => Ok(Self::Pages(checked_range(value, count, memory)?)),
             2 => Ok(Self::Zeros(checked_range(value, count, memory)?)),
@@ -385,9 +465,44 @@ impl PushHeader {
                 Ok(round) => Ok(Self::Barrier { round }),
                 Err(_) => Err(WireError::MalformedPush("round out of range")),
             },
+            4 => Ok(Self::Stale(checked_range(value, count, memory)?)),
+            5 => Ok(Self::StaleBits(checked_bits(value, count, memory)?)),
             _ => Err(WireError::MalformedPush("unknown kind")),
         }
     }
+}
+
+fn encode_header(kind: u8, count: u64, value: u64) -> [u8; PUSH_HEADER_BYTES] {
+    let count = u32::try_from(count).expect("senders split ranges by the limit");
+    let mut bytes = [0; PUSH_HEADER_BYTES];
+    bytes[0] = kind;
+    bytes[4..8].copy_from_slice(&count.to_le_bytes());
+    bytes[8..].copy_from_slice(&value.to_le_bytes());
+    bytes
+}
+
+fn decode_header(bytes: &[u8; PUSH_HEADER_BYTES]) -> Result<(u8, u32, u64), WireError> {
+    let count = u32::from_le_bytes([bytes[4], bytes[5], bytes[6], bytes[7]]);
+    let mut value = [0; 8];
+    value.copy_from_slice(&bytes[8..]);
+    if bytes[1..4] != [0; 3] {
+        return Err(WireError::MalformedPush("reserved bytes are set"));
+    }
+    Ok((bytes[0], count, u64::from_le_bytes(value)))
+}
+
+/// Bytes of the words that follow a header with bits for this range: one bit a page.
+pub const fn bits_bytes(range: PageRange) -> usize {
+    // Below `MISSING_PAGES_MAX`, so it fits.
+    (range.count.get().div_ceil(64) * 8) as usize
+}
+
+/// A range that bits follow: short enough, and its first page is the first of a word.
+fn checked_bits(first: u64, count: u32, memory: PageCount) -> Result<PageRange, WireError> {
+    if count > MISSING_PAGES_MAX || !first.is_multiple_of(64) {
+        return Err(WireError::MalformedPush("a bitmap of no such size"));
+    }
+    checked_range(first, count, memory)
 }
 
 /// A range of a guest of `memory` pages, or an error.
@@ -423,7 +538,10 @@ mod tests {
         let at = Timestamp::from_nanos(5);
         alloc::vec![
             ControlFrame::Start(start),
-            ControlFrame::Accept { boot_id: 3 },
+            ControlFrame::Accept {
+                boot_id: 3,
+                can_fault: true,
+            },
             ControlFrame::Refuse {
                 reason: String::from("no memory")
             },
@@ -431,8 +549,10 @@ mod tests {
             ControlFrame::State {
                 round: 3,
                 stopped_at: at,
-                state: alloc::vec![0; 300]
+                state: alloc::vec![0; 300],
+                missing: PageCount::new(7),
             },
+            ControlFrame::Complete(FaultReport::default()),
             ControlFrame::Prepared {
                 received_at: at,
                 loaded_at: at
@@ -479,6 +599,7 @@ mod tests {
         let preamble = Preamble {
             migration: MigrationId(5),
             role: Role::Push(3),
+            generation: 2,
         };
         let mut bytes = preamble.encode();
         assert_eq!(Preamble::decode(&bytes), Ok(preamble));
@@ -500,7 +621,7 @@ mod tests {
         }
 
         #[test]
-        fn damaged_frames_never_panic(which in 0..9usize, at in 0..300usize, bit in 0..8u8, cut in 0..300usize) {
+        fn damaged_frames_never_panic(which in 0..10usize, at in 0..300usize, bit in 0..8u8, cut in 0..300usize) {
             let mut bytes = frames()[which].encode()[4..].to_vec();
             let at = at % bytes.len();
             bytes[at] ^= 1 << bit;
@@ -512,12 +633,15 @@ mod tests {
         fn foreign_push_headers_stay_inside_the_memory(bytes in any::<[u8; 16]>(), small in any::<bool>(), pages in 1..5000u64) {
             let mut bytes = bytes;
             if small {
-                bytes[0] %= 5;
+                bytes[0] %= 7;
                 bytes[1..4].fill(0);
                 bytes[6..8].fill(0);
                 bytes[10..].fill(0);
             }
             let memory = PageCount::new(pages);
+            if let Ok(header) = PullHeader::decode(&bytes, memory) {
+                prop_assert_eq!(header.encode(), bytes);
+            }
             if let Ok(header) = PushHeader::decode(&bytes, memory) {
                 prop_assert_eq!(header.encode(), bytes);
                 if let PushHeader::Pages(range) | PushHeader::Zeros(range) = header {

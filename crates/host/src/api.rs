@@ -15,8 +15,8 @@ pub use machine::{
     VmSpec, VmState,
 };
 pub use migration::{
-    Downtime, IncomingInfo, LimitsInfo, LimitsPatch, MigrateAnswer, MigrateBody, MigrationInfo,
-    Moments, Report, Round, parse_id,
+    Downtime, FaultLatency, IncomingInfo, LimitsInfo, LimitsPatch, MigrateAnswer, MigrateBody,
+    MigrationInfo, ModeChange, Moments, Report, ResolveBody, ResolveWord, Round, parse_id,
 };
 
 use serde::{Deserialize, Serialize};

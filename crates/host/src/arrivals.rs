@@ -2,8 +2,12 @@
 //!
 //! The VM process of an arriving guest records the commit itself; the ledger keeps the answer for
 //! the time after the guest has moved on or ended. An attempt that it knows is never begun again.
+//!
+//! A guest that runs without all its pages needs its source: the answer *needs* is given only while
+//! its process lives, and *gone* from the moment on at which it does not.
 
 use crate::host::Host;
+use crate::ledger::Note;
 use crate::refusal::Refusal;
 use crate::registry::Hold;
 use limosa_carrier::{Guest, TargetHost};
@@ -44,11 +48,25 @@ impl TargetHost for Arrivals {
         }
     }
 
-    fn running(&self, id: MigrationId) {
+    fn running(&self, id: MigrationId, is_filling: bool) {
         // Until now the VM process alone remembered it; from here on the ledger does, too, so that
         // the answer outlives the guest's stay.
-        if let Err(error) = self.0.ledger().note_running(id) {
+        if let Err(error) = self.0.ledger().note_running(id, is_filling) {
             tracing::warn!(migration_id = %id, %error, "an arrival could not be noted in the ledger");
+        }
+        self.hold(
+            id,
+            if is_filling {
+                Hold::Filling { id }
+            } else {
+                Hold::Here { arrived: Some(id) }
+            },
+        );
+    }
+
+    fn filled(&self, id: MigrationId) {
+        if let Err(error) = self.0.ledger().note_running(id, false) {
+            tracing::warn!(migration_id = %id, %error, "it could not be noted in the ledger that all pages are here");
         }
         self.hold(id, Hold::Here { arrived: Some(id) });
     }
@@ -56,7 +74,13 @@ impl TargetHost for Arrivals {
     fn finished(&self, id: MigrationId, outcome: &TargetOutcome) {
         match outcome {
             TargetOutcome::Completed => self.hold(id, Hold::Here { arrived: None }),
+            // With pages missing it stays what it is: whatever ended the session brought none.
+            TargetOutcome::Unconfirmed if self.is_filling(id) => {}
             TargetOutcome::Unconfirmed => self.hold(id, Hold::Here { arrived: Some(id) }),
+            TargetOutcome::Lost { reason } => {
+                tracing::warn!(migration_id = %id, reason, "a guest is lost before all its pages had come");
+                self.lose(id, reason);
+            }
             TargetOutcome::Dropped { reason } => {
                 tracing::info!(migration_id = %id, reason, "a guest did not arrive");
                 self.drop_arrival(id);
@@ -65,15 +89,19 @@ impl TargetHost for Arrivals {
     }
 
     fn resolve(&self, id: MigrationId) -> Resolution {
-        let ran_here = self
+        let hold = self
             .0
             .registry()
             .arrival(id)
-            .is_some_and(|(_, vm)| matches!(vm.hold, Hold::Here { .. }));
-        if ran_here {
-            return Resolution::Runs;
+            .filter(|(_, vm)| vm.machine.ended().is_none())
+            .map(|(_, vm)| vm.hold);
+        let note = self.0.ledger().look_up(id);
+        match hold {
+            Some(Hold::Here { .. }) => Resolution::Runs,
+            // All pages may have come just now.
+            Some(Hold::Filling { .. }) if note != Some(Note::Ran) => Resolution::Needs,
+            _ => self.0.ledger().resolve(id),
         }
-        self.0.ledger().resolve(id)
     }
 
     fn confirmed(&self, id: MigrationId) {
@@ -81,6 +109,8 @@ impl TargetHost for Arrivals {
             .0
             .registry()
             .arrival(id)
+            // A source cannot be done with a guest that still needs it, whatever it says.
+            .filter(|(_, vm)| matches!(vm.hold, Hold::Here { .. }))
             .map(|(_, vm)| Arc::clone(&vm.machine));
         let Some(machine) = arrival else { return };
         match machine.guest().record(&Phase::Running) {
@@ -107,6 +137,24 @@ impl Arrivals {
         // Its process may have ended while it was still arriving and the watcher let it be.
         if let Some((pid, reason)) = ended {
             registry.process_ended(&name, pid, &reason);
+        }
+    }
+
+    fn is_filling(&self, id: MigrationId) -> bool {
+        let registry = self.0.registry();
+        let arrival = registry.arrival(id);
+        arrival.is_some_and(|(_, vm)| matches!(vm.hold, Hold::Filling { .. }))
+    }
+
+    /// Remembers that the guest of `id` ended without all its pages, and ends what is left of it: its
+    /// vCPUs would only wait for pages that never come.
+    fn lose(&self, id: MigrationId, reason: &str) {
+        if let Err(error) = self.0.ledger().note_gone(id) {
+            tracing::warn!(migration_id = %id, %error, "a lost guest could not be noted in the ledger");
+        }
+        let lost = self.0.registry().lose_arrival(id, reason);
+        if let Some(machine) = lost {
+            machine.kill();
         }
     }
 
@@ -170,7 +218,7 @@ mod tests {
         assert_eq!(states(&arrivals), [("web".to_owned(), VmState::Arriving)]);
         assert!(arrivals.0.inspect("web").is_err(), "it is not here yet");
         guest.record(&Phase::Arrived { id: ONE }).unwrap();
-        arrivals.running(ONE);
+        arrivals.running(ONE, false);
         assert_eq!(states(&arrivals), [("web".to_owned(), VmState::Running)]);
         assert_eq!(
             arrivals.0.vm("web").unwrap().migration,
@@ -204,6 +252,60 @@ mod tests {
     }
 
     #[test]
+    fn a_guest_that_misses_pages_needs_its_source_until_it_has_them() {
+        let (arrivals, machines, _dir) = arrivals();
+        let guest = arrivals.create(ONE, &start("web")).unwrap();
+        guest.record(&Phase::Arrived { id: ONE }).unwrap();
+        arrivals.running(ONE, true);
+        assert_eq!(states(&arrivals), [("web".to_owned(), VmState::Running)]);
+        let told = arrivals.0.vm("web").unwrap().residual_dependency.unwrap();
+        assert!(told.contains("running with residual dependency"), "{told}");
+        assert_eq!(arrivals.resolve(ONE), Resolution::Needs);
+        let refusal = arrivals.0.inspect("web").unwrap_err();
+        assert!(refusal.message.contains("limosa drain web"), "{refusal}");
+        arrivals.confirmed(ONE);
+        assert_eq!(arrivals.resolve(ONE), Resolution::Needs, "not yet done");
+        let phase = machines.made.lock().unwrap()[0].phase();
+        assert_eq!(phase, Phase::Arrived { id: ONE });
+
+        arrivals.filled(ONE);
+        assert_eq!(arrivals.resolve(ONE), Resolution::Runs);
+        assert_eq!(arrivals.0.vm("web").unwrap().residual_dependency, None);
+        arrivals.confirmed(ONE);
+        assert_eq!(arrivals.0.vm("web").unwrap().migration, None);
+    }
+
+    #[test]
+    fn a_guest_that_ends_without_its_pages_is_gone() {
+        let (arrivals, machines, _dir) = arrivals();
+        for (id, name) in [(ONE, "web"), (TWO, "db")] {
+            arrivals.create(id, &start(name)).map(drop).unwrap();
+            arrivals.running(id, true);
+        }
+        let made = |index: usize| Arc::clone(&machines.made.lock().unwrap()[index]);
+        // Its process dies, and nobody has said so yet.
+        made(0).end("the VM process was killed (SIGKILL)");
+        assert_eq!(arrivals.resolve(ONE), Resolution::Gone);
+        // Its source is lost: what is left of it is ended.
+        let reason = "the operator said that its source is gone".to_owned();
+        arrivals.finished(TWO, &TargetOutcome::Lost { reason });
+        assert_eq!(arrivals.resolve(TWO), Resolution::Gone);
+        assert_eq!(made(1).ended().as_deref(), Some("killed"));
+        assert_eq!(states(&arrivals)[0], ("db".to_owned(), VmState::Ended));
+        arrivals.0.stop("db", false).unwrap();
+        // The end of a session brings no pages.
+        arrivals
+            .create(MigrationId(3), &start("calm"))
+            .map(drop)
+            .unwrap();
+        arrivals.running(MigrationId(3), true);
+        arrivals.finished(MigrationId(3), &TargetOutcome::Unconfirmed);
+        assert_eq!(arrivals.resolve(MigrationId(3)), Resolution::Needs);
+        arrivals.0.stop("calm", false).unwrap();
+        assert_eq!(arrivals.resolve(MigrationId(3)), Resolution::Gone);
+    }
+
+    #[test]
     fn a_barred_attempt_never_begins_again() {
         let (arrivals, _machines, _dir) = arrivals();
         assert_eq!(arrivals.resolve(ONE), Resolution::Barred);
@@ -227,7 +329,7 @@ mod tests {
         let (arrivals, machines, _dir) = arrivals();
         arrivals.create(ONE, &start("web")).map(drop).unwrap();
         machines.made.lock().unwrap()[0].end("the VM process was killed (SIGKILL)");
-        arrivals.running(ONE);
+        arrivals.running(ONE, false);
         assert_eq!(states(&arrivals), [("web".to_owned(), VmState::Ended)]);
         arrivals.0.stop("web", false).unwrap();
         assert_eq!(states(&arrivals), []);

@@ -7,7 +7,8 @@
 
 use crate::api::{
     CommandBody, CommandKind, ErrorBody, ErrorKind, GuestReport, HostInfo, IncomingInfo,
-    LimitsPatch, MigrateAnswer, MigrateBody, MigrationInfo, SectionInfo, VmInfo, VmSpec,
+    LimitsPatch, MigrateAnswer, MigrateBody, MigrationInfo, ResolveBody, ResolveWord, SectionInfo,
+    VmInfo, VmSpec,
 };
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -192,7 +193,7 @@ impl Client {
         self.get(&path)
     }
 
-    /// Changes limits of a running migration; the answer has the new ones.
+    /// Changes technique and limits of a running migration; the answer has the new ones.
     ///
     /// # Errors
     /// As for all requests.
@@ -211,6 +212,17 @@ impl Client {
     pub fn abort(&self, id: &str) -> Result<(), ClientError> {
         let path = format!("/v1/migrations/{}/abort", encode(id));
         self.request::<(), Nothing>("POST", &path, None)
+            .map(|Nothing {}| ())
+    }
+
+    /// Decides how a migration ended that nobody can be asked about; `id` may be one that came to
+    /// this host, too.
+    ///
+    /// # Errors
+    /// As for all requests; a conflict if there is nothing to decide.
+    pub fn resolve(&self, id: &str, word: ResolveWord) -> Result<(), ClientError> {
+        let path = format!("/v1/migrations/{}/resolve", encode(id));
+        self.request("POST", &path, Some(&ResolveBody { word }))
             .map(|Nothing {}| ())
     }
 

@@ -133,7 +133,8 @@ async fn wind_down(
     };
     if left > 0 {
         eprintln!(
-            "migrations were under way: they are resolved when a daemon is started here again"
+            "migrations were under way: they are resolved when a daemon is started here again, and \
+             guests that miss pages stand still until then"
         );
     }
     Ok(())

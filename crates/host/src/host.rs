@@ -19,6 +19,8 @@ use crate::refusal::Refusal;
 use crate::registry::Registry;
 use crate::state_dir::{StateDir, VmName};
 use limosa_carrier::{IncomingStatus, Listener, Migration};
+use limosa_engine::policy::Mode;
+use limosa_engine::source::Stage;
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::thread;
@@ -52,11 +54,13 @@ impl Host {
         })
     }
 
-    /// Tells where other hosts reach this one.
+    /// Tells where other hosts reach this one. What an earlier daemon left must have been taken up
+    /// before, since from now on others are answered.
     ///
     /// # Panics
     /// If it was told before.
     pub fn listens(&self, peers: Listener) {
+        self.take_up_arrivals(&peers);
         assert!(self.peers.set(peers).is_ok(), "a host listens once");
     }
 
@@ -110,7 +114,8 @@ impl Host {
         let incoming = self.peers.get().map(Listener::incoming).unwrap_or_default();
         let info = |status: IncomingStatus| IncomingInfo {
             id: status.id.to_string(),
-            from: status.from.to_string(),
+            from: status.from.map(|from| from.to_string()),
+            missing_pages: status.missing_pages,
             pages_received: status.pages_received,
             bytes_received: status.bytes_received,
             is_committed: status.is_committed,
@@ -124,8 +129,16 @@ impl Host {
         let until = Instant::now() + patience;
         let running = self.migrations_lock().all_running();
         for migration in &running {
-            if migration.abort().is_err() {
-                tracing::info!(migration_id = %migration.id(), "too late to abort: waiting for its end");
+            let id = migration.id();
+            if migration.abort().is_ok() {
+                continue;
+            }
+            tracing::info!(migration_id = %id, "too late to abort: waiting for its end");
+            // Without an order to drain, pure demand paging would have none.
+            let status = migration.status();
+            if status.stage == Stage::Serving && !status.mode.pushes() {
+                let drains = migration.set_mode(Mode::PostCopy);
+                tracing::info!(migration_id = %id, ?drains, "its remaining pages are pushed");
             }
         }
         if let Some(peers) = self.peers.get() {

@@ -6,7 +6,7 @@
 
 use crate::api::{
     CommandBody, ErrorBody, ErrorKind, GuestReport, HostInfo, IncomingInfo, LimitsPatch,
-    MigrateAnswer, MigrateBody, MigrationInfo, SectionInfo, VmInfo, VmSpec,
+    MigrateAnswer, MigrateBody, MigrationInfo, ResolveBody, SectionInfo, VmInfo, VmSpec,
 };
 use crate::host::Host;
 use crate::refusal::Refusal;
@@ -52,6 +52,7 @@ fn routes() -> (Router<Arc<Host>>, OpenApi) {
         .routes(routes!(list_migrations))
         .routes(routes!(show_migration, set_limits))
         .routes(routes!(abort_migration))
+        .routes(routes!(resolve_migration))
         .routes(routes!(list_incoming))
         .routes(routes!(show_openapi))
         .split_for_parts()
@@ -189,7 +190,7 @@ async fn show_migration(
     blocking(move || host.migration(&id, Duration::from_millis(query.wait_ms))).await
 }
 
-/// Change limits of a running migration
+/// Change technique and limits of a running migration
 #[utoipa::path(patch, path = "/v1/migrations/{id}", params(("id" = String, Path)),
     request_body = LimitsPatch,
     responses((status = 200, body = MigrationInfo), (status = "4XX", body = ErrorBody), (status = "5XX", body = ErrorBody)))]
@@ -206,6 +207,18 @@ async fn set_limits(
     responses((status = 200, body = Done), (status = "4XX", body = ErrorBody), (status = "5XX", body = ErrorBody)))]
 async fn abort_migration(State(host): Of, Path(id): Path<String>) -> Answer<Done> {
     blocking(move || host.abort(&id).map(|()| Done {})).await
+}
+
+/// Decide, as its operator, how a migration away or to this host ended that nobody can be asked about
+#[utoipa::path(post, path = "/v1/migrations/{id}/resolve", params(("id" = String, Path)),
+    request_body = ResolveBody,
+    responses((status = 200, body = Done), (status = "4XX", body = ErrorBody), (status = "5XX", body = ErrorBody)))]
+async fn resolve_migration(
+    State(host): Of,
+    Path(id): Path<String>,
+    Body(body): Body<ResolveBody>,
+) -> Answer<Done> {
+    blocking(move || host.resolve(&id, body.word).map(|()| Done {})).await
 }
 
 /// Migrations to this host that are under way
@@ -293,7 +306,7 @@ mod tests {
     fn every_route_says_what_it_answers() {
         let document = serde_json::to_value(openapi()).unwrap();
         let paths = document["paths"].as_object().unwrap();
-        assert_eq!(paths.len(), 12);
+        assert_eq!(paths.len(), 13);
         for (path, methods) in paths {
             for (method, route) in methods.as_object().unwrap() {
                 assert!(route["summary"].is_string(), "{method} {path}");

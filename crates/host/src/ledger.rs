@@ -1,14 +1,20 @@
 //! The ledger: how migrations to this host ended, remembered beyond the life of a daemon.
 //!
 //! A source that lost the connection after its commit asks how the attempt ended, perhaps long
-//! after the guest has moved on from here. The answer must be the same for ever: an attempt whose
-//! guest ran here *runs*, one that was asked for and did not run is *barred*. Each is one line,
-//! appended with one write before the fact it stands for: no `fsync`, since a crash of the whole
-//! host takes the guest along and leaves nothing to answer for.
+//! after the guest has moved on from here. Each fact is one line, appended with one write before it
+//! is answered for: no `fsync`, since a crash of the whole host takes the guest along and leaves
+//! nothing to answer for.
 //!
-//! Reading is tolerant: a line torn by a crash is dropped, a line that is not understood is
-//! skipped. Ids are random and peers choose them, so both kinds are limited, apart from each
-//! other: questions about made-up ids cannot push out a guest that ran.
+//! ```text
+//!  filling ──▶ ran        it has all its pages: its source may forget it
+//!     └──────▶ gone       it ended before that: nobody needs the rest
+//!  ran, barred            as they are, for ever
+//! ```
+//!
+//! Reading is tolerant: a line torn by a crash is dropped, a line that is not understood or that
+//! contradicts an earlier one is skipped. Ids are random and peers choose them, so guests that came
+//! and attempts that are barred are limited apart from each other: questions about made-up ids
+//! cannot push out a guest that ran.
 
 use anyhow::{Context, Result};
 use limosa_engine::handover::{MigrationId, Resolution};
@@ -20,8 +26,8 @@ use std::path::{Path, PathBuf};
 
 /// Attempts remembered of each kind: years of migrations, 5 MiB of file, 10 MiB of memory.
 const ATTEMPTS_MAX: usize = 1 << 16;
-/// Bytes of a line: the longer word, a blank, the id, the line's end.
-const LINE_BYTES_MAX: usize = 40;
+/// Bytes of a line: the longest word, a blank, the id, the line's end.
+const LINE_BYTES_MAX: usize = 41;
 /// Lines after which the file is written anew with what is remembered.
 const LINES_MAX: usize = 4 * ATTEMPTS_MAX;
 
@@ -34,11 +40,42 @@ pub struct Ledger {
     attempts: Attempts,
 }
 
+/// How an attempt to move a guest here stands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Note {
+    /// It runs here, and misses pages that only its source has.
+    Filling,
+    /// It runs here, or ran, with all its pages.
+    Ran,
+    /// It ran here and ended before all its pages had come.
+    Gone,
+    /// It never ran here and never will.
+    Barred,
+}
+
+impl Note {
+    const ALL: [Self; 4] = [Self::Filling, Self::Ran, Self::Gone, Self::Barred];
+
+    const fn word(self) -> &'static str {
+        match self {
+            Self::Filling => "filling",
+            Self::Ran => "ran",
+            Self::Gone => "gone",
+            Self::Barred => "barred",
+        }
+    }
+
+    /// Whether a later line may say `next`.
+    fn can_become(self, next: Self) -> bool {
+        self == Self::Filling && matches!(next, Self::Ran | Self::Gone)
+    }
+}
+
 /// The attempts by id, and in the order in which they came, to forget the oldest.
 #[derive(Debug, Default)]
 struct Attempts {
-    by_id: HashMap<MigrationId, Resolution>,
-    ran: VecDeque<MigrationId>,
+    by_id: HashMap<MigrationId, Note>,
+    came: VecDeque<MigrationId>,
     barred: VecDeque<MigrationId>,
 }
 
@@ -79,7 +116,7 @@ impl Ledger {
         for line in text[..whole].lines() {
             ledger.lines += 1;
             match parse_line(line) {
-                Some((id, resolution)) => ledger.attempts.insert(id, resolution),
+                Some((id, note)) => ledger.attempts.insert(id, note),
                 None => tracing::warn!(
                     line = ledger.lines,
                     "a line of the ledger is not understood"
@@ -89,38 +126,59 @@ impl Ledger {
         Ok(ledger)
     }
 
-    /// How an attempt ended, if it is known.
-    pub fn look_up(&self, id: MigrationId) -> Option<Resolution> {
+    /// How an attempt stands, if it is known.
+    pub fn look_up(&self, id: MigrationId) -> Option<Note> {
         self.attempts.by_id.get(&id).copied()
     }
 
-    /// Notes that the guest of `id` is about to run here.
+    /// Notes that the guest of `id` runs here; with `is_filling` without all its pages.
     ///
     /// # Errors
     /// The attempt is barred, or the file cannot be written. Then it must not run.
-    pub fn note_running(&mut self, id: MigrationId) -> Result<(), LedgerError> {
-        match self.look_up(id) {
-            Some(Resolution::Barred) => Err(LedgerError::Barred),
-            Some(Resolution::Runs) => Ok(()),
-            None => Ok(self.append(id, Resolution::Runs)?),
+    pub fn note_running(&mut self, id: MigrationId, is_filling: bool) -> Result<(), LedgerError> {
+        if self.look_up(id) == Some(Note::Barred) {
+            return Err(LedgerError::Barred);
         }
+        let note = if is_filling { Note::Filling } else { Note::Ran };
+        Ok(self.note(id, note)?)
     }
 
-    /// Answers for an attempt that no session knows: as noted, else barred from now on.
+    /// Notes that the guest of `id` ended before all its pages had come.
+    ///
+    /// # Errors
+    /// The file cannot be written.
+    pub fn note_gone(&mut self, id: MigrationId) -> std::io::Result<()> {
+        self.note(id, Note::Gone)
+    }
+
+    /// Answers for an attempt of which nothing lives here: as noted, else barred from now on.
     pub fn resolve(&mut self, id: MigrationId) -> Resolution {
-        if let Some(resolution) = self.look_up(id) {
-            return resolution;
+        match self.look_up(id) {
+            Some(Note::Ran) => Resolution::Runs,
+            // Its process is no more, and nobody saw it end.
+            Some(Note::Filling | Note::Gone) => Resolution::Gone,
+            Some(Note::Barred) => Resolution::Barred,
+            None => {
+                if let Err(error) = self.append(id, Note::Barred) {
+                    // Still barred for as long as this daemon lives, and its sessions die with it.
+                    tracing::error!(migration_id = %id, %error, "a barred migration could not be written to the ledger");
+                    self.attempts.insert(id, Note::Barred);
+                }
+                Resolution::Barred
+            }
         }
-        if let Err(error) = self.append(id, Resolution::Barred) {
-            // Still barred for as long as this daemon lives, and its sessions die with it.
-            tracing::error!(migration_id = %id, %error, "a barred migration could not be written to the ledger");
-            self.attempts.insert(id, Resolution::Barred);
-        }
-        Resolution::Barred
     }
 
-    fn append(&mut self, id: MigrationId, resolution: Resolution) -> std::io::Result<()> {
-        let line = line(id, resolution);
+    /// Writes a note down unless what is known says as much already.
+    fn note(&mut self, id: MigrationId, note: Note) -> std::io::Result<()> {
+        match self.look_up(id) {
+            Some(known) if !known.can_become(note) => Ok(()),
+            Some(_) | None => self.append(id, note),
+        }
+    }
+
+    fn append(&mut self, id: MigrationId, note: Note) -> std::io::Result<()> {
+        let line = line(id, note);
         if let Err(error) = self.file.write_all(line.as_bytes()) {
             // What was written of it ends here, so that the next line begins a new one.
             if let Err(error) = self.file.write_all(b"\n") {
@@ -128,7 +186,7 @@ impl Ledger {
             }
             return Err(error);
         }
-        self.attempts.insert(id, resolution);
+        self.attempts.insert(id, note);
         self.lines += 1;
         if self.lines > LINES_MAX
             && let Err(error) = self.rewrite()
@@ -142,12 +200,10 @@ impl Ledger {
     fn rewrite(&mut self) -> std::io::Result<()> {
         let next = self.path.with_extension("next");
         let mut text = String::new();
-        for (ids, resolution) in [
-            (&self.attempts.barred, Resolution::Barred),
-            (&self.attempts.ran, Resolution::Runs),
-        ] {
-            ids.iter()
-                .for_each(|id| text.push_str(&line(*id, resolution)));
+        for id in self.attempts.barred.iter().chain(&self.attempts.came) {
+            if let Some(note) = self.look_up(*id) {
+                text.push_str(&line(*id, note));
+            }
         }
         fs::write(&next, &text)?;
         let file = open_to_append(&next)?;
@@ -159,13 +215,18 @@ impl Ledger {
 }
 
 impl Attempts {
-    fn insert(&mut self, id: MigrationId, resolution: Resolution) {
-        if self.by_id.insert(id, resolution).is_some() {
+    /// Takes note of a fact, or of what became of it.
+    fn insert(&mut self, id: MigrationId, note: Note) {
+        if let Some(known) = self.by_id.get_mut(&id) {
+            if known.can_become(note) {
+                *known = note;
+            }
             return;
         }
-        let order = match resolution {
-            Resolution::Runs => &mut self.ran,
-            Resolution::Barred => &mut self.barred,
+        self.by_id.insert(id, note);
+        let order = match note {
+            Note::Filling | Note::Ran | Note::Gone => &mut self.came,
+            Note::Barred => &mut self.barred,
         };
         order.push_back(id);
         if order.len() > ATTEMPTS_MAX
@@ -203,22 +264,14 @@ fn read_tail(file: &mut File) -> std::io::Result<String> {
     Ok(bytes.into_iter().map(char::from).collect())
 }
 
-fn line(id: MigrationId, resolution: Resolution) -> String {
-    let word = match resolution {
-        Resolution::Runs => "ran",
-        Resolution::Barred => "barred",
-    };
-    format!("{word} {id}\n")
+fn line(id: MigrationId, note: Note) -> String {
+    format!("{} {id}\n", note.word())
 }
 
-fn parse_line(line: &str) -> Option<(MigrationId, Resolution)> {
+fn parse_line(line: &str) -> Option<(MigrationId, Note)> {
     let (word, id) = line.split_once(' ')?;
-    let resolution = match word {
-        "ran" => Resolution::Runs,
-        "barred" => Resolution::Barred,
-        _ => return None,
-    };
-    Some((crate::api::parse_id(id)?, resolution))
+    let note = Note::ALL.into_iter().find(|note| note.word() == word)?;
+    Some((crate::api::parse_id(id)?, note))
 }
 
 #[cfg(test)]
@@ -229,7 +282,7 @@ mod tests {
     const TWO: MigrationId = MigrationId(2);
 
     /// Opens a ledger with this text and says what it knows about ids 1 to 3.
-    fn check(text: &[u8], expect: [Option<Resolution>; 3]) {
+    fn check(text: &[u8], expect: [Option<Note>; 3]) {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("ledger");
         fs::write(&path, text).unwrap();
@@ -243,7 +296,7 @@ mod tests {
 
     #[test]
     fn reading_is_tolerant() {
-        let (runs, barred) = (Some(Resolution::Runs), Some(Resolution::Barred));
+        let (runs, barred) = (Some(Note::Ran), Some(Note::Barred));
         let sound = text(1, "ran") + &text(2, "barred");
         check(sound.as_bytes(), [runs, barred, None]);
         check(b"", [None; 3]);
@@ -262,12 +315,15 @@ mod tests {
         let path = dir.path().join("ledger");
         fs::write(&path, "ran 0000").unwrap();
         let mut ledger = Ledger::open(&path).unwrap();
-        ledger.note_running(ONE).unwrap();
+        ledger.note_running(ONE, false).unwrap();
         assert_eq!(ledger.resolve(TWO), Resolution::Barred);
         drop(ledger);
         let mut ledger = Ledger::open(&path).unwrap();
         assert_eq!(ledger.resolve(ONE), Resolution::Runs);
-        assert!(matches!(ledger.note_running(TWO), Err(LedgerError::Barred)));
+        assert!(matches!(
+            ledger.note_running(TWO, true),
+            Err(LedgerError::Barred)
+        ));
         assert_eq!(
             fs::read_to_string(&path).unwrap(),
             text(1, "ran") + &text(2, "barred")
@@ -275,13 +331,42 @@ mod tests {
     }
 
     #[test]
+    fn a_guest_without_its_pages_gets_them_or_is_gone() {
+        let (filling, ran, gone) = (Some(Note::Filling), Some(Note::Ran), Some(Note::Gone));
+        let said = text(1, "filling") + &text(2, "filling") + &text(3, "filling");
+        check(said.as_bytes(), [filling; 3]);
+        let more = said + &text(1, "ran") + &text(2, "gone") + &text(3, "barred");
+        check(more.as_bytes(), [ran, gone, filling]);
+        // What contradicts an earlier line did not happen.
+        let more = more + &text(1, "gone") + &text(2, "ran") + &text(2, "filling");
+        check(more.as_bytes(), [ran, gone, filling]);
+
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("ledger");
+        let mut ledger = Ledger::open(&path).unwrap();
+        ledger.note_running(ONE, true).unwrap();
+        assert_eq!(ledger.resolve(ONE), Resolution::Gone);
+        ledger.note_running(TWO, true).unwrap();
+        ledger.note_running(TWO, false).unwrap();
+        ledger.note_gone(TWO).unwrap();
+        assert_eq!(ledger.resolve(TWO), Resolution::Runs);
+        ledger.note_gone(ONE).unwrap();
+        let said = text(1, "filling") + &text(2, "filling") + &text(2, "ran") + &text(1, "gone");
+        assert_eq!(fs::read_to_string(&path).unwrap(), said);
+        ledger.lines = LINES_MAX;
+        assert_eq!(ledger.resolve(MigrationId(3)), Resolution::Barred);
+        let said = text(3, "barred") + &text(1, "gone") + &text(2, "ran");
+        assert_eq!(fs::read_to_string(&path).unwrap(), said);
+    }
+
+    #[test]
     fn made_up_ids_cannot_push_out_a_guest_that_ran() {
         let mut attempts = Attempts::default();
-        attempts.insert(ONE, Resolution::Runs);
+        attempts.insert(ONE, Note::Ran);
         for id in 0..2 * ATTEMPTS_MAX as u128 {
-            attempts.insert(MigrationId(id << 8), Resolution::Barred);
+            attempts.insert(MigrationId(id << 8), Note::Barred);
         }
-        assert_eq!(attempts.by_id.get(&ONE), Some(&Resolution::Runs));
+        assert_eq!(attempts.by_id.get(&ONE), Some(&Note::Ran));
         assert_eq!(attempts.by_id.len(), ATTEMPTS_MAX + 1);
     }
 
@@ -290,11 +375,11 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("ledger");
         let mut ledger = Ledger::open(&path).unwrap();
-        ledger.note_running(ONE).unwrap();
+        ledger.note_running(ONE, false).unwrap();
         ledger.lines = LINES_MAX;
         ledger.resolve(TWO);
         assert_eq!(ledger.lines, 2);
-        ledger.note_running(MigrationId(3)).unwrap();
+        ledger.note_running(MigrationId(3), false).unwrap();
         assert_eq!(
             fs::read_to_string(&path).unwrap(),
             text(2, "barred") + &text(1, "ran") + &text(3, "ran")

@@ -66,6 +66,10 @@ pub trait Machine: Send + Sync {
     /// The VM process does not answer.
     fn look(&self) -> Result<Look, GuestError>;
 
+    /// Whether its page faults are served by its daemon, which is so while pages of it may be
+    /// missing. Says what was so when the process was made or found, and what happened to it since.
+    fn misses_pages(&self) -> bool;
+
     /// Starts a guest that was booted.
     ///
     /// # Errors

@@ -139,6 +139,7 @@ fn info(status: MigrationStatus, vm: &str, to: &str) -> MigrationInfo {
         round_pages: status.round_pages.get(),
         round_sent_pages: status.round_sent_pages.get(),
         remaining_pages: status.remaining_pages.get(),
+        unsent_pages: status.unsent_pages.get(),
         dirty_pages_per_s: status.dirty_rate,
         bandwidth: status.bandwidth.map(BytesPerSecond::get),
         predicted_downtime_ms: status.predicted_downtime.map(milliseconds),

@@ -4,8 +4,10 @@
 //!  reserve ─▶ Reserved ──▶ Here ◀──────────────┐ aborted, failed
 //!                 │         │ └──▶ Leaving ────┤
 //!                 │         │                  └─▶ gone (completed), Ended (lost)
-//!                 └▶ Arriving ─▶ Here | gone
-//!                           └───▶ Ended ─▶ gone
+//!                 └▶ Arriving ─▶ Here | Filling | gone
+//!                           │      ▲       │
+//!                           │      └───────┤ all pages are here
+//!                           └───▶ Ended ◀──┘ ─▶ gone
 //! ```
 //!
 //! A name is taken from the moment somebody begins to use it, so that two requests never make the
@@ -60,6 +62,11 @@ pub enum Hold {
     Here {
         /// The migration that brought it.
         arrived: Option<MigrationId>,
+    },
+    /// It runs here and misses pages that only its source has: it can be ended, and nothing else.
+    Filling {
+        /// The attempt.
+        id: MigrationId,
     },
     /// A migration moves it away.
     Leaving {
@@ -200,6 +207,11 @@ impl Registry {
         let vm = self.alive(name)?;
         match vm.hold {
             Hold::Here { .. } => Ok(Arc::clone(&vm.machine)),
+            Hold::Filling { .. } => Err(Refusal::conflict(format!(
+                "VM '{name}' runs here with residual dependency: pages of it are still at its source, \
+                 and without them it can be neither saved nor moved on; 'limosa drain {name}' at the \
+                 source brings them, then try again"
+            ))),
             Hold::Leaving { .. } => Err(Refusal::conflict(format!(
                 "VM '{name}' is being migrated: wait, or 'limosa abort {name}' first"
             ))),
@@ -244,12 +256,14 @@ impl Registry {
     /// There is nothing of this name, or it is held.
     pub fn begin_removal(&mut self, name: &VmName) -> Result<Slot, Refusal> {
         let slot = self.get(name)?.clone();
-        let is_over = match &slot {
+        let is_free = match &slot {
             Slot::Ended { .. } => true,
-            Slot::Alive(vm) => vm.machine.ended().is_some(),
+            Slot::Alive(vm) => {
+                vm.machine.ended().is_some() || matches!(vm.hold, Hold::Filling { .. })
+            }
             Slot::Reserved => false,
         };
-        if !is_over {
+        if !is_free {
             self.resident(name)?;
         }
         self.slots.insert(name.clone(), Slot::Reserved);
@@ -291,6 +305,10 @@ impl Registry {
                 Some(reason) => self.end(name, reason),
                 None => vm.hold = Hold::Here { arrived: None },
             },
+            // A process that only does not answer is not lost: it goes on by its record.
+            Outcome::GuestLost { .. } if !vm.machine.guest().is_gone() => {
+                vm.hold = Hold::Here { arrived: None };
+            }
             Outcome::GuestLost { reason } => {
                 let reason = vm.machine.ended().unwrap_or_else(|| reason.clone());
                 self.end(name, reason);
@@ -302,13 +320,26 @@ impl Registry {
     pub fn arrival(&self, id: MigrationId) -> Option<(&VmName, &Vm)> {
         self.slots.iter().find_map(|(name, slot)| match slot {
             Slot::Alive(vm)
-                if vm.hold == Hold::Arriving { id }
-                    || vm.hold == (Hold::Here { arrived: Some(id) }) =>
+                if [
+                    Hold::Arriving { id },
+                    Hold::Filling { id },
+                    Hold::Here { arrived: Some(id) },
+                ]
+                .contains(&vm.hold) =>
             {
                 Some((name, vm))
             }
             Slot::Alive(_) | Slot::Reserved | Slot::Ended { .. } => None,
         })
+    }
+
+    /// The guest of attempt `id` is lost, since pages of it will never come: lists it as ended and
+    /// gives its process, which may still be there.
+    pub fn lose_arrival(&mut self, id: MigrationId, reason: &str) -> Option<Arc<dyn Machine>> {
+        let (name, vm) = self.arrival(id)?;
+        let (name, machine) = (name.clone(), Arc::clone(&vm.machine));
+        self.end(&name, reason.to_owned());
+        Some(machine)
     }
 
     /// The process `pid` of `name` has ended by itself: true if that is news.
@@ -317,7 +348,8 @@ impl Registry {
             return false;
         };
         // A migration learns it by itself and decides what it means.
-        let is_news = vm.machine.pid() == pid && matches!(vm.hold, Hold::Here { .. });
+        let is_news =
+            vm.machine.pid() == pid && matches!(vm.hold, Hold::Here { .. } | Hold::Filling { .. });
         if is_news {
             self.end(name, reason.to_owned());
         }
@@ -397,8 +429,11 @@ mod tests {
 
     #[test]
     fn a_migration_away_ends_as_its_outcome_says() {
-        let check = |outcome: Outcome, expect: &str| {
-            let (mut registry, _machine) = registry();
+        let check_with = |is_gone: bool, outcome: Outcome, expect: &str| {
+            let (mut registry, machine) = registry();
+            if is_gone {
+                machine.die();
+            }
             registry.begin_leaving(&name()).unwrap();
             assert!(registry.begin_leaving(&name()).is_err(), "it leaves once");
             registry.leaving_as(&name(), ID);
@@ -411,6 +446,7 @@ mod tests {
             registry.leaving_as(&name(), ID);
             assert_eq!(tell(&registry), expect);
         };
+        let check = |outcome, expect: &str| check_with(false, outcome, expect);
         let reason = || "it broke".to_owned();
         check(Outcome::Completed, "gone");
         check(Outcome::Aborted, "Here { arrived: None }");
@@ -418,7 +454,10 @@ mod tests {
             Outcome::Failed { reason: reason() },
             "Here { arrived: None }",
         );
-        check(Outcome::GuestLost { reason: reason() }, "ended: it broke");
+        let lost = || Outcome::GuestLost { reason: reason() };
+        check_with(true, lost(), "ended: it broke");
+        // It did not answer, but it lives: nobody else has its name, and it may answer again.
+        check_with(false, lost(), "Here { arrived: None }");
     }
 
     #[test]
@@ -453,6 +492,22 @@ mod tests {
         );
         registry.left(&name(), ID, &Outcome::Completed);
         assert_eq!(tell(&registry), "reserved");
+    }
+
+    #[test]
+    fn a_guest_without_all_its_pages_can_only_be_ended() {
+        let (mut registry, machine) = registry();
+        registry.hold(&name(), Hold::Filling { id: ID });
+        let refusal = registry.begin_leaving(&name()).map(drop).unwrap_err();
+        assert!(refusal.message.contains("limosa drain web"), "{refusal}");
+        assert!(registry.resident(&name()).is_err());
+        let slot = registry.begin_removal(&name()).unwrap();
+        registry.put_back(&name(), slot);
+        assert_eq!(registry.arrival(ID).unwrap().0, &name());
+        machine.end("killed");
+        assert!(registry.process_ended(&name(), 7, "killed"));
+        assert_eq!(tell(&registry), "ended: killed");
+        assert!(registry.lose_arrival(ID, "too late").is_none());
     }
 
     #[test]

@@ -3,7 +3,7 @@
 
 use core::time::Duration;
 use limosa_engine::Timestamp;
-use limosa_engine::policy::Limits;
+use limosa_engine::policy::{Limits, Mode};
 use limosa_engine::source::SourceFault;
 use limosa_engine::target::TargetFault;
 
@@ -41,6 +41,10 @@ pub(crate) enum Deed {
     AbortAtTarget,
     /// The operator changes the limits.
     Set(Limits),
+    /// The operator changes the technique.
+    SetMode(Mode),
+    /// A host is gone with everything on it, and for ever; the operator will say so.
+    LoseHost { host: usize },
     /// The target cannot make its next VM.
     RefuseCreate,
 }
@@ -85,4 +89,17 @@ pub enum WorldFault {
     AnswerBeforeAttach,
     /// A VM process does not write down durably that an attempt arrived.
     LedgerLeftOut,
+    /// A page that is asked for is answered as it was when it was sent first.
+    PulledPageOld,
+    /// A page that comes twice is installed twice.
+    InstalledTwice,
+    /// A page can be read while its content is being copied.
+    HalfPageVisible,
+    /// What the target is told to be stale stays in place there.
+    StaleIgnored,
+    /// The VM process keeps no descriptor of its page faults: with the daemon's they end, and
+    /// missing pages read as zero.
+    LastFaultDescriptorClosed,
+    /// The guest runs at the target without a record of it.
+    RunWithoutRecord,
 }

@@ -9,6 +9,9 @@
 //!
 //! The dirty log has the semantics of KVM with manual protection and *initially set*: reading does
 //! not clear; a bit that was cleared is set by the next write; a bit that was not stays.
+//!
+//! A page can be missing: the guest has it, its memory here does not. Whoever touches such a page
+//! stands there until it comes; without anybody who serves page faults it comes into being as zero.
 
 use crate::random::Random;
 use crate::workload::{Pattern, Workload};
@@ -29,6 +32,11 @@ const PROTECTION_FAULT: Duration = Duration::from_nanos(2_500);
 pub(crate) struct Memory {
     content: Vec<u64>,
     exists: PageSet,
+    /// Pages that are somewhere else; kept by the VM process, so that it outlives a daemon.
+    missing: PageSet,
+    missing_count: u64,
+    /// Who touches a missing page waits for it.
+    pub(crate) is_armed: bool,
     log: Option<PageSet>,
     harvested: PageSet,
     /// Planted: one write in so many is not logged.
@@ -40,6 +48,9 @@ impl Memory {
         Self {
             content: vec![0; usize::try_from(pages.get()).expect("a small guest")],
             exists: PageSet::empty(pages),
+            missing: PageSet::empty(pages),
+            missing_count: 0,
+            is_armed: false,
             log: None,
             harvested: PageSet::empty(pages),
             dropped_per_mille: 0,
@@ -63,6 +74,37 @@ impl Memory {
     pub(crate) fn install(&mut self, page: u64, content: u64) {
         self.content[index(page)] = content;
         self.exists.insert(Pfn::new(page));
+        self.missing_count -= u64::from(self.missing.remove(Pfn::new(page)));
+    }
+
+    /// Makes a page absent, whatever was in its place.
+    pub(crate) fn make_missing(&mut self, page: u64) {
+        self.content[index(page)] = 0;
+        self.exists.remove(Pfn::new(page));
+        self.missing_count += u64::from(self.missing.insert(Pfn::new(page)));
+    }
+
+    /// A vCPU or the loader of a state touches a page: true if it must wait for it.
+    pub(crate) fn touch(&mut self, page: u64) -> bool {
+        if self.missing_count == 0 || !self.missing.contains(Pfn::new(page)) {
+            return false;
+        }
+        if !self.is_armed {
+            self.install(page, 0);
+        }
+        self.is_armed
+    }
+
+    pub(crate) fn is_missing(&self, page: u64) -> bool {
+        self.missing_count > 0 && self.missing.contains(Pfn::new(page))
+    }
+
+    pub(crate) const fn missing(&self) -> &PageSet {
+        &self.missing
+    }
+
+    pub(crate) const fn misses_pages(&self) -> bool {
+        self.missing_count > 0
     }
 
     pub(crate) const fn exists(&self) -> &PageSet {
@@ -114,11 +156,29 @@ pub(crate) struct Guest {
     sleeps: bool,
     version: u64,
     next_step: Timestamp,
+    /// The step that it stands at, since a page of it is missing.
+    pending: Option<Touch>,
+    /// Since when it stands there.
+    stands_since: Option<Timestamp>,
     /// Writes so far.
     pub(crate) writes: u64,
     /// Reads that did not give what was written last.
     pub(crate) stale_reads: u64,
     pub(crate) first_error: Option<String>,
+}
+
+/// What a step touches.
+#[derive(Clone, Copy, Debug)]
+struct Touch {
+    page: u64,
+    /// A second page that is read; without it the first one is written.
+    read: Option<u64>,
+}
+
+impl Touch {
+    fn pages(self) -> impl Iterator<Item = u64> {
+        core::iter::once(self.page).chain(self.read)
+    }
 }
 
 /// How a guest behaves.
@@ -146,6 +206,8 @@ impl Guest {
             sleeps: habits.sleeps,
             version: 0,
             next_step: Timestamp::ZERO,
+            pending: None,
+            stands_since: None,
             writes: 0,
             stale_reads: 0,
             first_error: None,
@@ -164,11 +226,33 @@ impl Guest {
         self.next_step = self.next_step.max(now);
     }
 
+    /// When it makes its next step; `None` for a guest without work.
+    pub(crate) fn next_step(&self) -> Option<Timestamp> {
+        self.interval.map(|_| self.next_step)
+    }
+
+    /// The pages that it stands at, should they be missing.
+    pub(crate) fn stands_at(&self) -> impl Iterator<Item = u64> + use<> {
+        self.pending.into_iter().flat_map(Touch::pages)
+    }
+
+    /// Goes on at `now`, the page having come: how long it stood.
+    pub(crate) fn go_on(&mut self, now: Timestamp) -> Duration {
+        self.wake(now);
+        self.stands_since
+            .take()
+            .map_or(Duration::ZERO, |since| now.since(since))
+    }
+
     /// Lets the guest do what it does until `now` in the memory and registers of one process.
-    pub(crate) fn run(&mut self, memory: &mut Memory, registers: &mut u64, now: Timestamp) {
+    /// True if it stands at a missing page.
+    pub(crate) fn run(&mut self, memory: &mut Memory, registers: &mut u64, now: Timestamp) -> bool {
         let Some(interval) = self.interval else {
-            return;
+            return false;
         };
+        if self.stands_at().any(|page| memory.is_missing(page)) {
+            return true;
+        }
         if self.sleeps {
             let recent = interval * u32::try_from(CATCH_UP_MAX).expect("a small number");
             if now.since(self.next_step) > recent {
@@ -177,17 +261,39 @@ impl Guest {
             }
         }
         while self.next_step < now {
-            let faulted = self.step(memory, registers);
+            let Some(faulted) = self.step(memory, registers) else {
+                self.stands_since = Some(self.next_step);
+                return true;
+            };
             self.next_step = self.next_step.after(interval);
             if faulted {
                 self.next_step = self.next_step.after(PROTECTION_FAULT);
             }
         }
+        false
+    }
+
+    /// What the next step touches.
+    fn draw(&mut self) -> Touch {
+        let page = self.pattern.next(&mut self.random);
+        let writes = self.random.per_mille(self.writes_per_mille);
+        let read = (!writes).then(|| self.random.below(self.truth.len() as u64));
+        Touch { page, read }
     }
 
     /// One step: look at the own registers, read a page, perhaps write it. True if the write hit a
-    /// protected page.
-    fn step(&mut self, memory: &mut Memory, registers: &mut u64) -> bool {
+    /// protected page; nothing if a page is missing, at which it then stands.
+    fn step(&mut self, memory: &mut Memory, registers: &mut u64) -> Option<bool> {
+        let touch = match self.pending.take() {
+            Some(touch) => touch,
+            None => self.draw(),
+        };
+        // All of them, as two vCPUs would.
+        let missing = touch.pages().filter(|&page| memory.touch(page)).count();
+        if missing > 0 {
+            self.pending = Some(touch);
+            return None;
+        }
         if *registers != self.registers {
             self.complain(|guest| {
                 format!(
@@ -199,14 +305,12 @@ impl Guest {
         }
         self.registers += 1;
         *registers += 1;
-        let page = self.pattern.next(&mut self.random);
-        self.check(memory, page);
-        if self.random.per_mille(self.writes_per_mille) {
-            return self.store(memory, page);
-        }
-        let anywhere = self.random.below(self.truth.len() as u64);
+        self.check(memory, touch.page);
+        let Some(anywhere) = touch.read else {
+            return Some(self.store(memory, touch.page));
+        };
         self.check(memory, anywhere);
-        false
+        Some(false)
     }
 
     fn check(&mut self, memory: &Memory, page: u64) {

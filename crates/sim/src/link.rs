@@ -34,8 +34,12 @@ pub(crate) enum Side {
 pub(crate) const CONTROL_TO_TARGET: usize = 0;
 /// Control frames to the source.
 pub(crate) const CONTROL_TO_SOURCE: usize = 1;
+/// Requests for pages, to the source.
+pub(crate) const WANT: usize = 2;
+/// Their answers.
+pub(crate) const ANSWER: usize = 3;
 /// The first push stream.
-pub(crate) const PUSH: usize = 2;
+pub(crate) const PUSH: usize = 4;
 
 /// Something on its way.
 #[derive(Debug)]
@@ -47,6 +51,14 @@ pub(crate) enum Frame {
     },
     Zeros(PageRange),
     Barrier(u32),
+    /// Pages that the target does not have, whatever it has in their place.
+    Stale(Vec<PageRange>),
+    /// Somebody waits for this page.
+    Want(u64),
+    /// After a reconnection: pages that are missing.
+    Missing(Vec<PageRange>),
+    /// All of them were told.
+    MissingEnd,
     /// The other end closed the connection.
     Close,
 }
@@ -60,7 +72,8 @@ impl Frame {
             Self::Control(ControlFrame::Rehearsal { state }) => 64 + state.len() as u64,
             Self::Control(_) | Self::Close => 64,
             Self::Pages { content, .. } => header + content.len() as u64 * PAGE_SIZE,
-            Self::Zeros(_) | Self::Barrier(_) => header,
+            Self::Zeros(_) | Self::Barrier(_) | Self::Want(_) | Self::MissingEnd => header,
+            Self::Stale(ranges) | Self::Missing(ranges) => header * ranges.len() as u64,
         }
     }
 }
@@ -73,7 +86,7 @@ pub(crate) struct Channel {
     pub(crate) is_cut: bool,
 }
 
-/// The control stream and the push streams of one migration.
+/// The control stream, the pull stream and the push streams of one migration.
 #[derive(Debug)]
 pub(crate) struct Connection {
     pub(crate) source: usize,

@@ -10,7 +10,7 @@ use limosa_engine::Timestamp;
 use limosa_engine::handover::{MigrationId, Phase};
 use limosa_engine::source::Piece;
 use limosa_pages::{PageCount, PageSet};
-use std::collections::VecDeque;
+use std::collections::{BTreeSet, VecDeque};
 
 /// Index of a VM process in its world, dead ones included.
 pub(crate) type VmIndex = usize;
@@ -31,12 +31,14 @@ pub(crate) enum Request {
     StartTracking,
     StopTracking,
     Rehearse,
-    Harvest { round: u32 },
+    Harvest { round: u32, is_stale: bool },
     Clear(Piece),
     Pause { harvest: bool },
     Resume,
     Load { state: Vec<u8> },
-    CommitAndRun { id: MigrationId },
+    ServeFaults,
+    CommitAndRun { id: MigrationId, keeps_faults: bool },
+    Disarm { id: MigrationId },
     Exit,
 }
 
@@ -62,6 +64,7 @@ pub(crate) enum Answer {
     },
     Harvested {
         round: u32,
+        is_stale: bool,
         log: PageSet,
     },
     Cleared(Piece),
@@ -74,6 +77,9 @@ pub(crate) enum Answer {
     Loaded {
         took: Duration,
     },
+    /// Whoever touches a missing page waits.
+    FaultsServed,
+    Disarmed,
     /// Since this time of the world.
     Running {
         at: Timestamp,
@@ -109,6 +115,12 @@ pub(crate) struct VmProcess {
     pub(crate) queue: VecDeque<Message>,
     pub(crate) current: Option<Current>,
     pub(crate) is_woken: bool,
+    /// Missing pages that somebody in it waits for.
+    pub(crate) waiting: BTreeSet<u64>,
+    /// It stands in the middle of loading a state, at a missing page.
+    pub(crate) is_stuck: bool,
+    /// It is looked at again soon.
+    pub(crate) is_ticking: bool,
 }
 
 impl VmProcess {
@@ -125,6 +137,9 @@ impl VmProcess {
             queue: VecDeque::new(),
             current: None,
             is_woken: false,
+            waiting: BTreeSet::new(),
+            is_stuck: false,
+            is_ticking: false,
         }
     }
 
@@ -158,5 +173,15 @@ impl VmProcess {
         self.was_killed = was_killed;
         self.queue.clear();
         self.current = None;
+        self.waiting.clear();
+        self.is_stuck = false;
     }
+}
+
+/// The pages that loading a state touches, as a clock or a queue in the guest's memory.
+pub(crate) fn touched_by_load(state: &[u8], memory: PageCount) -> [u64; 2] {
+    let seed = state
+        .first_chunk::<8>()
+        .map_or(0, |bytes| u64::from_le_bytes(*bytes));
+    [7, 131].map(|factor: u64| seed.wrapping_mul(factor) % memory.get())
 }

@@ -25,6 +25,8 @@ const BATCH: u64 = 64;
 const STATE_FILLER: usize = 16 << 10;
 /// A rate that counts as the former one.
 const FULL_SPEED_PERCENT: u32 = 90;
+/// So long after the switch a move on demand is drained.
+const DRAIN_AFTER: Duration = Duration::from_millis(200);
 /// Over this time a rate is taken.
 const RATE_WINDOW: Duration = Duration::from_millis(1);
 
@@ -89,6 +91,8 @@ pub struct SimulatedMove {
     pub worst_stall: Duration,
     /// From the guest's stop until it writes at nine tenths of its former rate again.
     pub resume: Duration,
+    /// How long it stood at pages that had not come, all together.
+    pub stalled_at_pages: Duration,
     /// Page writes a second before the move.
     pub writes_before: f64,
     /// During it.
@@ -112,11 +116,19 @@ pub fn run(scenario: &Scenario) -> SimulatedMove {
     // The first second warmed the guest up; its stall count begins with the move.
     world.stalls.worst = Duration::ZERO;
     let job = world.begin_migration(source_config(scenario), 0);
-    while world.sources[job].outcome.is_none() && world.step() {}
-    let ended = Counter::read(&world);
+    let is_over = |world: &World| world.sources[job].outcome.is_some();
+    while world.owner == 0 && !is_over(&world) && world.step() {}
     let gap = world.stalls.last;
     let writes_before = before.rate_since(&Counter::start(scenario.touched));
-    let resume = gap + speed_up(&mut world, writes_before);
+    // The guest may be fast again long before its move is over, or long after.
+    let mut ended = None;
+    let fast_after = speed_up(&mut world, writes_before, |world| {
+        if ended.is_none() && is_over(world) {
+            ended = Some(Counter::read(world));
+        }
+    });
+    while !is_over(&world) && world.step() {}
+    let ended = ended.unwrap_or_else(|| Counter::read(&world));
     let after = Counter::read(&world);
     idle(&mut world, AROUND);
     let last = Counter::read(&world);
@@ -124,7 +136,8 @@ pub fn run(scenario: &Scenario) -> SimulatedMove {
         report: world.sources[job].report().clone(),
         guest_gap: gap,
         worst_stall: world.stalls.worst,
-        resume,
+        resume: gap + fast_after,
+        stalled_at_pages: world.stalls.at_pages,
         writes_before,
         writes_during: ended.rate_since(&before),
         writes_after: last.rate_since(&after),
@@ -166,20 +179,26 @@ impl Counter {
 
 /// Lets the world go on for a time.
 fn idle(world: &mut World, length: Duration) {
+    idle_looking(world, length, &mut |_| {});
+}
+
+fn idle_looking(world: &mut World, length: Duration, look: &mut impl FnMut(&World)) {
     let until = world.now.after(length);
     while world.next_at().is_some_and(|at| at <= until) {
         world.step();
+        look(world);
     }
     world.pass_to(until);
 }
 
-/// Lets the world go on until the guest is at full speed: how long that took.
-fn speed_up(world: &mut World, former: f64) -> Duration {
+/// Lets the world go on until the guest is at full speed: how long that took. Tells `look` after
+/// every step.
+fn speed_up(world: &mut World, former: f64, mut look: impl FnMut(&World)) -> Duration {
     let begun = world.now;
     let enough = former * f64::from(FULL_SPEED_PERCENT) / 100.0;
     loop {
         let before = Counter::read(world);
-        idle(world, RATE_WINDOW);
+        idle_looking(world, RATE_WINDOW, &mut look);
         let is_fast = Counter::read(world).rate_since(&before) >= enough;
         if is_fast || world.now.since(begun) >= AROUND {
             return before.at.since(begun);
@@ -202,6 +221,9 @@ fn config(scenario: &Scenario) -> WorldConfig {
         batch_max: BATCH,
         state_filler: STATE_FILLER,
         hiccups_per_mille: 0,
+        can_fault: true,
+        first_per_mille: 1000,
+        drain_after: DRAIN_AFTER,
         planted: None,
         seed: scenario.seed,
         traces: false,

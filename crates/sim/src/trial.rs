@@ -123,13 +123,17 @@ impl Plan {
     fn draw(trial: &Trial, random: &mut Random) -> Self {
         let memory = draw_memory(random);
         let streams = u8::try_from(random.between(1, 4)).expect("small");
+        // Dice of their own, so that an older seed still means what it meant.
+        let mut dice = Random::new(trial.seed ^ 0x6661_756c_7473);
         let faults = if trial.has_faults {
-            draw_faults(trial.mode, random)
+            let mut faults = draw_faults(trial.mode, random);
+            draw_more_faults(trial.mode, &mut dice, &mut faults);
+            faults
         } else {
             Vec::new()
         };
         Self {
-            world: draw_world(trial, memory, random),
+            world: draw_world(trial, memory, random, &mut dice),
             streams,
             verify: random.per_mille(400),
             limits: draw_limits(random),
@@ -147,7 +151,12 @@ fn draw_memory(random: &mut Random) -> PageCount {
     })
 }
 
-fn draw_world(trial: &Trial, memory: PageCount, random: &mut Random) -> WorldConfig {
+fn draw_world(
+    trial: &Trial,
+    memory: PageCount,
+    random: &mut Random,
+    dice: &mut Random,
+) -> WorldConfig {
     let working_set = PageCount::new(random.between(1, memory.get()));
     let workload = match random.below(6) {
         0 => Workload::Idle,
@@ -185,6 +194,9 @@ fn draw_world(trial: &Trial, memory: PageCount, random: &mut Random) -> WorldCon
         } else {
             0
         },
+        can_fault: trial.mode.needs_faults() || dice.per_mille(900),
+        first_per_mille: *dice.pick(&[0, 500, 1000]),
+        drain_after: dice.micros(500, 40_000),
         planted: trial.planted,
         seed: random.next(),
         traces: trial.traces,
@@ -211,6 +223,39 @@ fn draw_faults(mode: Mode, random: &mut Random) -> Vec<Fault> {
             is_done: false,
         })
         .collect()
+}
+
+/// What can happen to a guest that runs before its pages are there, and what an operator may want.
+fn draw_more_faults(mode: Mode, dice: &mut Random, faults: &mut Vec<Fault>) {
+    let while_filling = match mode {
+        Mode::StopAndCopy | Mode::PreCopy => 0,
+        _ => *dice.pick(&[0, 0, 1, 1, 2, 3]),
+    };
+    let mut add = |trigger, deed| {
+        faults.push(Fault {
+            trigger,
+            deed,
+            is_done: false,
+        });
+    };
+    for _ in 0..while_filling {
+        let trigger = Trigger::NearCommit(dice.micros(0, 150_000));
+        add(trigger, draw_deed(dice));
+    }
+    while dice.per_mille(150) {
+        let trigger = draw_trigger(mode, dice);
+        add(trigger, Deed::SetMode(*dice.pick(&Mode::ALL)));
+    }
+    while dice.per_mille(200) && while_filling > 0 {
+        let trigger = Trigger::NearCommit(dice.micros(0, 150_000));
+        let mode = *dice.pick(&[Mode::Demand, Mode::PostCopy]);
+        add(trigger, Deed::SetMode(mode));
+    }
+    if dice.per_mille(40) {
+        let host = usize::from(dice.per_mille(500));
+        let trigger = draw_trigger(mode, dice);
+        add(trigger, Deed::LoseHost { host });
+    }
 }
 
 fn draw_trigger(mode: Mode, random: &mut Random) -> Trigger {
@@ -309,7 +354,9 @@ impl Course<'_> {
     fn begin(&mut self, world: &mut World) -> Option<usize> {
         let vm = world.vms.iter().position(|vm| vm.is_running)?;
         let host = world.vms[vm].host;
-        if !world.hosts[host].is_ready() {
+        // A guest that misses pages for ever does not move on.
+        let is_stranded = world.vms[vm].memory.misses_pages();
+        if is_stranded || !world.hosts[host].is_ready() || world.hosts[1 - host].is_lost {
             return None;
         }
         self.migrations += 1;
@@ -370,7 +417,11 @@ fn at_work(world: &World) -> String {
         .map(|job| job.engine.machine().stage())
         .collect();
     let targets = world.targets.iter().filter(|job| job.is_at_work()).count();
-    let daemons = world.hosts.iter().filter(|host| !host.is_ready()).count();
+    let daemons = world
+        .hosts
+        .iter()
+        .filter(|host| !host.is_ready() && !host.is_lost)
+        .count();
     format!(
         "not at rest at {} after {} steps: sources {sources:?}, {targets} targets, {daemons} daemons",
         world.now, world.steps

@@ -6,14 +6,17 @@
 //!
 //! The parts hang on one `World` and are written where their subject is: [`vm`] serves requests,
 //! [`daemon`] restarts and answers questions, [`source_driver`] and [`target_driver`] carry out
-//! what the engines want, [`sender`] reads pages, [`network`] moves frames, [`chaos`] lets things go wrong, [`rest`] looks
-//! at the end.
+//! what the engines want, [`sender`] reads pages, [`serving`] answers for those that are missing and
+//! [`filling`] brings them into place, [`network`] moves frames, [`chaos`] lets things go wrong,
+//! [`rest`] looks at the end.
 
 mod chaos;
 mod daemon;
+mod filling;
 mod network;
 mod rest;
 mod sender;
+mod serving;
 mod source_driver;
 mod target_driver;
 mod vm;
@@ -48,10 +51,11 @@ pub(crate) enum Event {
     /// A side notices that its connection broke.
     Lost { connection: usize, side: Side },
     /// The source's dialling reaches the target.
-    Accept { source: usize },
+    Accept { source: usize, dial: u64 },
     /// The source learns whether it is connected.
     Dialled {
         source: usize,
+        dial: u64,
         connection: Option<usize>,
     },
     /// A sender of a push stream goes on.
@@ -80,6 +84,18 @@ pub(crate) enum Event {
     Confirmed { source: usize },
     /// The operator at the source says something.
     Operator { source: usize, event: SourceEvent },
+    /// A guest that misses pages is looked at.
+    Tick(VmIndex),
+    /// Planted: the other half of a page.
+    SecondHalf {
+        target: usize,
+        page: u64,
+        content: u64,
+    },
+    /// The operator ends a migration on demand: what a guest still misses shall be pushed.
+    Drain { vm: VmIndex },
+    /// The operator says what became of a lost host.
+    Fence { host: usize },
     /// The operator at the target ends a migration.
     AbortTarget { target: usize },
     /// A fault happens.
@@ -133,6 +149,12 @@ pub(crate) struct WorldConfig {
     pub(crate) state_filler: usize,
     /// How often a VM process waits for its turn on a busy host.
     pub(crate) hiccups_per_mille: u64,
+    /// Whether page faults can be served at all.
+    pub(crate) can_fault: bool,
+    /// How often the pages that the vCPUs need first go first.
+    pub(crate) first_per_mille: u64,
+    /// So long after the switch the operator drains a migration on demand.
+    pub(crate) drain_after: Duration,
     pub(crate) planted: Option<Planted>,
     pub(crate) seed: u64,
     pub(crate) traces: bool,
@@ -144,6 +166,8 @@ pub(crate) struct Stalls {
     pub(crate) stopped_at: Timestamp,
     pub(crate) worst: Duration,
     pub(crate) last: Duration,
+    /// At missing pages, all together.
+    pub(crate) at_pages: Duration,
 }
 
 /// Everything that exists; see the module.
@@ -157,6 +181,8 @@ pub(crate) struct World {
     pub(crate) guest: Guest,
     /// The process that ran the guest last.
     pub(crate) owner: VmIndex,
+    /// The process from whose memory the owner is being filled.
+    pub(crate) origin: VmIndex,
     pub(crate) hosts: [Host; 2],
     pub(crate) vms: Vec<VmProcess>,
     pub(crate) link: Link,
@@ -192,6 +218,7 @@ impl World {
             random,
             guest,
             owner: 0,
+            origin: 0,
             hosts: [
                 Host::new(1, 0),
                 Host::new(1 + other_kernel, config.clock_offset),
@@ -268,8 +295,20 @@ impl World {
                 channel,
             } => self.deliver(connection, channel),
             Event::Lost { connection, side } => self.notice_loss(connection, side),
-            Event::Accept { source } => self.accept(source),
-            Event::Dialled { source, connection } => self.dialled(source, connection),
+            Event::Accept { source, dial } => self.accept(source, dial),
+            Event::Dialled {
+                source,
+                dial,
+                connection,
+            } => self.dialled(source, dial, connection),
+            Event::Tick(vm) => self.tick(vm),
+            Event::SecondHalf {
+                target,
+                page,
+                content,
+            } => self.second_half(target, page, content),
+            Event::Drain { vm } => self.drain(vm),
+            Event::Fence { host } => self.fence(host),
             Event::Send { source, stream } => self.send_on(source, stream),
             Event::Hashed { source } => self.hashed(source),
             Event::Created { target, is_refused } => self.created(target, is_refused),
@@ -319,9 +358,18 @@ impl World {
     /// Lets the guest of a process do what it did until now.
     pub(crate) fn catch_up(&mut self, vm: VmIndex) {
         let process = &mut self.vms[vm];
-        if process.is_running {
-            self.guest
-                .run(&mut process.memory, &mut process.registers, self.now);
+        if !process.is_running {
+            return;
+        }
+        let stands = self
+            .guest
+            .run(&mut process.memory, &mut process.registers, self.now);
+        if stands {
+            for page in self.guest.stands_at() {
+                if self.vms[vm].memory.is_missing(page) {
+                    self.page_fault(vm, page);
+                }
+            }
         }
     }
 
@@ -337,6 +385,7 @@ impl World {
         self.guest.wake(self.now);
         self.stalls.last = self.now.since(self.stalls.stopped_at);
         self.stalls.worst = self.stalls.worst.max(self.stalls.last);
+        self.keep_ticking(vm);
         if is_past {
             self.violate(
                 Rule::NothingStale,

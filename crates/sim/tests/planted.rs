@@ -162,3 +162,63 @@ fn ledger_left_out() {
         &[Rule::OneRuns, Rule::NothingStale],
     );
 }
+
+#[test]
+fn resume_while_serving() {
+    let planted = Planted::Source(SourceFault::ResumeAfterCommit);
+    let rules = [Rule::OneRuns, Rule::NothingStale];
+    check(Mode::PostCopy, planted, 1000, &rules);
+}
+
+#[test]
+fn stale_pages_not_told() {
+    let planted = Planted::Source(SourceFault::StaleNotTold);
+    check(Mode::Hybrid, planted, 200, &[Rule::EqualAtTheSwitch]);
+}
+
+#[test]
+fn stale_pages_left_in_place() {
+    let planted = Planted::World(WorldFault::StaleIgnored);
+    check(Mode::Hybrid, planted, 200, &[Rule::EqualAtTheSwitch]);
+}
+
+#[test]
+fn state_loaded_before_faults_are_served() {
+    let planted = Planted::Target(TargetFault::LoadBeforeServing);
+    check(Mode::PostCopy, planted, 200, &[Rule::EqualAtTheSwitch]);
+}
+
+#[test]
+fn pulled_page_of_an_earlier_round() {
+    let planted = Planted::World(WorldFault::PulledPageOld);
+    let rules = [Rule::NothingStale, Rule::EqualAtTheSwitch];
+    check(Mode::Hybrid, planted, 500, &rules);
+}
+
+#[test]
+fn page_installed_over_a_write() {
+    let planted = Planted::World(WorldFault::InstalledTwice);
+    let rules = [Rule::NothingStale, Rule::EqualAtTheSwitch];
+    check(Mode::PostCopy, planted, 1000, &rules);
+}
+
+#[test]
+fn half_a_page() {
+    let planted = Planted::World(WorldFault::HalfPageVisible);
+    check(Mode::PostCopy, planted, 500, &[Rule::NothingStale]);
+}
+
+#[test]
+fn last_descriptor_of_page_faults_closed() {
+    let planted = Planted::World(WorldFault::LastFaultDescriptorClosed);
+    let rules = [Rule::NothingStale, Rule::EqualAtTheSwitch];
+    check(Mode::Demand, planted, 1000, &rules);
+}
+
+#[test]
+fn guest_runs_without_a_record() {
+    let planted = Planted::World(WorldFault::RunWithoutRecord);
+    // Without the record its process ends with the daemon, and the source may be told to resume.
+    let rules = [Rule::StandsForAReason, Rule::OneRuns, Rule::NothingStale];
+    check(Mode::PostCopy, planted, 1000, &rules);
+}

@@ -104,3 +104,50 @@ fn one_scenario_has_one_result() {
     };
     assert_eq!(run(&scenario), run(&scenario));
 }
+
+#[test]
+fn a_guest_that_runs_before_its_pages_are_there_tells_how_they_came() {
+    for mode in [Mode::Demand, Mode::PostCopy, Mode::Hybrid] {
+        let moved = completed(&Scenario {
+            mode,
+            rate: 60_000,
+            ..Scenario::default()
+        });
+        assert!(moved.guest_gap < Duration::from_millis(10), "{mode}");
+        let report = &moved.report;
+        let faults = report.faults.as_ref().unwrap();
+        assert_eq!(
+            faults.pulled.saturating_add(faults.pushed),
+            report.missing_at_switch,
+            "{mode}"
+        );
+        assert!(faults.pulled > PageCount::ZERO, "{mode}");
+        // There and back over the link is what a page takes at least.
+        assert!(faults.latency_p50 >= Duration::from_micros(200), "{mode}");
+        assert!(faults.latency_p99 >= faults.latency_p50, "{mode}");
+        assert!(faults.first_stall > Duration::ZERO, "{mode}");
+        assert!(moved.stalled_at_pages >= faults.first_stall, "{mode}");
+        let is_drained = report
+            .mode_changes
+            .iter()
+            .any(|change| change.to == Mode::PostCopy);
+        assert_eq!(is_drained, mode == Mode::Demand);
+    }
+}
+
+#[test]
+fn auto_switches_where_pre_copy_would_give_up() {
+    let moved = completed(&Scenario {
+        mode: Mode::Auto,
+        rate: 60_000,
+        link: LinkProfile {
+            rate: BytesPerSecond::new(100_000_000),
+            delay: Duration::from_micros(100),
+            jitter: Duration::ZERO,
+        },
+        ..Scenario::default()
+    });
+    assert_eq!(moved.report.pause_reason, Some(PauseReason::Predicted));
+    assert!(moved.report.missing_at_switch > PageCount::ZERO);
+    assert!(moved.guest_gap < Duration::from_millis(20), "{moved:?}");
+}

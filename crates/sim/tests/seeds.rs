@@ -5,7 +5,7 @@
 
 use limosa_engine::policy::Mode;
 use limosa_sim::trial::Trial;
-use std::thread;
+use std::{panic, thread};
 
 const SEEDS: u64 = 10_000;
 const SHARDS: usize = 2;
@@ -16,6 +16,15 @@ fn number(name: &str) -> Option<u64> {
         text.parse()
             .unwrap_or_else(|_| panic!("{name} is not a number: {text}")),
     )
+}
+
+/// What a seed breaks, an assertion of the engine included.
+fn broken(mode: Mode, seed: u64) -> Option<String> {
+    match panic::catch_unwind(|| Trial::new(mode, seed).run()) {
+        Ok(Ok(_)) => None,
+        Ok(Err(violation)) => Some(violation.to_string()),
+        Err(_) => Some(String::from("an assertion, which is told above")),
+    }
 }
 
 fn check(mode: Mode) {
@@ -40,12 +49,7 @@ fn check(mode: Mode) {
             thread::spawn(move || {
                 (shard..seeds)
                     .step_by(SHARDS)
-                    .filter_map(|seed| {
-                        Trial::new(mode, seed)
-                            .run()
-                            .err()
-                            .map(|error| (seed, error))
-                    })
+                    .filter_map(|seed| Some((seed, broken(mode, seed)?)))
                     .collect::<Vec<_>>()
             })
         })
@@ -78,6 +82,26 @@ fn stop_and_copy() {
 }
 
 #[test]
+fn demand() {
+    check(Mode::Demand);
+}
+
+#[test]
+fn post_copy() {
+    check(Mode::PostCopy);
+}
+
+#[test]
 fn pre_copy() {
     check(Mode::PreCopy);
+}
+
+#[test]
+fn hybrid() {
+    check(Mode::Hybrid);
+}
+
+#[test]
+fn auto() {
+    check(Mode::Auto);
 }

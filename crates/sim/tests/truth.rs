@@ -76,6 +76,13 @@ fn what_failed_once() {
         // source resumed a guest that had run.
         (Mode::StopAndCopy, 2511),
         (Mode::PreCopy, 37),
+        // The last missing page came while the state was loaded, was forgotten, and waited for.
+        (Mode::Hybrid, 197),
+        // A restarted source compared a digest without the state that had died with its daemon.
+        (Mode::PostCopy, 42),
+        // A restarted source refused to push to a target of which it had not heard that it serves
+        // faults.
+        (Mode::Demand, 42),
     ] {
         let trial = Trial {
             replays: true,

@@ -34,6 +34,17 @@ use std::time::{Duration, Instant};
 /// clearing the log of 128 GiB takes 1 s.
 const ANSWER_LIMIT: Duration = Duration::from_secs(15);
 
+/// The same for a process that had not answered in that time before.
+const ANSWER_AGAIN_LIMIT: Duration = Duration::from_secs(1);
+
+/// Connects; answers and requests may take so long.
+fn dial(path: &Path, limit: Duration) -> io::Result<UnixStream> {
+    let socket = UnixStream::connect(path)?;
+    socket.set_read_timeout(Some(limit))?;
+    socket.set_write_timeout(Some(limit))?;
+    Ok(socket)
+}
+
 /// Why a VM process did not do what was asked.
 #[derive(Debug, thiserror::Error)]
 pub enum VmError {
@@ -110,6 +121,8 @@ pub struct Status {
 /// A VM process. Dropping it leaves the process to its own rules for a lost daemon.
 #[derive(Debug)]
 pub struct VmHandle {
+    /// Where the process listens.
+    path: PathBuf,
     process: Process,
     connection: Mutex<Option<Connection>>,
     attached: Mutex<Attached>,
@@ -146,13 +159,7 @@ impl VmHandle {
             path: path.to_owned(),
             source,
         };
-        let connection = UnixStream::connect(path).map_err(connect)?;
-        connection
-            .set_read_timeout(Some(ANSWER_LIMIT))
-            .map_err(connect)?;
-        connection
-            .set_write_timeout(Some(ANSWER_LIMIT))
-            .map_err(connect)?;
+        let connection = dial(path, ANSWER_LIMIT).map_err(connect)?;
         // The process answers on this connection afterwards, so it is the one that has this number.
         let pid = socket::peer_pid(&connection).map_err(connect)?;
         let process = Process::open(pid).map_err(connect)?;
@@ -165,6 +172,7 @@ impl VmHandle {
             not_armed: None,
         };
         let handle = Self {
+            path: path.to_owned(),
             process,
             connection: Mutex::new(Some(Connection(connection))),
             attached: Mutex::new(nothing),
@@ -637,8 +645,11 @@ impl VmHandle {
             .connection
             .lock()
             .unwrap_or_else(PoisonError::into_inner);
+        if connection.is_none() {
+            *connection = Some(self.dial_again()?);
+        }
         let Some(Connection(socket)) = connection.as_ref() else {
-            return Err(VmError::Gone("the connection was lost before".to_owned()));
+            unreachable!("it was made just now")
         };
         if let Err(error) = protocol::send(socket, request, bytes, &[]) {
             *connection = None;
@@ -660,6 +671,34 @@ impl VmHandle {
                 Err(VmError::Lost(in_one_line(&error)))
             }
         }
+    }
+
+    /// A process that lives may answer again: it was stopped, or its host was busy. It has acted by its
+    /// record meanwhile, as with any daemon that it lost.
+    fn dial_again(&self) -> Result<Connection, VmError> {
+        let gone = |why: &dyn std::error::Error| VmError::Gone(in_one_line(why));
+        if self.is_gone() {
+            return Err(VmError::Gone("it has ended".to_owned()));
+        }
+        let socket = dial(&self.path, ANSWER_AGAIN_LIMIT).map_err(|error| gone(&error))?;
+        if socket::peer_pid(&socket).map_err(|error| gone(&error))? != self.pid() {
+            return Err(VmError::Gone("another process has its place".to_owned()));
+        }
+        let attach = Request::Attach {
+            version: PROTOCOL_VERSION,
+        };
+        protocol::send(&socket, &attach, &[], &[]).map_err(|error| gone(&error))?;
+        let frame = protocol::receive::<Reply>(&socket).map_err(|error| gone(&error))?;
+        // What it lends is mapped already, and cannot have changed.
+        if !matches!(frame.message, Reply::Attached { .. }) {
+            return Err(VmError::Foreign);
+        }
+        socket
+            .set_read_timeout(Some(ANSWER_LIMIT))
+            .and_then(|()| socket.set_write_timeout(Some(ANSWER_LIMIT)))
+            .map_err(|error| gone(&error))?;
+        tracing::info!(pid = self.pid(), "a VM process answers again");
+        Ok(Connection(socket))
     }
 
     /// A process that answers something else than was asked for is not talked to any more.

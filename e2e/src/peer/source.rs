@@ -12,6 +12,8 @@ pub struct RawSource {
     pub id: MigrationId,
     /// The control stream.
     pub control: TcpStream,
+    /// The stream on which the target asks for pages.
+    pub pull: TcpStream,
     /// The push streams.
     pub pushes: Vec<TcpStream>,
 }
@@ -25,6 +27,7 @@ impl RawSource {
     pub fn open(address: &str, start: &Start) -> Self {
         let id = fresh_id();
         let control = dial(address, id, Role::Control);
+        let pull = dial(address, id, Role::Pull);
         let pushes = (0..start.streams)
             .map(|index| dial(address, id, Role::Push(index)))
             .collect();
@@ -32,6 +35,7 @@ impl RawSource {
         Self {
             id,
             control,
+            pull,
             pushes,
         }
     }

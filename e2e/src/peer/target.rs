@@ -8,7 +8,7 @@ use crate::wait;
 use limosa_engine::Timestamp;
 use limosa_engine::handover::MigrationId;
 use limosa_engine::wire::{
-    ControlFrame, PREAMBLE_BYTES, PUSH_HEADER_BYTES, Preamble, PushHeader, Role, Start,
+    ControlFrame, PREAMBLE_BYTES, PUSH_HEADER_BYTES, Preamble, PushHeader, Role, Start, bits_bytes,
 };
 use limosa_pages::PageCount;
 use std::io::{self, Read};
@@ -19,6 +19,12 @@ use std::time::Duration;
 
 /// Time to load that a played target claims.
 const LOAD: Duration = Duration::from_micros(200);
+
+/// The word of a host with another kernel that can serve no page faults.
+pub const ACCEPT: ControlFrame = ControlFrame::Accept {
+    boot_id: 1,
+    can_fault: false,
+};
 
 /// Listens like a daemon.
 #[derive(Debug)]
@@ -35,6 +41,8 @@ pub struct Taken {
     pub start: Start,
     /// The control stream.
     pub control: TcpStream,
+    /// The stream on which pages can be asked for.
+    pub pull: TcpStream,
     barriers: Receiver<(u8, u32)>,
     streams: Vec<JoinHandle<Vec<u8>>>,
 }
@@ -119,15 +127,13 @@ impl FakeTarget {
         };
         let (tell, barriers) = channel();
         let mut streams = Vec::new();
+        let (dialled, pull) = self.accept();
+        let role = Role::Pull;
+        assert_eq!(dialled, Preamble { role, ..preamble });
         for expect in 0..start.streams {
-            let (push, stream) = self.accept();
-            assert_eq!(
-                push,
-                Preamble {
-                    migration: preamble.migration,
-                    role: Role::Push(expect)
-                }
-            );
+            let (dialled, stream) = self.accept();
+            let role = Role::Push(expect);
+            assert_eq!(dialled, Preamble { role, ..preamble });
             let (tell, memory) = (tell.clone(), start.memory_pages);
             streams.push(thread::spawn(move || drain(expect, stream, memory, &tell)));
         }
@@ -135,6 +141,7 @@ impl FakeTarget {
             id: preamble.migration,
             start,
             control,
+            pull,
             barriers,
             streams,
         }
@@ -181,7 +188,7 @@ impl Taken {
     /// If no rehearsal comes.
     #[track_caller]
     pub fn accept(&self) -> Vec<u8> {
-        self.send(&ControlFrame::Accept { boot_id: 1 });
+        self.send(&ACCEPT);
         match self.read() {
             Some(ControlFrame::Rehearsal { state }) => state,
             other => panic!("expected a rehearsal: {other:?}"),
@@ -223,6 +230,7 @@ impl Taken {
                 round,
                 stopped_at,
                 state,
+                ..
             }) => {
                 self.wait_for_round(round);
                 (round, stopped_at, state)
@@ -296,7 +304,13 @@ fn take_header(
     bytes.extend_from_slice(&header);
     match PushHeader::decode(&header, memory).expect("a sound header") {
         PushHeader::Barrier { round } => Ok(Some(round)),
-        PushHeader::Zeros(_) => Ok(None),
+        PushHeader::Zeros(_) | PushHeader::Stale(_) => Ok(None),
+        PushHeader::StaleBits(range) => {
+            let from = bytes.len();
+            bytes.resize(from + bits_bytes(range), 0);
+            stream.read_exact(&mut bytes[from..])?;
+            Ok(None)
+        }
         PushHeader::Pages(range) => {
             let from = bytes.len();
             let length = usize::try_from(range.bytes().get()).expect("limited by the header");

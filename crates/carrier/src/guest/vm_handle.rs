@@ -4,7 +4,9 @@ use super::{CommitError, Guest, GuestError, Running, Saved};
 use limosa_engine::Timestamp;
 use limosa_engine::handover::{MigrationId, Phase};
 use limosa_os::SharedMemory;
+use limosa_os::userfault::PageInstaller;
 use limosa_pages::{PageRange, PageSet};
+use limosa_vmm::answer::RunState;
 use limosa_vmm::client::{VmError, VmHandle};
 use std::sync::Arc;
 use std::time::Duration;
@@ -32,6 +34,7 @@ impl From<limosa_vmm::answer::Saved> for Saved {
             harvested: saved.times.harvested,
             saved: saved.times.saved,
             dirty: saved.dirty,
+            first_needed: saved.first_needed,
         }
     }
 }
@@ -70,8 +73,18 @@ impl Guest for VmHandle {
     }
 
     fn resume(&self) -> Result<(), GuestError> {
-        self.resume()?;
-        Ok(())
+        match self.resume() {
+            Ok(_) => Ok(()),
+            // It lost us for a moment and has resumed by itself, as its record wants it.
+            Err(_)
+                if self
+                    .status()
+                    .is_ok_and(|status| status.run_state == RunState::Running) =>
+            {
+                Ok(())
+            }
+            Err(error) => Err(error.into()),
+        }
     }
 
     fn record(&self, phase: &Phase) -> Result<(), GuestError> {
@@ -82,12 +95,25 @@ impl Guest for VmHandle {
         Ok(self.load(state, is_rehearsal)?.took)
     }
 
+    fn installer(&self) -> Option<Arc<PageInstaller>> {
+        self.installer()
+    }
+
+    fn disarm(&self) -> Result<(), GuestError> {
+        Ok(self.disarm()?)
+    }
+
+    fn is_gone(&self) -> bool {
+        self.is_gone()
+    }
+
     fn commit_and_run(
         &self,
         id: MigrationId,
         stopped_at: Timestamp,
+        keeps_faults: bool,
     ) -> Result<Running, CommitError> {
-        match self.commit_and_run(id, stopped_at, false) {
+        match self.commit_and_run(id, stopped_at, keeps_faults) {
             Ok(running) => Ok(Running {
                 first_instruction_at: running.last_entered_at,
             }),

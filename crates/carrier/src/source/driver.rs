@@ -5,19 +5,19 @@ use crate::bucket::Bucket;
 use crate::connection::{self, ControlWriter, ReadError};
 use crate::digest;
 use crate::guest::{Guest, GuestError, Saved};
-use crate::{hold, journal_file, sender};
+use crate::{hold, journal_file, pull_server, sender};
 use limosa_engine::Timestamp;
 use limosa_engine::handover::Resolution;
 use limosa_engine::source::{Paused, Piece, SourceAction, SourceConfig, SourceEvent};
-use limosa_engine::wire::{ControlFrame, Role};
+use limosa_engine::wire::{ControlFrame, Preamble, Role};
 use limosa_pages::{PageCount, PageRange, PageSet, Pfn};
 use std::collections::VecDeque;
 use std::io;
 use std::net::TcpStream;
 use std::path::Path;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
-use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::Duration;
 
@@ -34,6 +34,8 @@ enum News {
     Event(SourceEvent),
     /// The connections are up.
     Links(Links),
+    /// The target has said what it misses.
+    Reconciled(PageSet),
     /// The target's answer to a question, on a connection that is kept to say *done*.
     Answer(Resolution, ControlWriter),
 }
@@ -55,6 +57,7 @@ struct Links {
     /// For the thread that reads control frames.
     reader: Option<TcpStream>,
     streams: Vec<TcpStream>,
+    pull: Option<TcpStream>,
     orders: Vec<Sender<sender::Order>>,
 }
 
@@ -74,11 +77,17 @@ pub(super) struct Driver {
     set: Arc<PageSet>,
     /// Which round of `set` sends only pages that exist: those of a round that means *everything*.
     skip_holes: bool,
+    /// Pages that the target was told to miss.
+    told: PageSet,
+    /// Pages that the vCPUs need first.
+    first: Arc<Vec<Pfn>>,
     /// The last saved state, for the digest.
     state: Vec<u8>,
     timer: Option<Timestamp>,
     /// Pages that had gone out when the timer last ran out.
     pages_seen: u64,
+    /// The engine was told that the VM process has ended.
+    knows_end: bool,
     finished: bool,
 }
 
@@ -93,14 +102,12 @@ impl Driver {
     ) -> Self {
         let memory = guest.memory();
         let limit = Arc::new(Bucket::new(None));
-        let pages = Arc::new(sender::Shared {
-            memory,
-            ever_sent: Mutex::new(PageSet::empty(config.memory)),
-            pages_out: AtomicU64::new(0),
-            limit: Arc::clone(&limit),
-            link: Arc::clone(&link),
-        });
+        // After a restart the guest is long gone: its memory is as it left it.
+        let is_serving = is_recovery;
+        let pages = sender::Shared::new(memory, is_serving, Arc::clone(&limit), Arc::clone(&link));
+        let pages = Arc::new(pages);
         let set = Arc::new(PageSet::empty(config.memory));
+        let told = PageSet::empty(config.memory);
         Self {
             guest,
             config,
@@ -114,9 +121,12 @@ impl Driver {
             links: None,
             set,
             skip_holes: false,
+            told,
+            first: Arc::default(),
             state: Vec::new(),
             timer: None,
             pages_seen: 0,
+            knows_end: false,
             finished: false,
         }
     }
@@ -141,6 +151,7 @@ impl Driver {
                     if std::mem::replace(&mut self.pages_seen, pages_out) != pages_out {
                         self.handle(SourceEvent::Moved);
                     }
+                    self.look_after_guest();
                     self.handle(SourceEvent::Timer);
                 }
                 Err(RecvTimeoutError::Disconnected) => {
@@ -149,6 +160,15 @@ impl Driver {
             }
         }
         self.disconnect();
+    }
+
+    /// A VM process that ends is noticed by nobody else while it is asked for nothing.
+    fn look_after_guest(&mut self) {
+        if !self.knows_end && self.guest.is_gone() {
+            self.knows_end = true;
+            let reason = "the VM process ended".to_owned();
+            self.handle(SourceEvent::GuestFailed { reason });
+        }
     }
 
     /// What the streams share, for progress.
@@ -176,6 +196,10 @@ impl Driver {
         }
         match inbox.news {
             News::Event(event) => self.handle(event),
+            News::Reconciled(missing) => {
+                let dirty = self.counts(&missing);
+                self.handle(SourceEvent::Reconciled { dirty });
+            }
             News::Links(links) => match self.adopt(links) {
                 Ok(()) => self.handle(SourceEvent::Connected),
                 Err(error) => self.handle(SourceEvent::ConnectionLost {
@@ -187,6 +211,7 @@ impl Driver {
                     control,
                     reader: None,
                     streams: Vec::new(),
+                    pull: None,
                     orders: Vec::new(),
                 });
                 self.handle(SourceEvent::Resolved(resolution));
@@ -214,7 +239,8 @@ impl Driver {
     fn carry_out(&mut self, action: SourceAction) -> Result<Option<SourceEvent>, GuestError> {
         hold::at("source", action.name());
         match action {
-            SourceAction::Connect => self.connect(),
+            SourceAction::Connect => self.connect(Role::Control),
+            SourceAction::Reconnect => self.connect(Role::Resume),
             SourceAction::Send(frame) => self.send(&frame),
             SourceAction::Record(phase) => {
                 self.guest.record(&phase)?;
@@ -227,15 +253,29 @@ impl Driver {
             SourceAction::StopTracking => self.guest.stop_tracking()?,
             SourceAction::Rehearse => return self.rehearse().map(Some),
             SourceAction::Harvest { round } => return self.harvest(round).map(Some),
+            SourceAction::HarvestStale { round } => return self.harvest_stale(round).map(Some),
             SourceAction::Clear(piece) => {
                 self.guest.clear(piece.range)?;
                 return Ok(Some(SourceEvent::Cleared(piece)));
             }
             SourceAction::SendPiece { piece, stream } => self.order_piece(piece, stream),
+            SourceAction::SendStale { piece, stream } => {
+                let set = Arc::clone(&self.set);
+                self.order(stream, sender::Order::Stale { piece, set });
+            }
+            SourceAction::SendFirst { round, stream } => {
+                let pages = Arc::clone(&self.first);
+                self.order(stream, sender::Order::First { round, pages });
+            }
+            SourceAction::Push { piece, stream } => {
+                self.order(stream, sender::Order::Push { piece });
+            }
             SourceAction::SendBarrier { stream, round } => {
                 self.order(stream, sender::Order::Barrier { round });
             }
-            SourceAction::Pause { round: _, harvest } => return self.pause(harvest).map(Some),
+            SourceAction::Pause {
+                harvest, switch, ..
+            } => return self.pause(harvest, switch).map(Some),
             SourceAction::Resume => {
                 self.guest.resume()?;
                 return Ok(Some(SourceEvent::Resumed));
@@ -267,18 +307,16 @@ impl Driver {
     }
 
     /// Dials in a thread of its own: an unreachable host takes seconds to say so.
-    fn connect(&mut self) {
+    fn connect(&mut self, role: Role) {
         self.generation += 1;
-        let (id, peer, streams) = (
-            self.config.id,
-            self.config.peer.clone(),
-            self.config.streams,
-        );
+        let preamble = self.preamble(role);
+        let (peer, streams) = (self.config.peer.clone(), self.config.streams);
         let link = Arc::clone(&self.link);
         let report = self.reporter();
         self.spawn("connect", move || {
+            let dial = |role| connection::dial(&peer, Preamble { role, ..preamble });
             let dialled = || -> Result<Links, connection::Dial> {
-                let control = connection::dial(&peer, id, Role::Control)?;
+                let control = dial(role)?;
                 let reader =
                     control
                         .try_clone()
@@ -286,14 +324,15 @@ impl Driver {
                             peer: peer.clone(),
                             source,
                         })?;
-                let streams =
-                    (0..streams).map(|index| connection::dial(&peer, id, Role::Push(index)));
+                let pull = dial(Role::Pull)?;
+                let streams = (0..streams).map(|index| dial(Role::Push(index)));
                 let streams = streams.collect::<Result<_, _>>()?;
                 let control = ControlWriter::new(control, link);
                 Ok(Links {
                     control,
                     reader: Some(reader),
                     streams,
+                    pull: Some(pull),
                     orders: Vec::new(),
                 })
             };
@@ -306,12 +345,22 @@ impl Driver {
         });
     }
 
+    fn preamble(&self, role: Role) -> Preamble {
+        Preamble {
+            migration: self.config.id,
+            role,
+            // Some billion attempts would be needed for a number to come again.
+            generation: self.generation as u32,
+        }
+    }
+
     /// Starts the threads of fresh connections.
     fn adopt(&mut self, mut links: Links) -> io::Result<()> {
         let mut reader = links
             .reader
             .take()
             .expect("a dialled connection has a reading half");
+        self.pages.renew_unsent();
         let report = self.reporter();
         thread::Builder::new()
             .name("control".to_owned())
@@ -356,6 +405,18 @@ impl Driver {
             )?;
             links.orders.push(orders);
         }
+        if let Some(pull) = &links.pull {
+            let report = self.reporter();
+            let pages = Arc::clone(&self.pages);
+            pull_server::start(pull.try_clone()?, pages, move |news| {
+                report(match news {
+                    pull_server::Report::Reconciled(missing) => News::Reconciled(missing),
+                    pull_server::Report::Broken { reason } => {
+                        News::Event(SourceEvent::ConnectionLost { reason })
+                    }
+                });
+            })?;
+        }
         self.links = Some(links);
         Ok(())
     }
@@ -364,11 +425,15 @@ impl Driver {
     fn disconnect(&mut self) {
         self.generation += 1;
         // A stream that waits for its turn shall see at once that its socket is closed.
-        self.limit.set_rate(None);
-        self.link.set_rate(None);
+        self.limit.hurry();
+        self.link.hurry();
         if let Some(links) = self.links.take() {
             links.control.close();
-            links.streams.iter().for_each(connection::close);
+            links
+                .streams
+                .iter()
+                .chain(&links.pull)
+                .for_each(connection::close);
         }
     }
 
@@ -404,7 +469,18 @@ impl Driver {
         Ok(SourceEvent::Harvested { round, dirty })
     }
 
-    fn pause(&mut self, harvest: bool) -> Result<SourceEvent, GuestError> {
+    /// What no earlier pass told the target to be stale.
+    fn harvest_stale(&mut self, round: u32) -> Result<SourceEvent, GuestError> {
+        let mut set = PageSet::empty(self.config.memory);
+        self.guest.harvest(&mut set)?;
+        set.subtract(&self.told);
+        self.told.union_with(&set);
+        let dirty = self.counts(&set);
+        self.set = Arc::new(set);
+        Ok(SourceEvent::Harvested { round, dirty })
+    }
+
+    fn pause(&mut self, harvest: bool, switch: bool) -> Result<SourceEvent, GuestError> {
         let Saved {
             state,
             stopped_first,
@@ -412,29 +488,55 @@ impl Driver {
             harvested,
             saved,
             dirty,
+            first_needed,
         } = self.guest.pause_and_save(harvest)?;
         self.skip_holes = dirty.is_none();
-        let counts = match dirty {
-            Some(set) => {
-                let counts = self.counts(&set);
-                self.set = Arc::new(set);
-                counts
-            }
-            None => {
-                self.set = Arc::new(PageSet::full(self.config.memory));
-                self.existing_pages()?
-            }
-        };
-        self.state.clone_from(&state);
-        let paused = Paused {
-            dirty: counts,
+        let mut paused = Paused {
+            dirty: Vec::new(),
             state,
             stopped_first,
             stopped_last,
             harvested,
             saved,
+            missing: PageCount::ZERO,
+            missing_counts: Vec::new(),
         };
+        if switch {
+            // Without a log every page is missing; that holes are zero is told by the pushes.
+            let missing = dirty.unwrap_or_else(|| PageSet::full(self.config.memory));
+            self.switch(missing, first_needed, &mut paused);
+        } else {
+            paused.dirty = match dirty {
+                Some(set) => {
+                    let counts = self.counts(&set);
+                    self.set = Arc::new(set);
+                    counts
+                }
+                None => {
+                    self.set = Arc::new(PageSet::full(self.config.memory));
+                    self.existing_pages()?
+                }
+            };
+        }
+        self.state.clone_from(&paused.state);
         Ok(SourceEvent::Paused(paused))
+    }
+
+    /// Splits what the target will miss into what is sent first, what it has been told, and what
+    /// this round tells; from here on pulls are answered.
+    fn switch(&mut self, mut missing: PageSet, mut first: Vec<Pfn>, paused: &mut Paused) {
+        first.retain(|&page| missing.remove(page));
+        self.first = Arc::new(first);
+        let mut set = missing.clone();
+        set.subtract(&self.told);
+        paused.dirty = self.counts(&set);
+        paused.missing = missing.count();
+        paused.missing_counts = self.counts(&missing);
+        self.told.union_with(&set);
+        self.set = Arc::new(set);
+        let is_needed = !missing.is_empty();
+        *self.pages.unsent().lock() = missing;
+        self.pages.is_serving.store(is_needed, Ordering::SeqCst);
     }
 
     /// Members of `set` in each chunk.
@@ -504,13 +606,13 @@ impl Driver {
 
     fn resolve(&mut self) {
         self.generation += 1;
-        let (id, peer) = (self.config.id, self.config.peer.clone());
+        let (preamble, peer) = (self.preamble(Role::Resolve), self.config.peer.clone());
         let link = Arc::clone(&self.link);
         let report = self.reporter();
         self.spawn("resolve", move || {
             let ask = || -> Result<(Resolution, ControlWriter), String> {
-                let mut stream = connection::dial(&peer, id, Role::Resolve)
-                    .map_err(|error| error.to_string())?;
+                let mut stream =
+                    connection::dial(&peer, preamble).map_err(|error| error.to_string())?;
                 stream
                     .set_read_timeout(Some(Duration::from_secs(10)))
                     .map_err(|error| error.to_string())?;

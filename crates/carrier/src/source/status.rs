@@ -25,6 +25,8 @@ pub struct MigrationStatus {
     pub round_sent_pages: PageCount,
     /// Pages of it that were not.
     pub remaining_pages: PageCount,
+    /// Pages that the guest, which runs at the target, misses and that were not sent yet.
+    pub unsent_pages: PageCount,
     /// Distinct pages a second that the guest dirtied during the last round.
     pub dirty_rate: Option<u64>,
     /// Payload rate as delivered.
@@ -45,10 +47,10 @@ pub struct MigrationStatus {
 
 impl MigrationStatus {
     /// `pages_out` counts the pages handed to the kernel in all rounds: finer than the engine's
-    /// count, which grows by pieces.
+    /// count, which grows by pieces; `unsent` those that a guest at the target waits for.
     pub(super) fn of(
         source: &Source,
-        pages_out: PageCount,
+        (pages_out, unsent): (PageCount, PageCount),
         elapsed: Duration,
         unresolved: Option<String>,
     ) -> Self {
@@ -68,12 +70,13 @@ impl MigrationStatus {
             .and_then(|rate| rate.time_for(remaining_pages.bytes()));
         Self {
             id: report.id,
-            mode: report.mode,
+            mode: source.mode(),
             stage: source.stage(),
             round: progress.rounds,
             round_pages,
             round_sent_pages,
             remaining_pages,
+            unsent_pages: unsent,
             dirty_rate,
             bandwidth: progress.bandwidth,
             predicted_downtime: progress.predicted_downtime(),
@@ -87,7 +90,8 @@ impl MigrationStatus {
             } else {
                 time_left
             },
-            unresolved,
+            // A target that was asked and has answered leaves nothing open.
+            unresolved: unresolved.filter(|_| source.stage() == Stage::Unresolved),
             limits: *source.limits(),
             report,
         }

@@ -1,91 +1,136 @@
-//! One arriving migration: the driver that owns its engine, and the handle that connections use.
+//! One arriving migration as its connections see it: streams come, are waited for, are started.
+//!
+//! A source whose connections broke comes back with new ones of a higher generation; what the old ones
+//! still say is dropped.
 
+use super::driver::{Driver, now, stop};
 use super::{IncomingStatus, TargetHost};
 use crate::bucket::Bucket;
-use crate::connection::{self, ControlWriter, HANDSHAKE_MAX};
-use crate::guest::{CommitError, Guest};
-use crate::{hold, receiver};
-use limosa_engine::Timestamp;
+use crate::connection::{ControlWriter, HANDSHAKE_MAX};
+use crate::faults::{self, Faults};
+use crate::guest::Guest;
+use crate::receiver;
 use limosa_engine::handover::{MigrationId, Resolution};
-use limosa_engine::journal::Machine;
-use limosa_engine::target::{Target, TargetAction, TargetEvent};
-use limosa_engine::wire::{ControlFrame, Start};
-use std::collections::VecDeque;
+use limosa_engine::target::{Target, TargetEvent};
+use limosa_engine::wire::{ControlFrame, Role, Start};
+use limosa_pages::PageCount;
 use std::net::{SocketAddr, TcpStream};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::sync::mpsc::{Sender, channel};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::thread;
 use std::time::Duration;
 
 /// What connections see of a migration that arrives.
 pub(super) struct Session {
-    id: MigrationId,
-    from: SocketAddr,
-    events: Sender<TargetEvent>,
-    inside: Mutex<Inside>,
-    changed: Condvar,
-    committed: AtomicBool,
+    pub(super) id: MigrationId,
+    events: Sender<News>,
+    pub(super) inside: Mutex<Inside>,
+    pub(super) changed: Condvar,
+    pub(super) committed: AtomicBool,
 }
+
+/// Something for the driver.
+pub(super) enum News {
+    Event(TargetEvent),
+    /// What a connection said; of no interest when a later one has taken its place.
+    Of(Generation, TargetEvent),
+    /// The source has come back on another connection.
+    Resumed(Generation, TcpStream),
+}
+
+/// Tells the connections of one attempt of the source from those of an earlier one.
+pub(super) type Generation = u32;
 
 #[derive(Default)]
-struct Inside {
-    /// Push streams that have come, by index.
-    streams: Vec<(u8, TcpStream)>,
+pub(super) struct Inside {
+    /// Where the source is, once it has come.
+    from: Option<SocketAddr>,
+    pub(super) generation: Generation,
+    /// Streams that have come, and for what.
+    pub(super) streams: Vec<Stream>,
     /// Handles of the streams that deliver pages, to close them.
-    receiving: Vec<TcpStream>,
-    pages: Option<Arc<receiver::Shared>>,
+    pub(super) receiving: Vec<TcpStream>,
+    pub(super) pages: Option<Arc<receiver::Shared>>,
+    /// The other end of requests for pages, until faults are served.
+    pub(super) pull: Option<TcpStream>,
     /// A guest that was made and not yet taken over by the driver.
-    made: Option<Arc<dyn Guest>>,
+    pub(super) made: Option<Arc<dyn Guest>>,
     /// A guest is being made, in a thread of its own.
-    making: bool,
+    pub(super) making: bool,
     /// The attempt is given up: nobody waits for streams or a guest any more.
     given_up: bool,
-    resolution: Option<Resolution>,
-    over: bool,
+    pub(super) resolution: Option<Resolution>,
+    pub(super) over: bool,
 }
 
-/// Owns the engine of one arriving migration.
-pub(super) struct Driver {
-    session: Arc<Session>,
-    host: Arc<dyn TargetHost>,
-    control: ControlWriter,
-    inbox: Receiver<TargetEvent>,
-    engine: Target,
-    guest: Option<Arc<dyn Guest>>,
-    /// The state that was loaded last, for the digest.
-    state: Vec<u8>,
-    timer: Option<Timestamp>,
-    finished: bool,
+/// A stream that waits for the others.
+pub(super) struct Stream {
+    generation: Generation,
+    role: Role,
+    socket: TcpStream,
+}
+
+/// The streams of one generation.
+struct Streams {
+    push: Vec<TcpStream>,
+    pull: TcpStream,
 }
 
 impl Session {
     pub(super) fn new(
         id: MigrationId,
-        from: SocketAddr,
+        (from, generation): (SocketAddr, Generation),
         control: TcpStream,
+        host: Arc<dyn TargetHost>,
+    ) -> (Arc<Self>, Driver) {
+        let engine = Target::new(id, limosa_os::boot_id(), now());
+        let inside = Inside {
+            from: Some(from),
+            generation,
+            ..Inside::default()
+        };
+        let (session, mut driver) = Self::with(id, engine, inside, host);
+        driver.control = Some(control_writer(control));
+        (session, driver)
+    }
+
+    /// The session of a guest that a restarted daemon found, running and without all its pages.
+    /// `None` if its page faults cannot be served any more, which means that it has them.
+    pub(super) fn recover(
+        id: MigrationId,
+        guest: Arc<dyn Guest>,
+        host: Arc<dyn TargetHost>,
+    ) -> Option<(Arc<Self>, Driver)> {
+        let installer = guest.installer()?;
+        let memory = guest.memory();
+        let faults = Arc::new(Faults::new(installer, memory.page_count()));
+        let pages = Arc::new(receiver::Shared::new(memory, false, Some(faults)));
+        let inside = Inside {
+            pages: Some(pages),
+            ..Inside::default()
+        };
+        let engine = Target::recover(id, limosa_os::boot_id(), now());
+        let (session, mut driver) = Self::with(id, engine, inside, host);
+        session.committed.store(true, Ordering::SeqCst);
+        driver.guest = Some(guest);
+        Some((session, driver))
+    }
+
+    fn with(
+        id: MigrationId,
+        engine: Target,
+        inside: Inside,
         host: Arc<dyn TargetHost>,
     ) -> (Arc<Self>, Driver) {
         let (events, inbox) = channel();
         let session = Arc::new(Self {
             id,
-            from,
             events,
-            inside: Mutex::default(),
+            inside: Mutex::new(inside),
             changed: Condvar::new(),
             committed: AtomicBool::new(false),
         });
-        let driver = Driver {
-            session: Arc::clone(&session),
-            host,
-            control: ControlWriter::new(control, Arc::new(Bucket::new(None))),
-            inbox,
-            engine: Target::new(id, limosa_os::boot_id(), now()),
-            guest: None,
-            state: Vec::new(),
-            timer: None,
-            finished: false,
-        };
+        let driver = Driver::new(Arc::clone(&session), host, inbox, engine);
         (session, driver)
     }
 
@@ -94,31 +139,76 @@ impl Session {
         let count = |of: fn(&receiver::Shared) -> u64| inside.pages.as_deref().map_or(0, of);
         IncomingStatus {
             id: self.id,
-            from: self.from,
+            from: inside.from,
+            missing_pages: inside
+                .pages
+                .as_deref()
+                .and_then(|pages| pages.faults.as_ref())
+                .map_or(0, |faults| faults.installer().missing_count().get()),
             pages_received: count(|pages| pages.pages_received.load(Ordering::Relaxed)),
             bytes_received: count(|pages| pages.bytes_received.load(Ordering::Relaxed)),
             is_committed: self.committed.load(Ordering::SeqCst),
         }
     }
 
-    /// A push stream has come.
-    pub(super) fn attach(&self, index: u8, stream: TcpStream) {
+    /// A stream has come.
+    pub(super) fn attach(&self, generation: Generation, role: Role, socket: TcpStream) {
         let mut inside = self.inside();
-        let is_new = inside.streams.iter().all(|(known, _)| *known != index);
-        if is_new && !inside.over {
-            inside.streams.push((index, stream));
+        let is_new = |known: &Stream| (known.generation, known.role) != (generation, role);
+        if inside.streams.iter().all(is_new) && !inside.over {
+            inside.streams.push(Stream {
+                generation,
+                role,
+                socket,
+            });
             self.changed.notify_all();
         }
     }
 
-    pub(super) fn frame(&self, frame: ControlFrame) {
-        self.tell(TargetEvent::Frame(frame));
+    /// The source has come back, if the guest waits for it; otherwise why it need not.
+    pub(super) fn resume(
+        &self,
+        from: SocketAddr,
+        generation: Generation,
+        control: TcpStream,
+    ) -> Result<(), &'static str> {
+        if !self.committed.load(Ordering::SeqCst) {
+            return Err("the guest does not run here: begin a new migration");
+        }
+        let mut inside = self.inside();
+        inside.from = Some(from);
+        inside.generation = generation;
+        inside
+            .streams
+            .retain(|stream| stream.generation == generation);
+        drop(inside);
+        self.changed.notify_all();
+        self.send(News::Resumed(generation, control));
+        Ok(())
     }
 
-    pub(super) fn lost(&self, reason: &str) {
-        self.tell(TargetEvent::ConnectionLost {
-            reason: reason.to_owned(),
-        });
+    pub(super) fn frame(&self, generation: Generation, frame: ControlFrame) {
+        self.send(News::Of(generation, TargetEvent::Frame(frame)));
+    }
+
+    pub(super) fn lost(&self, generation: Generation, reason: &str) {
+        let reason = reason.to_owned();
+        self.send(News::Of(generation, TargetEvent::ConnectionLost { reason }));
+    }
+
+    /// The source will never come back; true if that matters.
+    pub(super) fn source_is_gone(&self, reason: &str) -> bool {
+        // Looked at before the driver hears of it: it lets go of everything when it ends.
+        let faults = self
+            .inside()
+            .pages
+            .as_ref()
+            .and_then(|pages| pages.faults.clone());
+        let misses = |faults: &Arc<Faults>| faults.installer().missing_count() > PageCount::ZERO;
+        let matters = self.committed.load(Ordering::SeqCst) && faults.as_ref().is_some_and(misses);
+        let reason = reason.to_owned();
+        self.tell(TargetEvent::SourceGone { reason });
+        matters
     }
 
     /// Ends it unless it is committed.
@@ -140,28 +230,46 @@ impl Session {
         inside.resolution
     }
 
-    /// Waits until all push streams have come and takes them, in order of their index.
-    fn take_streams(&self, count: u8) -> Option<Vec<TcpStream>> {
+    /// Waits until all streams of the present generation have come and takes them.
+    fn take_streams(&self, push: u8) -> Option<Streams> {
         let inside = self.inside();
-        let all = |inside: &Inside| inside.streams.len() >= usize::from(count);
+        let generation = inside.generation;
+        let complete = |inside: &Inside| {
+            let is_here = |role| {
+                let is = |stream: &Stream| (stream.generation, stream.role) == (generation, role);
+                inside.streams.iter().any(is)
+            };
+            is_here(Role::Pull) && (0..push).all(|index| is_here(Role::Push(index)))
+        };
         let (mut inside, _) = self
             .changed
             .wait_timeout_while(inside, HANDSHAKE_MAX, |inside| {
-                !all(inside) && !inside.given_up
+                !complete(inside) && !inside.given_up && inside.generation == generation
             })
             .unwrap_or_else(PoisonError::into_inner);
-        if !all(&inside) {
+        if !complete(&inside) || inside.generation != generation {
             return None;
         }
         let mut streams = std::mem::take(&mut inside.streams);
-        streams.sort_by_key(|(index, _)| *index);
-        let in_order = (0..count).eq(streams.iter().map(|(index, _)| *index));
-        in_order.then(|| streams.into_iter().map(|(_, stream)| stream).collect())
+        let at = streams
+            .iter()
+            .position(|stream| stream.role == Role::Pull)?;
+        let pull = streams.swap_remove(at).socket;
+        let mut push: Vec<(u8, TcpStream)> = streams
+            .into_iter()
+            .filter_map(|stream| match stream.role {
+                Role::Push(index) => Some((index, stream.socket)),
+                _ => None,
+            })
+            .collect();
+        push.sort_by_key(|(index, _)| *index);
+        let push = push.into_iter().map(|(_, socket)| socket).collect();
+        Some(Streams { push, pull })
     }
 
     /// Waits until no guest is being made any more, which is soon, and takes one that nobody has
     /// taken. Only then is nothing of the attempt left to come.
-    fn give_up(&self) -> Option<Arc<dyn Guest>> {
+    pub(super) fn give_up(&self) -> Option<Arc<dyn Guest>> {
         let mut inside = self.inside();
         inside.given_up = true;
         self.changed.notify_all();
@@ -172,238 +280,41 @@ impl Session {
         inside.made.take()
     }
 
-    fn tell(&self, event: TargetEvent) {
-        if self.events.send(event).is_err() {
+    pub(super) fn tell(&self, event: TargetEvent) {
+        self.send(News::Event(event));
+    }
+
+    pub(super) fn send(&self, news: News) {
+        if self.events.send(news).is_err() {
             tracing::trace!(migration_id = %self.id, "news after the end of a migration");
         }
     }
 
-    fn inside(&self) -> MutexGuard<'_, Inside> {
+    pub(super) fn inside(&self) -> MutexGuard<'_, Inside> {
         self.inside.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-impl Driver {
-    /// Runs the migration to its end.
-    pub(super) fn run(mut self) {
-        let span =
-            tracing::info_span!("migration", migration_id = %self.session.id, role = "target");
-        let _entered = span.enter();
-        // A source that says nothing is ended by its first frame's time-out.
-        while !self.finished {
-            let event = match self.timer {
-                Some(at) => self.inbox.recv_timeout(at.since(now())),
-                None => self
-                    .inbox
-                    .recv()
-                    .map_err(|_| RecvTimeoutError::Disconnected),
-            };
-            match event {
-                Ok(event) => self.handle(event),
-                Err(RecvTimeoutError::Timeout) => {
-                    self.timer = None;
-                    self.handle(TargetEvent::Timer);
-                }
-                Err(RecvTimeoutError::Disconnected) => unreachable!("the session holds a sender"),
-            }
-        }
-        self.control.close();
-        self.close_streams();
-        let mut inside = self.session.inside();
-        inside.over = true;
-        inside.streams.clear();
-        inside.pages = None;
-        drop(inside);
-        self.session.changed.notify_all();
-    }
-
-    fn handle(&mut self, event: TargetEvent) {
-        let mut events = VecDeque::from([event]);
-        while let Some(event) = events.pop_front() {
-            let event = self.receive(event);
-            let runs = matches!(event, TargetEvent::Running { .. });
-            let actions = self.engine.handle(now(), event);
-            self.session
-                .committed
-                .store(self.engine.is_committed(), Ordering::SeqCst);
-            for action in actions {
-                events.extend(self.carry_out(action));
-            }
-            // After the source was told: what the host does with the news is no part of the switch.
-            if runs {
-                self.host.running(self.session.id);
-            }
-        }
-    }
-
-    /// Takes note of what the engine need not know.
-    fn receive(&mut self, event: TargetEvent) -> TargetEvent {
-        if let TargetEvent::Frame(ControlFrame::State { state, .. }) = &event {
-            self.state.clone_from(state);
-        }
-        if matches!(event, TargetEvent::Created) {
-            self.guest = self.session.inside().made.take();
-        }
-        event
-    }
-
-    fn carry_out(&mut self, action: TargetAction) -> Option<TargetEvent> {
-        hold::at("target", action.name());
-        let guest = self.guest.clone();
-        let failed = |error: crate::GuestError| {
-            Some(TargetEvent::VmFailed {
-                reason: error.to_string(),
-            })
-        };
-        match (action, guest) {
-            (TargetAction::Create(start), _) => self.create(start),
-            (TargetAction::Send(frame), _) => {
-                if let Err(error) = self.control.send(&frame) {
-                    return Some(TargetEvent::ConnectionLost {
-                        reason: error.to_string(),
-                    });
-                }
-            }
-            (
-                TargetAction::Load {
-                    state,
-                    is_rehearsal,
-                },
-                Some(guest),
-            ) => {
-                if !is_rehearsal {
-                    self.close_streams();
-                }
-                return match guest.load(&state, is_rehearsal) {
-                    Ok(took) => Some(TargetEvent::Loaded { took }),
-                    Err(error) => failed(error),
-                };
-            }
-            (TargetAction::CommitAndRun { stopped_at }, Some(guest)) => {
-                return Some(self.commit_and_run(&*guest, stopped_at));
-            }
-            (TargetAction::Digest, _) => self.digest(),
-            (TargetAction::Record(phase), Some(guest)) => {
-                return match guest.record(&phase) {
-                    Ok(()) => Some(TargetEvent::Recorded(phase)),
-                    Err(error) => failed(error),
-                };
-            }
-            (TargetAction::Destroy, guest) => {
-                let made = self.session.give_up();
-                self.close_streams();
-                stop(guest.or(made));
-                return Some(TargetEvent::Destroyed);
-            }
-            (TargetAction::AnswerResolve(resolution), _) => {
-                self.session.inside().resolution = Some(resolution);
-                self.session.changed.notify_all();
-            }
-            (TargetAction::SetTimer(at), _) => self.timer = Some(at),
-            (TargetAction::Finish(outcome), _) => {
-                tracing::info!(?outcome, "arriving migration ends");
-                self.host.finished(self.session.id, &outcome);
-                self.finished = true;
-            }
-            (
-                TargetAction::Load { .. }
-                | TargetAction::CommitAndRun { .. }
-                | TargetAction::Record(_),
-                None,
-            ) => {
-                unreachable!("the engine asks nothing of a guest that was not created")
-            }
-        }
-        None
-    }
-
-    /// Makes the guest in a thread of its own and starts to receive once all streams have come.
-    fn create(&self, start: Start) {
-        let (session, host) = (Arc::clone(&self.session), Arc::clone(&self.host));
-        self.session.inside().making = true;
-        let spawned = thread::Builder::new()
-            .name("create".to_owned())
-            .spawn(move || {
-                let event = match session.make(&*host, &start) {
-                    Ok(()) => TargetEvent::Created,
-                    Err(reason) => TargetEvent::CreateFailed { reason },
-                };
-                session.inside().making = false;
-                session.changed.notify_all();
-                session.tell(event);
-            });
-        if let Err(error) = spawned {
-            self.session.inside().making = false;
-            self.session.tell(TargetEvent::CreateFailed {
-                reason: error.to_string(),
-            });
-        }
-    }
-
-    fn commit_and_run(&self, guest: &dyn Guest, stopped_at: Timestamp) -> TargetEvent {
-        match guest.commit_and_run(self.session.id, stopped_at) {
-            Ok(running) => TargetEvent::Running {
-                first_instruction_at: running.first_instruction_at,
-            },
-            Err(CommitError::Refused(error)) => TargetEvent::CommitRefused {
-                reason: error.to_string(),
-            },
-            Err(CommitError::Unknown(error)) => {
-                // The host has to remember it like one that runs: it may have been seen running.
-                self.host.running(self.session.id);
-                TargetEvent::VmFailed {
-                    reason: error.to_string(),
-                }
-            }
-        }
-    }
-
-    fn digest(&self) {
-        let Some(pages) = self.session.inside().pages.clone() else {
-            return;
-        };
-        let (session, state) = (Arc::clone(&self.session), self.state.clone());
-        let spawned = thread::Builder::new()
-            .name("digest".to_owned())
-            .spawn(move || {
-                if let Some(hashes) = &pages.hashes {
-                    session.tell(TargetEvent::Digested(hashes.digest(&state)));
-                }
-            });
-        if let Err(error) = spawned {
-            tracing::warn!(%error, "no thread for the digest");
-        }
-    }
-
-    /// Nothing is installed from here on: the guest's memory is the guest's.
-    fn close_streams(&self) {
-        let mut inside = self.session.inside();
-        if let Some(pages) = &inside.pages {
-            pages.seal();
-        }
-        inside
-            .receiving
-            .drain(..)
-            .for_each(|stream| connection::close(&stream));
-    }
-}
-
 impl Session {
-    /// Makes the guest, waits for the streams, receives.
-    fn make(self: &Arc<Self>, host: &dyn TargetHost, start: &Start) -> Result<(), String> {
+    /// Makes the guest, waits for the streams, receives; whether its page faults can be served.
+    pub(super) fn make(
+        self: &Arc<Self>,
+        host: &dyn TargetHost,
+        start: &Start,
+    ) -> Result<bool, String> {
         let guest = host.create(self.id, start)?;
         let made = self.receive(&guest, start);
         let mut inside = self.inside();
         if made.is_ok() && !inside.given_up {
             inside.made = Some(guest);
-            return Ok(());
+            return made;
         }
         drop(inside);
         stop(Some(guest));
         made
     }
 
-    fn receive(self: &Arc<Self>, guest: &Arc<dyn Guest>, start: &Start) -> Result<(), String> {
+    fn receive(self: &Arc<Self>, guest: &Arc<dyn Guest>, start: &Start) -> Result<bool, String> {
         let memory = guest.memory();
         if memory.page_count() != start.memory_pages {
             return Err("the machine's description and the announced memory differ".to_owned());
@@ -411,43 +322,93 @@ impl Session {
         let streams = self
             .take_streams(start.streams)
             .ok_or("the page streams did not come")?;
-        let pages = Arc::new(receiver::Shared::new(
-            memory,
-            start.memory_pages,
-            start.verify,
-        ));
-        let mut handles = Vec::new();
-        for stream in &streams {
-            handles.push(stream.try_clone().map_err(|error| error.to_string())?);
+        let faults = guest
+            .installer()
+            .map(|installer| Arc::new(Faults::new(installer, memory.page_count())));
+        let can_fault = faults.is_some();
+        let broken = |error: std::io::Error| error.to_string();
+        if let Some(faults) = &faults {
+            // Already a rehearsal may touch pages, which are zero as far as it is concerned.
+            self.start_faults(faults).map_err(broken)?;
         }
-        let mut inside = self.inside();
-        inside.pages = Some(Arc::clone(&pages));
-        inside.receiving = handles;
-        drop(inside);
-        for (index, stream) in (0u8..).zip(streams) {
-            let session = Arc::clone(self);
-            let report = move |news| {
-                session.tell(match news {
-                    receiver::Report::Barrier { stream, round } => {
-                        TargetEvent::Barrier { stream, round }
-                    }
-                    receiver::Report::Broken { reason } => TargetEvent::ConnectionLost { reason },
-                });
-            };
-            receiver::start(index, stream, Arc::clone(&pages), report)
-                .map_err(|error| error.to_string())?;
+        let pages = Arc::new(receiver::Shared::new(memory, start.verify, faults));
+        self.inside().pages = Some(Arc::clone(&pages));
+        let pull = self.start_streams(streams, &pages).map_err(broken)?;
+        self.inside().pull = Some(pull);
+        Ok(can_fault)
+    }
+
+    /// Starts the thread that looks after page faults, for as long as there may be some.
+    pub(super) fn start_faults(self: &Arc<Self>, faults: &Arc<Faults>) -> std::io::Result<()> {
+        let session = Arc::clone(self);
+        let failed = move |reason| session.tell(TargetEvent::VmFailed { reason });
+        faults::start(Arc::clone(faults), failed)
+    }
+
+    /// The streams of a source that has come back; how many pages are missing.
+    pub(super) fn reattach(self: &Arc<Self>, streams: u8) -> Result<PageCount, String> {
+        let streams = self
+            .take_streams(streams)
+            .ok_or("the page streams did not come")?;
+        let pages = self.inside().pages.clone().ok_or("the guest is gone")?;
+        let faults = pages.faults.clone().ok_or("page faults are not served")?;
+        let broken = |error: std::io::Error| error.to_string();
+        let pull = self.start_streams(streams, &pages).map_err(broken)?;
+        faults.attach(pull, true).map_err(broken)
+    }
+
+    /// Starts the threads of one generation's streams; the end of the pull stream to ask at.
+    fn start_streams(
+        self: &Arc<Self>,
+        streams: Streams,
+        pages: &Arc<receiver::Shared>,
+    ) -> std::io::Result<TcpStream> {
+        let mut handles = vec![streams.pull.try_clone()?];
+        for stream in &streams.push {
+            handles.push(stream.try_clone()?);
         }
-        Ok(())
+        let generation = {
+            let mut inside = self.inside();
+            inside.receiving = handles;
+            inside.generation
+        };
+        for (index, stream) in (0u8..).zip(streams.push) {
+            let report = self.reporter(generation, pages);
+            receiver::start(index, stream, Arc::clone(pages), report)?;
+        }
+        let asks = streams.pull.try_clone()?;
+        if let Some(faults) = &pages.faults {
+            let report = self.reporter(generation, pages);
+            let (pages, faults) = (Arc::clone(pages), Arc::clone(faults));
+            faults::take_answers(streams.pull, pages, faults, report)?;
+        }
+        Ok(asks)
+    }
+
+    /// Turns what streams report into events.
+    fn reporter(
+        self: &Arc<Self>,
+        generation: Generation,
+        pages: &Arc<receiver::Shared>,
+    ) -> impl Fn(receiver::Report) + Send + 'static {
+        let (session, pages) = (Arc::clone(self), Arc::clone(pages));
+        move |news| match news {
+            receiver::Report::Barrier { stream, round } => {
+                session.send(News::Of(generation, TargetEvent::Barrier { stream, round }));
+            }
+            receiver::Report::Broken { reason } => session.lost(generation, &reason),
+            receiver::Report::NotInstalled { reason } => {
+                session.tell(TargetEvent::VmFailed { reason });
+            }
+            receiver::Report::Filled => {
+                let report = pages.faults.as_ref().map(|faults| faults.report());
+                session.tell(TargetEvent::AllPresent(report.unwrap_or_default()));
+            }
+        }
     }
 }
 
-/// Ends the VM process of a guest that will not run here.
-fn stop(guest: Option<Arc<dyn Guest>>) {
-    if let Some(Err(error)) = guest.map(|guest| guest.stop()) {
-        tracing::warn!(%error, "the VM process of an ended migration did not stop");
-    }
-}
-
-fn now() -> Timestamp {
-    Timestamp::from_nanos(limosa_os::monotonic_nanos())
+/// Nothing is shaped on the way to the source.
+pub(super) fn control_writer(control: TcpStream) -> ControlWriter {
+    ControlWriter::new(control, Arc::new(Bucket::new(None)))
 }

@@ -7,7 +7,8 @@ use limosa_engine::Timestamp;
 use limosa_engine::handover::{MigrationId, OnDaemonLost, Phase, Resolution};
 use limosa_engine::target::TargetOutcome;
 use limosa_engine::wire::Start;
-use limosa_os::{PageKind, SharedMemory, monotonic_nanos};
+use limosa_os::userfault::{FaultGate, PageInstaller};
+use limosa_os::{PageKind, SharedBitmap, SharedMemory, monotonic_nanos};
 use limosa_pages::{PAGE_SIZE_USIZE, PageCount, PageRange, PageSet, Pfn};
 use std::collections::HashSet;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -23,11 +24,17 @@ struct Inside {
     dirty: PageSet,
     /// The version that each page should have; zero for pages that were never written.
     versions: Vec<u64>,
+    /// Pages that it was busy with before it arrived.
+    worked_on: u64,
 }
 
 /// A guest made of one thread.
 pub struct ThreadGuest {
+    /// The guest's own mapping, on which page faults are reported while the gate is there.
     memory: Arc<SharedMemory>,
+    /// The daemon's.
+    lent: Arc<SharedMemory>,
+    gate: Mutex<Option<(FaultGate, Arc<PageInstaller>)>>,
     inside: Arc<(Mutex<Inside>, Condvar)>,
     /// Pages that did not hold what they should.
     pub errors: Arc<AtomicU64>,
@@ -53,6 +60,10 @@ impl ThreadGuest {
     fn empty(pages: u64, phase: Phase, working_set: u64) -> Self {
         let pages = PageCount::new(pages);
         let memory = Arc::new(SharedMemory::create(pages.bytes(), PageKind::Small).unwrap());
+        let file = memory.file().try_clone_to_owned().unwrap();
+        let lent = Arc::new(SharedMemory::open(file).unwrap());
+        let is_arriving = matches!(phase, Phase::Preparing { .. });
+        let gate = is_arriving.then(|| gate(&memory, &lent)).flatten();
         let inside = Inside {
             phase,
             running: false,
@@ -60,9 +71,12 @@ impl ThreadGuest {
             tracking: false,
             dirty: PageSet::empty(pages),
             versions: vec![0; usize::try_from(pages.get()).unwrap()],
+            worked_on: 0,
         };
         let guest = Self {
             memory,
+            lent,
+            gate: Mutex::new(gate),
             inside: Arc::new((Mutex::new(inside), Condvar::new())),
             errors: Arc::default(),
             work: Arc::default(),
@@ -130,8 +144,22 @@ impl ThreadGuest {
             harvested: now,
             saved: now,
             dirty,
+            first_needed: vec![Pfn::new(0)],
         }
     }
+}
+
+/// Has page faults on `memory` reported; `None` where the kernel does not allow that.
+fn gate(
+    memory: &Arc<SharedMemory>,
+    lent: &Arc<SharedMemory>,
+) -> Option<(FaultGate, Arc<PageInstaller>)> {
+    let gate = FaultGate::open(memory).ok()?;
+    let missing = SharedBitmap::create_writable(memory.page_count()).unwrap();
+    let descriptor = gate.descriptor().try_clone_to_owned().unwrap();
+    let (base, path) = (gate.base(), gate.path());
+    let installer = PageInstaller::new(descriptor, base, Arc::clone(lent), missing, path).unwrap();
+    Some((gate, Arc::new(installer)))
 }
 
 /// The guest's only thread.
@@ -152,11 +180,7 @@ fn run(
             return;
         }
         // The working set of a guest that arrived is what it had written before.
-        let busy = if working_set > 0 {
-            working_set
-        } else {
-            state.versions[0] >> 32
-        };
+        let busy = working_set.max(state.worked_on);
         for _ in 0..busy.min(8) {
             seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
             let page = (seed >> 33) % busy;
@@ -212,7 +236,23 @@ impl Guest for ThreadGuest {
     }
 
     fn memory(&self) -> Arc<SharedMemory> {
-        Arc::clone(&self.memory)
+        Arc::clone(&self.lent)
+    }
+
+    fn installer(&self) -> Option<Arc<PageInstaller>> {
+        let gate = self.gate.lock().unwrap();
+        gate.as_ref().map(|(_, installer)| Arc::clone(installer))
+    }
+
+    fn disarm(&self) -> Result<(), GuestError> {
+        if let Some((gate, _)) = self.gate.lock().unwrap().take() {
+            gate.close().map_err(refused)?;
+        }
+        Ok(())
+    }
+
+    fn is_gone(&self) -> bool {
+        false
     }
 
     fn start_tracking(&self) -> Result<(), GuestError> {
@@ -281,6 +321,13 @@ impl Guest for ThreadGuest {
             .chunks_exact(8)
             .map(|chunk| u64::from_le_bytes(chunk.try_into().unwrap()))
             .collect();
+        let is_busy = inside.versions.iter().any(|&version| version > 1);
+        let written = inside
+            .versions
+            .iter()
+            .filter(|&&version| version > 0)
+            .count();
+        inside.worked_on = if is_busy { written as u64 } else { 0 };
         Ok(Duration::from_micros(1))
     }
 
@@ -288,9 +335,13 @@ impl Guest for ThreadGuest {
         &self,
         id: MigrationId,
         _stopped_at: Timestamp,
+        keeps_faults: bool,
     ) -> Result<Running, CommitError> {
-        let wrong = self.sweep();
-        self.errors.fetch_add(wrong, Ordering::SeqCst);
+        if !keeps_faults {
+            self.disarm().map_err(CommitError::Refused)?;
+            let wrong = self.sweep();
+            self.errors.fetch_add(wrong, Ordering::SeqCst);
+        }
         self.record(&Phase::Arrived { id })
             .and_then(|()| self.resume())
             .map_err(CommitError::Refused)?;
@@ -333,9 +384,11 @@ impl TargetHost for ThreadHost {
         Ok(guest)
     }
 
-    fn running(&self, id: MigrationId) {
+    fn running(&self, id: MigrationId, _is_filling: bool) {
         self.ledger.lock().unwrap().insert(id);
     }
+
+    fn filled(&self, _id: MigrationId) {}
 
     fn finished(&self, id: MigrationId, outcome: &TargetOutcome) {
         if matches!(outcome, TargetOutcome::Dropped { .. }) {

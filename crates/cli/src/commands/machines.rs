@@ -102,11 +102,16 @@ const fn state(state: VmState) -> &'static str {
 
 /// What an operator should know about it, if anything.
 fn note(vm: &VmInfo) -> String {
+    if let Some(residue) = &vm.residual_dependency {
+        return residue.clone();
+    }
     match vm.state {
         VmState::Running | VmState::Paused => match &vm.migration {
             Some(id) => format!("arrived, not yet confirmed by its source ({})", short(id)),
             None => String::new(),
         },
+        // The phase says more than that it is migrating once the guest runs at the target.
+        VmState::Migrating if vm.phase != "migrating" => vm.phase.clone(),
         VmState::Migrating | VmState::Arriving => {
             vm.migration.as_deref().map_or("", short).to_owned()
         }

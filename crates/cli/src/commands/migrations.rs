@@ -1,13 +1,17 @@
-//! Commands about migrations: migrate, status, set, abort.
+//! Commands about migrations: migrate, status, set, drain, abort, resolve.
 
 use super::machines::short;
-use crate::arguments::{Migrate, Set, Status};
+use crate::arguments::{Migrate, Resolve, Set, Status};
 use crate::follow::{Follower, headline, numbers, outcome_line, stage_name};
 use crate::output::{Align, Output, count, table, time};
 use crate::values::{Milliseconds, OrNone, Rate};
-use anyhow::{Result, bail};
+use anyhow::{Result, anyhow, bail};
+use limosa_engine::policy::Mode;
 use limosa_engine::source::Stage;
-use limosa_host::api::{IncomingInfo, LimitsPatch, MigrateAnswer, MigrateBody, MigrationInfo};
+use limosa_host::api::{
+    IncomingInfo, LimitsPatch, MigrateAnswer, MigrateBody, MigrationInfo, Report, ResolveWord,
+    VmInfo,
+};
 use limosa_host::client::Client;
 use limosa_pages::{ByteCount, BytesPerSecond};
 use serde::Serialize;
@@ -16,8 +20,9 @@ use std::time::{Duration, Instant};
 
 /// Fewest characters of an id that name a migration: fewer would name it by accident.
 const ID_CHARS_MIN: usize = 4;
-/// How long `abort` waits for the end. It takes milliseconds unless the target is stuck.
-const ABORT_MAX: Duration = Duration::from_secs(20);
+/// How long the end is waited for of what was told to end. It takes milliseconds unless the target is
+/// stuck.
+const END_MAX: Duration = Duration::from_secs(20);
 
 /// Moves a virtual machine.
 pub(super) fn migrate(follower: &Follower, migrate: &Migrate) -> Result<()> {
@@ -69,6 +74,7 @@ pub(super) fn status(follower: &Follower, status: &Status) -> Result<()> {
 /// Changes limits.
 pub(super) fn set(client: &Client, set: &Set, output: Output) -> Result<()> {
     let patch = LimitsPatch {
+        mode: set.mode,
         downtime_max_ms: set.downtime_max.map(Milliseconds::get),
         bandwidth_max: set.bandwidth_max.map(|limit| match limit {
             OrNone::Some(rate) => rate.get(),
@@ -82,29 +88,110 @@ pub(super) fn set(client: &Client, set: &Set, output: Output) -> Result<()> {
     };
     let found = select(client, &set.which)?;
     let changed = client.set(&found.id, &patch)?;
-    output.answer(&changed, |info| format!("{}: {}", info.vm, limits(info)))
+    output.answer(&changed, |info| {
+        format!("{}: {}, {}", info.vm, info.mode, limits(info))
+    })
+}
+
+/// Sends what a guest that runs at the target still misses, and shows that until it is over.
+pub(super) fn drain(follower: &Follower, which: &str) -> Result<()> {
+    let client = follower.client();
+    let found = select(client, which).map_err(|error| explain_residue(client, which, error))?;
+    match found.stage {
+        Stage::Serving | Stage::Unresolved => {}
+        Stage::Finished => bail!("nothing to drain: {}", outcome_line(&found)),
+        stage => bail!(
+            "nothing to drain yet: the migration of {} is {}, its guest has not been seen running at \
+             the target",
+            found.vm,
+            stage_name(stage)
+        ),
+    }
+    let patch = LimitsPatch {
+        mode: Some(Mode::PostCopy),
+        ..LimitsPatch::default()
+    };
+    client.set(&found.id, &patch)?;
+    follower.follow(&found.id, false)
+}
+
+/// Says where to go with a guest that arrived here without all its pages.
+fn explain_residue(client: &Client, which: &str, error: anyhow::Error) -> anyhow::Error {
+    match client.vm(which) {
+        Ok(VmInfo {
+            residual_dependency: Some(residue),
+            ..
+        }) => anyhow!("{which} is {residue}: 'limosa drain' is a command for that host"),
+        _ => error,
+    }
+}
+
+/// What a decision of the operator comes to.
+#[derive(Serialize)]
+struct Resolved<'a> {
+    id: &'a str,
+    word: ResolveWord,
+}
+
+/// Tells the daemon how a migration ended, in the operator's word.
+pub(super) fn resolve(client: &Client, resolve: &Resolve, output: Output) -> Result<()> {
+    let word = if resolve.gone {
+        ResolveWord::Gone
+    } else {
+        ResolveWord::RunsHere
+    };
+    let which = &resolve.which;
+    // A guest that misses pages here is what is meant, even if it was here and left before.
+    let arrival = client
+        .vm(which)
+        .ok()
+        .filter(|vm| vm.residual_dependency.is_some());
+    if let Some(id) = arrival.and_then(|vm| vm.migration) {
+        client.resolve(&id, word)?;
+        return output.answer(&Resolved { id: &id, word }, |_| {
+            format!("{which} is given up: 'limosa stop {which}' removes it from the list")
+        });
+    }
+    let found = select(client, which)?;
+    client.resolve(&found.id, word)?;
+    let info = wait_for_end(client, &found.id)?;
+    let Some(info) = info else {
+        bail!(
+            "it is decided but not over: 'limosa status {}' tells more",
+            short(&found.id)
+        )
+    };
+    output.answer(&info, |info| match word {
+        ResolveWord::RunsHere => format!("decided: {} runs on here", info.vm),
+        ResolveWord::Gone => format!("decided: nothing of {} is left here", info.vm),
+    })
+}
+
+/// Waits until a migration is over that has been told to end; `None` if that takes too long.
+fn wait_for_end(client: &Client, id: &str) -> Result<Option<MigrationInfo>> {
+    let begun = Instant::now();
+    while begun.elapsed() <= END_MAX {
+        let info = client.wait(id, Duration::from_secs(1))?;
+        if info.stage == Stage::Finished {
+            return Ok(Some(info));
+        }
+    }
+    Ok(None)
 }
 
 /// Ends a migration and waits until it is over.
 pub(super) fn abort(client: &Client, which: &str, output: Output) -> Result<()> {
     let found = select(client, which)?;
     client.abort(&found.id)?;
-    let begun = Instant::now();
-    loop {
-        let info = client.wait(&found.id, Duration::from_secs(1))?;
-        match (info.stage, info.report.outcome.as_deref()) {
-            (Stage::Finished, Some("aborted")) => {
-                return output.answer(&info, |info| format!("aborted: {} runs on here", info.vm));
-            }
-            (Stage::Finished, _) => bail!("not aborted: {}", outcome_line(&info)),
-            _ if begun.elapsed() > ABORT_MAX => {
-                bail!(
-                    "the abort is under way but not over: 'limosa status {}' tells more",
-                    short(&info.id)
-                )
-            }
-            _ => {}
+    match wait_for_end(client, &found.id)? {
+        Some(info) if info.report.outcome.as_deref() == Some("aborted") => {
+            output.answer(&info, |info| format!("aborted: {} runs on here", info.vm))
         }
+        Some(info) => bail!("not aborted: {}", outcome_line(&info)),
+        None => bail!(
+            "the abort is under way but not over: 'limosa status {}' tells more",
+            short(&found.id)
+        ),
     }
 }
 
@@ -192,15 +279,14 @@ fn outgoing_row(info: &MigrationInfo) -> [String; 8] {
 fn incoming_row(info: &IncomingInfo) -> [String; 5] {
     [
         short(&info.id).to_owned(),
-        info.from.clone(),
+        info.from.clone().unwrap_or_else(|| "-".to_owned()),
         count(info.pages_received),
         ByteCount::new(info.bytes_received).to_string(),
-        if info.is_committed {
-            "committed"
-        } else {
-            "arriving"
-        }
-        .to_owned(),
+        match (info.is_committed, info.missing_pages) {
+            (false, _) => "arriving".to_owned(),
+            (true, 0) => "committed".to_owned(),
+            (true, missing) => format!("runs here, {} pages missing", count(missing)),
+        },
     ]
 }
 
@@ -243,19 +329,24 @@ fn details(info: &MigrationInfo) -> String {
     if info.stage != Stage::Finished {
         lines.push(("now", format!("{}: {}", headline(info), numbers(info))));
     }
+    for change in &report.mode_changes {
+        lines.push((
+            "mode",
+            format!(
+                "{} became {} after {}: {}",
+                change.from,
+                change.to,
+                time(change.at_ms),
+                change.reason
+            ),
+        ));
+    }
     if let Some(reason) = report.pause_reason {
         lines.push(("paused", format!("because {}", reason.explain())));
     }
-    if let Some(parts) = report.downtime_ms {
-        lines.push(("downtime", format!(
-            "{} = pause {} + harvest {} + save {} + transfer {} + load {} + commit {} + start {}",
-            time(parts.total), time(parts.pause), time(parts.harvest), time(parts.save),
-            time(parts.transfer), time(parts.load), time(parts.commit), time(parts.start),
-        )));
-    }
-    if let Some(predicted) = report.predicted_downtime_ms.or(info.predicted_downtime_ms) {
-        lines.push(("predicted", format!("a downtime of {}", time(predicted))));
-    }
+    lines.extend(downtimes(info));
+    lines.extend(residue(report).map(|text| ("missing", text)));
+    lines.extend(faults(report).map(|text| ("faults", text)));
     lines.push((
         "sent",
         format!(
@@ -266,17 +357,11 @@ fn details(info: &MigrationInfo) -> String {
             ByteCount::new(report.state_bytes),
         ),
     ));
-    match report.digest_equal {
-        Some(true) => lines.push((
-            "verified",
-            "memory and state are equal on both sides".to_owned(),
-        )),
-        Some(false) => lines.push((
-            "verified",
-            "MEMORY OR STATE DIFFER between the two sides".to_owned(),
-        )),
-        None => {}
-    }
+    let verified = report.digest_equal.map(|is_equal| match is_equal {
+        true => "memory and state are equal on both sides".to_owned(),
+        false => "MEMORY OR STATE DIFFER between the two sides".to_owned(),
+    });
+    lines.extend(verified.map(|text| ("verified", text)));
     if info.stage == Stage::Finished {
         lines.push(("outcome", outcome_line(info)));
     }
@@ -289,6 +374,57 @@ fn details(info: &MigrationInfo) -> String {
     }
     text.push_str(&rounds(info));
     text
+}
+
+/// How long the guest stood, and how long it was expected to.
+fn downtimes(info: &MigrationInfo) -> Vec<(&'static str, String)> {
+    let report = &info.report;
+    let mut lines = Vec::new();
+    if let Some(parts) = report.downtime_ms {
+        lines.push(("downtime", format!(
+            "{} = pause {} + harvest {} + save {} + transfer {} + load {} + commit {} + start {}",
+            time(parts.total), time(parts.pause), time(parts.harvest), time(parts.save),
+            time(parts.transfer), time(parts.load), time(parts.commit), time(parts.start),
+        )));
+    }
+    if let Some(predicted) = report.predicted_downtime_ms.or(info.predicted_downtime_ms) {
+        lines.push(("predicted", format!("a downtime of {}", time(predicted))));
+    }
+    lines
+}
+
+/// What the guest did not have when it ran at the target.
+fn residue(report: &Report) -> Option<String> {
+    (report.missing_at_switch > 0).then(|| {
+        format!(
+            "{} pages when the guest ran at the target, which took {} to tell",
+            count(report.missing_at_switch),
+            ByteCount::new(report.missing_set_bytes)
+        )
+    })
+}
+
+/// How it came by them.
+fn faults(report: &Report) -> Option<String> {
+    let (pulled, pushed) = (report.pulled_pages?, report.pushed_before_need?);
+    let mut text = format!(
+        "{} pages pulled, {} pushed before they were needed",
+        count(pulled),
+        count(pushed)
+    );
+    if let Some(latency) = &report.fault_latency_us {
+        let micros = |value: f64| time(value / 1000.0);
+        text.push_str(&format!(
+            ", a wait took {} (99 of 100 below {}, the longest {})",
+            micros(latency.p50),
+            micros(latency.p99),
+            micros(latency.max)
+        ));
+    }
+    if let Some(first) = report.first_fault_stall_ms {
+        text.push_str(&format!(", the first one {}", time(first)));
+    }
+    Some(text)
 }
 
 fn rounds(info: &MigrationInfo) -> String {
@@ -327,23 +463,29 @@ fn rounds(info: &MigrationInfo) -> String {
 #[cfg(test)]
 pub(crate) mod tests {
     use super::*;
-    use limosa_engine::policy::Mode;
+    use limosa_host::api::{FaultLatency, ModeChange};
 
     /// A migration as a daemon tells it, with most of it still unknown.
     pub(crate) fn info(id: &str, vm: &str) -> MigrationInfo {
+        let limits = serde_json::json!({
+            "downtime_max_ms": 5.0, "bandwidth_max": null, "deadline_ms": 30000.0, "rounds_max": 30
+        });
+        let report = serde_json::json!({
+            "outcome": null, "reason": null, "pause_reason": null, "preparation_ms": 12.5,
+            "total_ms": 0.0, "eviction_ms": 0.0, "downtime_ms": null, "switch_ns": null,
+            "predicted_downtime_ms": null, "fixed_cost_ms": 1.0, "rehearsal_stall_ms": 0.9,
+            "clock_offset_ns": 0, "clock_error_ms": 0.0, "rounds": [], "mode_changes": [],
+            "missing_at_switch": 0, "missing_set_bytes": 0, "pulled_pages": null,
+            "pushed_before_need": null, "network_fault_share": null, "fault_latency_us": null,
+            "first_fault_stall_ms": null, "pages_sent": 65536, "pages_resent": 0,
+            "wire_bytes": 268_435_456, "state_bytes": 10240, "digest_equal": null
+        });
         serde_json::from_value(serde_json::json!({
             "id": id, "vm": vm, "to": "127.0.0.1:7071", "mode": "pre-copy", "stage": "copying",
             "round": 1, "round_pages": 1000, "round_sent_pages": 250, "remaining_pages": 750,
-            "dirty_pages_per_s": 50000, "bandwidth": 1_288_490_188, "predicted_downtime_ms": 3.1,
-            "elapsed_ms": 1234.0, "time_left_ms": 400.0, "unresolved": null,
-            "limits": {"downtime_max_ms": 5.0, "bandwidth_max": null, "deadline_ms": 30000.0, "rounds_max": 30},
-            "report": {
-                "outcome": null, "reason": null, "pause_reason": null, "preparation_ms": 12.5,
-                "total_ms": 0.0, "eviction_ms": 0.0, "downtime_ms": null, "switch_ns": null,
-                "predicted_downtime_ms": null, "fixed_cost_ms": 1.0, "rehearsal_stall_ms": 0.9,
-                "clock_offset_ns": 0, "clock_error_ms": 0.0, "rounds": [], "pages_sent": 65536,
-                "pages_resent": 0, "wire_bytes": 268_435_456, "state_bytes": 10240, "digest_equal": null
-            }
+            "unsent_pages": 0, "dirty_pages_per_s": 50000, "bandwidth": 1_288_490_188,
+            "predicted_downtime_ms": 3.1, "elapsed_ms": 1234.0, "time_left_ms": 400.0,
+            "unresolved": null, "limits": limits, "report": report
         }))
         .unwrap()
     }
@@ -388,5 +530,37 @@ pub(crate) mod tests {
              sent       65,536 pages, 0 of them again, 256 MiB with the state of 10.0 KiB\n"
         );
         assert_eq!(info("", "").mode, Mode::PreCopy);
+    }
+
+    #[test]
+    fn details_tell_of_mode_changes_and_missing_pages() {
+        let mut info = info("3f2a00000000000000000000000000aa", "web");
+        info.report.mode_changes.push(ModeChange {
+            at_ms: 800.0,
+            from: Mode::PreCopy,
+            to: Mode::Hybrid,
+            reason: "the next round would have been as large as the last one".to_owned(),
+        });
+        info.report.missing_at_switch = 4000;
+        info.report.missing_set_bytes = 2048;
+        info.report.pulled_pages = Some(1000);
+        info.report.pushed_before_need = Some(3000);
+        info.report.first_fault_stall_ms = Some(0.2);
+        info.report.fault_latency_us = Some(FaultLatency {
+            p50: 120.0,
+            p99: 900.0,
+            max: 2100.0,
+            log2_histogram: Vec::new(),
+        });
+        let text = details(&info);
+        for line in [
+            "mode       pre-copy became hybrid after 800 ms: the next round would have been as large \
+             as the last one",
+            "missing    4,000 pages when the guest ran at the target, which took 2.00 KiB to tell",
+            "faults     1,000 pages pulled, 3,000 pushed before they were needed, a wait took 120 µs \
+             (99 of 100 below 900 µs, the longest 2.10 ms), the first one 200 µs",
+        ] {
+            assert!(text.lines().any(|found| found == line), "{line}\n{text}");
+        }
     }
 }

@@ -44,7 +44,7 @@ pub(crate) struct Arguments {
     pub link: Option<Rate>,
     /// Techniques to use in turn
     #[arg(long, value_name = "MODE,…", value_delimiter = ',', value_parser = mode,
-          default_values = ["stop-and-copy", "pre-copy"])]
+          default_values = Mode::ALL.map(Mode::name))]
     pub modes: Vec<Mode>,
     /// How often there and back by each mode
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=100_000))]
@@ -83,7 +83,7 @@ Examples:
   limosa demo
   limosa demo --modes pre-copy --repeat 5 --json moves.json
   limosa demo --memory 4G --working-set 256M --touch 768M
-  limosa demo --rate max --link 500M --modes pre-copy
+  limosa demo --rate max --link 500M --modes pre-copy,hybrid,auto
   limosa demo --vcpus 2 --moves 200 --seed 7
 
 The columns of the table and the names in the file are explained in docs/demo.md.";

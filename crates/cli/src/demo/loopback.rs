@@ -3,6 +3,10 @@
 //! For each move: a second in which nothing happens, the guest forgets its longest stalls, the move,
 //! another second, then the stalls are read and the guest checks all of its memory. The sweep comes
 //! last because it keeps the guest from its work.
+//!
+//! A guest that runs before its pages are there waits for some of them, and one whose memory is
+//! being hashed for the processors, so that the stall of the switch may soon not be among the last or
+//! the longest ones any more: the stalls are read as soon as the guest runs at the target, too.
 
 use crate::demo::hosts::{Host, Hosts, NAMES, VM};
 use crate::demo::interrupt::{Interrupt, Interrupted};
@@ -17,7 +21,7 @@ use limosa_engine::Timestamp;
 use limosa_engine::policy::Mode;
 use limosa_engine::source::Stage;
 use limosa_host::api::{
-    CommandKind, GuestReport, MigrateBody, MigrationInfo, Report, VmSpec, VmState,
+    CommandKind, ErrorKind, GuestReport, LimitsPatch, MigrateBody, Report, VmSpec, VmState,
 };
 use std::time::{Duration, Instant};
 
@@ -34,6 +38,8 @@ const MOVES_UNTIL_WARM: u32 = 2;
 const SETTLE: Duration = Duration::from_secs(11);
 /// Beats take a moment to arrive.
 const ARRIVAL: Duration = Duration::from_millis(50);
+/// For how long a guest that is moved by pure demand paging lives on faults alone.
+const ON_DEMAND: Duration = Duration::from_secs(1);
 /// Between two looks at a guest that carries out a command.
 const LOOK_EVERY: Duration = Duration::from_millis(5);
 
@@ -169,14 +175,14 @@ impl Loopback {
         self.interrupt.sleep(MARGIN + ARRIVAL)?;
         let before = self.command(CommandKind::ClearStalls, PATIENCE)?;
         let begun = observer::now();
-        let report = self.migrate(to, mode)?.report;
+        let (report, mut stalls) = self.migrate(to, mode)?;
         let ended = begun.after(Duration::from_secs_f64(report.eviction_ms / 1000.0));
         if report.outcome.as_deref() == Some("completed") {
             self.at = to;
         }
         self.made = number;
-        // Read twice: on a busy machine the guest's tables are full of later stalls in a second.
-        let mut stalls = self.stalls()?;
+        // Read again: on a busy machine the guest's tables are full of later stalls in a second.
+        stalls.extend(self.stalls()?);
         self.wait_for(ended.after(MARGIN + ARRIVAL))?;
         stalls.extend(self.stalls()?);
         let observed = self.observed(begun, ended, &report, &stalls);
@@ -188,7 +194,9 @@ impl Loopback {
         ))
     }
 
-    fn migrate(&self, to: usize, mode: Mode) -> anyhow::Result<MigrationInfo> {
+    /// Makes the move; its report, and the stalls that the guest had recorded when it had just been
+    /// seen running at the target.
+    fn migrate(&self, to: usize, mode: Mode) -> anyhow::Result<(Report, Vec<Stall>)> {
         let mut body = MigrateBody::new(self.hosts.hosts[to].peer_address.clone(), mode);
         body.downtime_max_ms = Some(self.setup.downtime_max_ms);
         body.streams = self.setup.streams;
@@ -199,19 +207,51 @@ impl Loopback {
         let patience = self.patience(MEMORY_SENT_MAX);
         let give_up = Instant::now() + patience;
         let mut progress = Progress::new();
-        // A question is work for the daemon that is being measured: ask seldom if nobody watches.
-        let step = Duration::from_millis(if progress.is_visible() { 100 } else { 500 });
+        let mut stalls = None;
+        // A question is work for the daemon that is being measured: ask seldom if nobody watches,
+        // and no guest has to be seen soon whose stalls push each other out of its tables.
+        let step = Duration::from_millis(
+            match (
+                mode.copies_live() || mode.needs_faults(),
+                progress.is_visible(),
+            ) {
+                (true, _) => 50,
+                (false, true) => 100,
+                (false, false) => 500,
+            },
+        );
         loop {
             self.interrupt.check()?;
             let info = client.wait(&id, step)?;
             if info.stage == Stage::Finished {
-                return Ok(info);
+                return Ok((info.report, stalls.unwrap_or_default()));
             }
             progress.show(&info);
+            let runs_there = matches!(info.stage, Stage::Serving | Stage::Releasing);
+            if runs_there && stalls.is_none() {
+                stalls = Some(self.stalls_at(to)?);
+                if mode == Mode::Demand {
+                    self.interrupt.sleep(ON_DEMAND)?;
+                    self.drain(&id)?;
+                }
+            }
             if Instant::now() > give_up {
                 let stage = info.stage;
                 bail!("the move is not over after {patience:?}; its stage is {stage:?}");
             }
+        }
+    }
+
+    /// Has the pages pushed that the guest still misses.
+    fn drain(&self, id: &str) -> anyhow::Result<()> {
+        let patch = LimitsPatch {
+            mode: Some(Mode::PostCopy),
+            ..LimitsPatch::default()
+        };
+        match self.host().client.set(id, &patch) {
+            // It touched all of them within its time.
+            Err(error) if error.kind() == Some(ErrorKind::Conflict) => Ok(()),
+            set => Ok(set.map(drop)?),
         }
     }
 
@@ -221,7 +261,12 @@ impl Loopback {
 
     /// The stalls that the guest's tables hold now.
     fn stalls(&self) -> anyhow::Result<Vec<Stall>> {
-        let guest = self.host().client.guest(VM)?;
+        self.stalls_at(self.at)
+    }
+
+    /// The same from a host where it has just begun to run.
+    fn stalls_at(&self, host: usize) -> anyhow::Result<Vec<Stall>> {
+        let guest = self.hosts.hosts[host].client.guest(VM)?;
         let vcpus = guest.vcpus.iter();
         let stalls = vcpus.flat_map(|vcpu| vcpu.stalls.iter().chain(&vcpu.long_stalls));
         let own = |stall: &limosa_host::api::Stall| Stall {

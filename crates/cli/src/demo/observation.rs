@@ -21,6 +21,8 @@ use std::time::Duration;
 
 /// How long before a move and after its end the guest is watched.
 pub(crate) const MARGIN: Duration = Duration::from_secs(1);
+/// An absence that no guest overlooks: one that sleeps does so for a millisecond.
+const NOTICED: Duration = Duration::from_millis(2);
 /// A shorter window holds too few beats to tell a speed.
 const RATE_WINDOW_MIN: Duration = Duration::from_millis(5);
 
@@ -74,9 +76,11 @@ pub(crate) fn observe(moments: &Moments, beats: &Beats, stalls: &[Stall]) -> Obs
         let window = TscWindow::new(from, &source, to, &target);
         Some(milliseconds(window.longest(stalls, &source)))
     };
+    // A switch that long was noticed: its stall has been pushed out of the guest's tables.
+    let is_forgotten = |gap: &f64| *gap == 0.0 && running.since(stopped) > NOTICED;
     let resume = before.and_then(|before| beats.resume(running, before));
     Observed {
-        guest_gap_ms: longest(stopped, running),
+        guest_gap_ms: longest(stopped, running).filter(|gap| !is_forgotten(gap)),
         heartbeat_gap_ms: beats.longest_gap(stopped, running).map(milliseconds),
         worst_stall_ms: longest(moments.begun, end),
         resume_ms: resume.map(milliseconds),
@@ -163,7 +167,7 @@ mod tests {
         check(
             &moments,
             &[],
-            "gap 0.0 heartbeat 7.0 worst 0.0 resume 0.2 writes 49990.0 39880.0 49991.0",
+            "gap None heartbeat 7.0 worst 0.0 resume 0.2 writes 49990.0 39880.0 49991.0",
         );
     }
 

@@ -1,5 +1,7 @@
 //! A line on the terminal that says how far the move is, and is gone when it is over.
 
+use crate::follow::extent;
+use limosa_engine::source::Stage;
 use limosa_host::api::MigrationInfo;
 use limosa_pages::BytesPerSecond;
 use std::io::{self, IsTerminal, Write};
@@ -62,16 +64,21 @@ fn print(text: &str) {
 }
 
 fn line(info: &MigrationInfo) -> String {
-    let (sent, pages) = (info.round_sent_pages, info.round_pages);
-    let done = (sent.min(pages) * BAR_WIDTH)
-        .checked_div(pages)
-        .unwrap_or(0) as usize;
+    let (sent, pages) = extent(info);
+    let done = (sent * BAR_WIDTH).checked_div(pages).unwrap_or(0) as usize;
     let bar = "#".repeat(done) + &"-".repeat(BAR_WIDTH as usize - done);
+    let what = if info.stage == Stage::Serving {
+        "what the guest misses".to_owned()
+    } else {
+        format!("round {}", info.round)
+    };
     let mut text = format!(
-        "      [{bar}] {} round {}: {sent} of {pages} pages",
+        "      [{bar}] {} {what}: {sent} of {pages} pages",
         info.mode.name(),
-        info.round
     );
+    if info.stage == Stage::Serving {
+        return text;
+    }
     if let Some(rate) = info.bandwidth {
         text.push_str(&format!(", {}", BytesPerSecond::new(rate)));
     }

@@ -7,7 +7,7 @@
 use crate::demo::machine::Machine;
 use crate::demo::summary::Summary;
 use limosa_engine::policy::{Mode, PauseReason};
-use limosa_host::api::{Downtime, Report, Round};
+use limosa_host::api::{Downtime, FaultLatency, ModeChange, Report, Round};
 use serde::Serialize;
 
 /// The file.
@@ -118,13 +118,29 @@ pub(crate) struct MoveRecord {
     pub worst_stall_ms: Option<f64>,
     /// From the guest's first instruction at the target until it was back at speed.
     pub resume_ms: Option<f64>,
-    /// From the request until the guest ran at the target.
+    /// From the request until the guest ran at the target with all its pages.
     pub total_ms: f64,
     /// From the request until the source held nothing.
     pub eviction_ms: f64,
     /// The rounds in order.
     pub rounds: Vec<Round>,
-    /// Pages sent over all rounds, repetitions included.
+    /// How the technique changed on the way, in order.
+    pub mode_changes: Vec<ModeChange>,
+    /// Pages that the target did not have when the guest ran there.
+    pub missing_at_switch: u64,
+    /// Bytes that told the target which pages those are.
+    pub missing_set_bytes: u64,
+    /// Missing pages that came because the guest waited for them; `null` if none were missing.
+    pub pulled_pages: Option<u64>,
+    /// Missing pages that were there before the guest needed them.
+    pub pushed_before_need: Option<u64>,
+    /// Pages pulled over all missing pages.
+    pub network_fault_share: Option<f64>,
+    /// How long the guest's vCPUs waited for pages.
+    pub fault_latency_us: Option<FaultLatency>,
+    /// How long the first of these waits took.
+    pub first_fault_stall_ms: Option<f64>,
+    /// Pages sent over all rounds and for faults, repetitions included.
     pub pages_sent: u64,
     /// Pages sent again.
     pub pages_resent: u64,
@@ -175,6 +191,14 @@ impl MoveRecord {
             total_ms: report.total_ms,
             eviction_ms: report.eviction_ms,
             rounds: report.rounds,
+            mode_changes: report.mode_changes,
+            missing_at_switch: report.missing_at_switch,
+            missing_set_bytes: report.missing_set_bytes,
+            pulled_pages: report.pulled_pages,
+            pushed_before_need: report.pushed_before_need,
+            network_fault_share: report.network_fault_share,
+            fault_latency_us: report.fault_latency_us,
+            first_fault_stall_ms: report.first_fault_stall_ms,
             pages_sent: report.pages_sent,
             pages_resent: report.pages_resent,
             wire_bytes: report.wire_bytes,
@@ -253,6 +277,14 @@ pub(crate) mod tests {
             clock_offset_ns: 0,
             clock_error_ms: 0.0,
             rounds: Vec::new(),
+            mode_changes: Vec::new(),
+            missing_at_switch: 0,
+            missing_set_bytes: 0,
+            pulled_pages: None,
+            pushed_before_need: None,
+            network_fault_share: None,
+            fault_latency_us: None,
+            first_fault_stall_ms: None,
             pages_sent: 0,
             pages_resent: 0,
             wire_bytes: 0,
@@ -318,6 +350,14 @@ pub(crate) mod tests {
             "rounds",
             "pages_sent",
             "pages_resent",
+            "mode_changes",
+            "missing_at_switch",
+            "missing_set_bytes",
+            "pulled_pages",
+            "pushed_before_need",
+            "network_fault_share",
+            "fault_latency_us",
+            "first_fault_stall_ms",
             "wire_bytes",
             "guest_writes_per_s",
             "integrity_errors",

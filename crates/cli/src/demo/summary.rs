@@ -71,6 +71,20 @@ pub(crate) struct Figures {
     pub pages_sent: Option<Spread>,
     /// Pages sent again.
     pub pages_resent: Option<Spread>,
+    /// Pages that were missing when the guest ran at the target.
+    pub missing_at_switch: Option<Spread>,
+    /// Of these, pages that came because the guest waited for them.
+    pub pulled_pages: Option<Spread>,
+    /// The latter over the former, 0 to 1.
+    pub network_fault_share: Option<Spread>,
+    /// The middle wait for a page.
+    pub fault_latency_p50_us: Option<Spread>,
+    /// The wait that 99 of 100 are below.
+    pub fault_latency_p99_us: Option<Spread>,
+    /// The first wait for a page.
+    pub first_fault_stall_ms: Option<Spread>,
+    /// Changes of the technique.
+    pub mode_changes: Option<Spread>,
     /// Bytes on the wire.
     pub wire_bytes: Option<Spread>,
     /// The guest's speed before the moves.
@@ -108,6 +122,13 @@ impl Figures {
             rounds: spread(&|one| Some(one.rounds.len() as f64)),
             pages_sent: spread(&|one| Some(one.pages_sent as f64)),
             pages_resent: spread(&|one| Some(one.pages_resent as f64)),
+            missing_at_switch: spread(&|one| Some(one.missing_at_switch as f64)),
+            pulled_pages: spread(&|one| Some(one.pulled_pages? as f64)),
+            network_fault_share: spread(&|one| one.network_fault_share),
+            fault_latency_p50_us: spread(&|one| Some(one.fault_latency_us.as_ref()?.p50)),
+            fault_latency_p99_us: spread(&|one| Some(one.fault_latency_us.as_ref()?.p99)),
+            first_fault_stall_ms: spread(&|one| one.first_fault_stall_ms),
+            mode_changes: spread(&|one| Some(one.mode_changes.len() as f64)),
             wire_bytes: spread(&|one| Some(one.wire_bytes as f64)),
             writes_per_s_before: spread(&|one| one.guest_writes_per_s.before),
             writes_per_s_during: spread(&|one| one.guest_writes_per_s.during),

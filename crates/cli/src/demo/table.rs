@@ -25,6 +25,12 @@ pub(crate) fn move_line(record: &MoveRecord) -> String {
     add(format!("guest gap {}", ms(record.guest_gap_ms)));
     add(format!("total {}", ms(Some(record.total_ms))));
     add(format!("{} rounds", record.rounds.len()));
+    if let Some(pulled) = record.pulled_pages {
+        add(format!("{} pages pulled", count(pulled)));
+    }
+    if let Some(change) = record.mode_changes.first() {
+        add(format!("{} → {}", change.from, change.to));
+    }
     add(ByteCount::new(record.wire_bytes).to_string());
     add(format!("errors {}", record.integrity_errors));
     add(match record.memory_digest_equal {
@@ -104,6 +110,25 @@ const ROWS: &[Row] = &[
     ("rounds", |of| counts(of.rounds)),
     ("pages sent", |of| counts(of.pages_sent)),
     ("pages sent again", |of| counts(of.pages_resent)),
+    ("mode changes", |of| counts(of.mode_changes)),
+    ("pages missing at the switch", |of| {
+        counts(of.missing_at_switch)
+    }),
+    ("pages pulled by the guest", |of| counts(of.pulled_pages)),
+    ("network fault share", |of| {
+        shown(
+            of.network_fault_share,
+            |share| two_digits(share * 100.0),
+            " %",
+        )
+    }),
+    ("wait for a page, median", |of| {
+        micros(of.fault_latency_p50_us)
+    }),
+    ("wait for a page, 99 of 100 below", |of| {
+        micros(of.fault_latency_p99_us)
+    }),
+    ("first wait for a page", |of| times(of.first_fault_stall_ms)),
     ("bytes on the wire", |of| sizes(of.wire_bytes)),
     ("work a second before", |of| counts(of.writes_per_s_before)),
     ("work a second during", |of| counts(of.writes_per_s_during)),
@@ -117,6 +142,10 @@ fn ms(value: Option<f64>) -> String {
 
 fn times(spread: Option<Spread>) -> String {
     shown(spread, two_digits, " ms")
+}
+
+fn micros(spread: Option<Spread>) -> String {
+    shown(spread, |value| count(value.round() as u64), " µs")
 }
 
 /// Two digits behind the point, and no minus before a zero.
@@ -175,6 +204,7 @@ mod tests {
     use super::*;
     use crate::demo::record::tests::record;
     use limosa_engine::policy::Mode;
+    use limosa_host::api::ModeChange;
 
     #[test]
     fn a_line_says_what_matters() {
@@ -184,6 +214,23 @@ mod tests {
             move_line(&one),
             "   1  a → b  pre-copy        completed  downtime 3.00 ms  guest gap 3.46 ms  \
              total 100.00 ms  0 rounds  257 MiB  errors 0  digests equal"
+        );
+    }
+
+    #[test]
+    fn a_line_tells_of_pages_that_were_waited_for_and_of_a_change() {
+        let mut one = record(Mode::Auto, 3.456, 3.0);
+        one.pulled_pages = Some(1234);
+        one.mode_changes = vec![ModeChange {
+            at_ms: 1.0,
+            from: Mode::PreCopy,
+            to: Mode::Hybrid,
+            reason: String::new(),
+        }];
+        let line = move_line(&one);
+        assert!(
+            line.contains("0 rounds  1,234 pages pulled  pre-copy → hybrid  "),
+            "{line}"
         );
     }
 

@@ -5,25 +5,24 @@ use super::{
     BANDWIDTH_SAMPLE_MIN, Paused, Piece, SentPiece, Source, SourceAction, SourceFault, State,
 };
 use crate::policy::{PauseReason, Verdict};
+use crate::report::RoundReport;
 use crate::time::Timestamp;
 use crate::wire::ControlFrame;
 use alloc::string::String;
 use alloc::vec;
 use alloc::vec::Vec;
-use limosa_pages::{ByteCount, BytesPerSecond};
+use limosa_pages::{ByteCount, BytesPerSecond, PageCount};
 
 impl Source {
     /// Asks the policy about the pages that wait; they are in `round` already or still unknown.
     pub(super) fn decide(&mut self, now: Timestamp) -> Vec<SourceAction> {
         self.progress.elapsed = now.since(self.begun);
-        match self
-            .config
-            .mode
-            .policy()
-            .verdict(&self.progress, &self.config.limits)
-        {
+        let policy = self.config.mode.policy();
+        match policy.verdict(&self.progress, &self.config.limits) {
             Verdict::AnotherRound => self.next_pieces(),
             Verdict::PauseAndCopy(reason) => self.pause(reason),
+            Verdict::SwitchNow(reason) if !self.can_switch => self.pause(reason),
+            Verdict::SwitchNow(reason) => self.switch(now, reason),
         }
     }
 
@@ -31,11 +30,17 @@ impl Source {
         self.state = State::Pausing;
         self.paused = true;
         self.report.pause_reason = Some(reason);
-        self.report.predicted_downtime = self.progress.predicted_downtime();
+        self.report.predicted_downtime = if self.is_switching {
+            // The pages come later, one fault or one push at a time.
+            Some(self.progress.fixed_cost)
+        } else {
+            self.progress.predicted_downtime()
+        };
         let harvest = self.tracking && self.fault != Some(SourceFault::NoHarvestAfterPause);
         vec![SourceAction::Pause {
             round: self.progress.rounds,
             harvest,
+            switch: self.is_switching,
         }]
     }
 
@@ -45,7 +50,13 @@ impl Source {
         round: u32,
         dirty: &[u32],
     ) -> Vec<SourceAction> {
-        if self.state != State::Rounds || round != self.progress.rounds {
+        if round != self.progress.rounds {
+            return Vec::new();
+        }
+        if let State::Telling { .. } = self.state {
+            return self.tell_stale(now, dirty);
+        }
+        if self.state != State::Rounds {
             return Vec::new();
         }
         let round = Round::live(round, dirty, &self.config, now);
@@ -85,8 +96,19 @@ impl Source {
             );
         }
         self.report.state_bytes = ByteCount::new(paused.state.len() as u64);
-        let round = Round::last(self.progress.rounds, &paused.dirty, &self.config, now);
+        let number = self.progress.rounds;
+        let round = if self.is_switching {
+            self.stale_round(now, &paused.dirty, true)
+        } else {
+            Round::last(number, &paused.dirty, &self.config, now)
+        };
         self.progress.remaining = round.progress().0;
+        let missing = if self.is_switching {
+            paused.missing
+        } else {
+            PageCount::ZERO
+        };
+        self.report.missing_at_switch = missing;
         if self.report.predicted_downtime.is_none() {
             self.report.predicted_downtime = self.progress.predicted_downtime();
         }
@@ -97,6 +119,7 @@ impl Source {
             round: self.progress.rounds,
             stopped_at,
             state,
+            missing,
         };
         self.stopped = Some(paused);
         let mut actions = self.next_pieces();
@@ -132,7 +155,11 @@ impl Source {
         stream: u8,
         sent: SentPiece,
     ) -> Vec<SourceAction> {
-        if !matches!(self.state, State::Rounds | State::LastRound { .. }) {
+        let is_sending = matches!(
+            self.state,
+            State::Rounds | State::Telling { .. } | State::LastRound { .. } | State::Serving
+        );
+        if !is_sending {
             return Vec::new();
         }
         self.moved = now;
@@ -155,20 +182,40 @@ impl Source {
                 String::from("the target confirmed a round that was not sent"),
             );
         }
-        self.close_round(now);
+        let planned = self.close_round(now);
         self.progress.rounds += 1;
+        if let State::Telling { passes } = self.state {
+            return self.told(passes, planned);
+        }
+        self.progress.last_round = planned;
         vec![SourceAction::Harvest {
             round: self.progress.rounds,
         }]
     }
 
-    /// Moves the round into the report and takes its bandwidth.
-    pub(super) fn close_round(&mut self, now: Timestamp) {
+    /// Moves the round into the report and takes its bandwidth; the pages that it was to send.
+    pub(super) fn close_round(&mut self, now: Timestamp) -> PageCount {
         let Some(round) = self.round.take() else {
-            return;
+            return PageCount::ZERO;
         };
         self.moved = now;
         let report = round.report(now);
+        let planned = round.progress().0;
+        if round.is_stale() {
+            let bytes = &mut self.report.missing_set_bytes;
+            *bytes = bytes.saturating_add(report.bytes);
+            // The pages that the vCPUs need first are the whole of what it sent.
+            if report.pages > PageCount::ZERO {
+                self.report.rounds.push(RoundReport {
+                    bytes: ByteCount::ZERO,
+                    ..report
+                });
+            }
+            return planned;
+        }
+        if round.is_push() {
+            self.pushed = self.pushed.saturating_add(report.pages);
+        }
         if report.bytes >= BANDWIDTH_SAMPLE_MIN.min(self.bandwidth_sample)
             && let Some(measured) = BytesPerSecond::measured(report.bytes, report.time)
         {
@@ -176,5 +223,6 @@ impl Source {
             self.progress.bandwidth = Some(measured);
         }
         self.report.rounds.push(report);
+        planned
     }
 }

@@ -12,6 +12,7 @@ use crate::wire::{ControlFrame, Digest, clip};
 use alloc::string::String;
 use alloc::vec;
 use alloc::vec::Vec;
+use limosa_pages::PageCount;
 
 impl Source {
     /// Records the commit once the target has everything and everything sent is accounted for.
@@ -21,6 +22,9 @@ impl Source {
             return Vec::new();
         }
         self.close_round(now);
+        if let (true, Some(stopped)) = (self.is_switching, &self.stopped) {
+            self.missing = Some(stopped.missing_counts.clone());
+        }
         self.state = State::Committing { lost: None };
         let (id, peer) = (self.config.id, self.config.peer.clone());
         let mut actions = vec![SourceAction::Record(Phase::Committed { id, peer })];
@@ -36,6 +40,7 @@ impl Source {
         committed_at: Timestamp,
         first_instruction_at: Timestamp,
     ) -> Vec<SourceAction> {
+        self.ran_there = true;
         self.report.total = now.since(self.begun);
         self.report.downtime = self.downtime(committed_at, first_instruction_at);
         let running_at = first_instruction_at.shift(-self.report.clock.nanos);
@@ -43,6 +48,13 @@ impl Source {
             .stopped
             .as_ref()
             .map(|stopped| (stopped.stopped_first, running_at));
+        if self.report.missing_at_switch > PageCount::ZERO {
+            return self.serve(now);
+        }
+        self.verify_or_release()
+    }
+
+    pub(super) fn verify_or_release(&mut self) -> Vec<SourceAction> {
         if self.config.verify {
             self.state = State::Verifying {
                 ours: None,
@@ -121,7 +133,11 @@ impl Source {
             SourceAction::Send(ControlFrame::Done),
             SourceAction::Disconnect,
         ];
-        actions.extend(self.finish(now, Outcome::Completed));
+        let outcome = match self.lost_guest.take() {
+            Some(reason) => Outcome::GuestLost { reason },
+            None => Outcome::Completed,
+        };
+        actions.extend(self.finish(now, outcome));
         actions
     }
 
@@ -140,10 +156,13 @@ impl Source {
                 *lost = Some(reason);
                 Vec::new()
             }
-            State::AwaitRuns if self.fault == Some(SourceFault::ResumeAfterCommit) => {
+            State::AwaitRuns | State::Serving
+                if self.fault == Some(SourceFault::ResumeAfterCommit) =>
+            {
                 self.go_back(now, Outcome::Failed { reason })
             }
-            State::AwaitRuns => self.resolve(now, reason),
+            State::AwaitRuns | State::Serving => self.resolve(now, reason),
+            State::Reattaching { .. } => self.reattach_later(now, reason),
             // It runs there: only the comparison is lost.
             State::Verifying { .. } => self.release(),
             _ => self.fail(now, reason),
@@ -170,6 +189,7 @@ impl Source {
             | State::Tracking
             | State::Rehearsing { .. }
             | State::Rounds
+            | State::Telling { .. }
             | State::Pausing
             | State::LastRound { .. } => {
                 let reason = String::from("the operator at the source ended the migration");
@@ -214,6 +234,7 @@ impl Source {
     }
 
     pub(super) fn resolve(&mut self, now: Timestamp, reason: String) -> Vec<SourceAction> {
+        self.close_round(now);
         self.state = State::Resolving {
             backoff: RESOLVE_BACKOFF.0,
             asking: false,
@@ -246,6 +267,11 @@ impl Source {
                 self.report.total = now.since(self.begun);
                 self.release()
             }
+            Resolution::Needs => self.reattach(now),
+            Resolution::Gone => self.lost_there(
+                now,
+                "the guest ended at the target before all its pages were there",
+            ),
             Resolution::Barred => {
                 let reason = String::from("the target never took the guest over");
                 self.go_back(now, Outcome::Failed { reason })
@@ -273,16 +299,13 @@ impl Source {
             State::Finished => Vec::new(),
             // It runs at the target already; that its old process died here changes nothing.
             State::Releasing | State::Verifying { .. } => {
-                let mut actions = vec![
-                    SourceAction::Send(ControlFrame::Done),
-                    SourceAction::Disconnect,
-                ];
-                actions.extend(self.finish(now, Outcome::Completed));
-                actions
+                self.state = State::Releasing;
+                self.released(now)
             }
             // The target may have it; the answer decides what is to be said.
             State::AwaitRuns => self.resolve(now, reason),
-            State::Resolving { .. } => Vec::new(),
+            // Its memory outlives it here, and that is all that the target needs.
+            State::Resolving { .. } | State::Serving | State::Reattaching { .. } => Vec::new(),
             // Nothing had been asked of it yet that it could have refused: it died by itself.
             State::Idle | State::Connecting | State::Offering | State::Probing { .. } => {
                 let abort = SourceAction::Send(ControlFrame::Abort {

@@ -8,7 +8,7 @@ use crate::wire::{ControlFrame, Digest, STREAMS_MAX};
 use alloc::string::String;
 use alloc::vec::Vec;
 use core::time::Duration;
-use limosa_pages::{ByteCount, BytesPerSecond, PageCount, PageRange};
+use limosa_pages::{ByteCount, BytesPerSecond, PageCount, PageRange, Pfn};
 use serde::{Deserialize, Serialize};
 
 /// What is known before a migration starts.
@@ -59,6 +59,27 @@ pub struct Piece {
     pub range: PageRange,
 }
 
+impl Piece {
+    /// Stands for the pages that the vCPUs need first; see [`SourceAction::SendFirst`].
+    pub const fn first_needed(round: u32) -> Self {
+        Self {
+            round,
+            index: u32::MAX,
+            range: PageRange::new(Pfn::new(0), PageCount::ZERO),
+        }
+    }
+}
+
+/// The operator's word about an outcome that nobody can be asked about.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Fence {
+    /// The other host will never run the guest, and never has: it runs here.
+    RunsHere,
+    /// The guest belongs to the other host, or is lost: nothing is kept here.
+    Gone,
+}
+
 /// What was sent for a piece.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SentPiece {
@@ -87,6 +108,11 @@ pub struct Paused {
     pub harvested: Timestamp,
     /// When the state had been saved.
     pub saved: Timestamp,
+    /// With a switch: every page that the target will not have when the guest runs there, those of
+    /// earlier passes included, those that are sent first not.
+    pub missing: PageCount,
+    /// The same pages of each chunk, in order.
+    pub missing_counts: Vec<u32>,
 }
 
 /// A fact for the source.
@@ -156,8 +182,17 @@ pub enum SourceEvent {
         /// One line for the operator.
         reason: String,
     },
+    /// The target has said which pages are missing there: their number in each chunk, in order.
+    Reconciled {
+        /// For the round in which they are pushed.
+        dirty: Vec<u32>,
+    },
     /// The operator changed limits.
     Set(Limits),
+    /// The operator changed the technique; see [`super::Source::check_mode`].
+    SetMode(Mode),
+    /// The operator decides what cannot be found out.
+    Fence(Fence),
     /// The operator wants it to end.
     Abort,
     /// The timer that was set has run out.
@@ -184,10 +219,40 @@ pub enum SourceAction {
         /// The round that it is for.
         round: u32,
     },
+    /// Read the dirty log without clearing it; the round's set is what no earlier pass told the
+    /// target to be stale. Answer: `Harvested`.
+    HarvestStale {
+        /// The round that it is for.
+        round: u32,
+    },
     /// Clear the dirty log of the round's set in the piece's range. Answer: `Cleared`.
     Clear(Piece),
     /// Send the pages of the round's set in the piece's range, as they are now. Answer: `Sent`.
     SendPiece {
+        /// Which.
+        piece: Piece,
+        /// By which stream.
+        stream: u8,
+    },
+    /// Tell the target that the pages of the round's set in the piece's range are not what it has.
+    /// Answer: `Sent`, with bytes and no pages.
+    SendStale {
+        /// Which.
+        piece: Piece,
+        /// By which stream.
+        stream: u8,
+    },
+    /// Send the pages that the vCPUs need first, which no pass of the last round tells to be stale.
+    /// Answer: `Sent` of [`Piece::first_needed`].
+    SendFirst {
+        /// The last round.
+        round: u32,
+        /// By which stream.
+        stream: u8,
+    },
+    /// Push the pages of the piece's range that the target misses and has not been sent yet.
+    /// Answer: `Sent`.
+    Push {
         /// Which.
         piece: Piece,
         /// By which stream.
@@ -206,7 +271,13 @@ pub enum SourceAction {
         round: u32,
         /// Whether the dirty log says what to send; otherwise every page that exists is sent.
         harvest: bool,
+        /// The guest will run at the target without these pages: the round's set is what has not
+        /// been told to be stale, and from here on pulls are answered.
+        switch: bool,
     },
+    /// Make control, push and pull streams anew to a target where the guest runs. Answer:
+    /// `Connected` or `ConnectionLost`. What is missing there comes by itself: `Reconciled`.
+    Reconnect,
     /// Run the paused guest here. Answer: `Resumed`.
     Resume,
     /// Hash the frozen memory and the saved state. Answer: `Hashed`.
@@ -236,6 +307,7 @@ impl SourceAction {
     pub const fn name(&self) -> &'static str {
         match self {
             Self::Connect => "connect",
+            Self::Reconnect => "reconnect",
             Self::Send(frame) => frame.name(),
             Self::Record(Phase::Offered { .. }) => "record-offered",
             Self::Record(Phase::Committed { .. }) => "record-committed",
@@ -244,8 +316,12 @@ impl SourceAction {
             Self::StopTracking => "stop-tracking",
             Self::Rehearse => "rehearse",
             Self::Harvest { .. } => "harvest",
+            Self::HarvestStale { .. } => "harvest-stale",
             Self::Clear(_) => "clear",
             Self::SendPiece { .. } => "send-piece",
+            Self::SendStale { .. } => "send-stale",
+            Self::SendFirst { .. } => "send-first",
+            Self::Push { .. } => "push",
             Self::SendBarrier { .. } => "send-barrier",
             Self::Pause { .. } => "pause",
             Self::Resume => "resume",

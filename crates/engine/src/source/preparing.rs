@@ -50,6 +50,25 @@ impl Source {
         vec![SourceAction::Send(ControlFrame::Start(start))]
     }
 
+    /// The target has made a VM.
+    pub(super) fn accepted(
+        &mut self,
+        now: Timestamp,
+        boot_id: u128,
+        can_fault: bool,
+    ) -> Vec<SourceAction> {
+        self.can_switch = can_fault;
+        if self.config.mode.needs_faults() && !can_fault {
+            let text = "the target cannot serve page faults, which this mode needs: see its log";
+            return self.fail(now, String::from(text));
+        }
+        if boot_id == self.config.boot_id {
+            // One kernel, one clock.
+            return self.record_offer(now);
+        }
+        self.probe(now, 0)
+    }
+
     pub(super) fn probe(&mut self, now: Timestamp, number: u32) -> Vec<SourceAction> {
         self.state = State::Probing { number, asked: now };
         vec![SourceAction::Send(ControlFrame::ClockProbe { number })]

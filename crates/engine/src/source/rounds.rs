@@ -1,5 +1,12 @@
 //! One round: which pieces are cleared when, and which stream sends them.
 //!
+//! ```text
+//!  live    clear a piece, then send it; barriers; confirmed      the guest runs here
+//!  last    send; barriers; confirmed by Prepared                 nobody runs
+//!  stale   tell what the target does not have; barriers          either of these
+//!  push    send what is still missing; no barriers               the guest runs there
+//! ```
+//!
 //! Invariant: in a live round a piece is given to a stream only after the world said that its
 //! dirty log was cleared. What the guest writes after the clear is found by the next harvest; what
 //! it wrote before is in the copy. The last round has nothing to clear: nobody writes.
@@ -30,7 +37,19 @@ const QUEUED_MAX: u32 = 2;
 pub(super) enum Step {
     Clear(Piece),
     Send { piece: Piece, stream: u8 },
+    Stale { piece: Piece, stream: u8 },
+    First { stream: u8, round: u32 },
+    Push { piece: Piece, stream: u8 },
     Barrier { stream: u8, round: u32 },
+}
+
+/// What a round does with its pieces; see the module.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Kind {
+    Live,
+    Last,
+    Stale,
+    Push,
 }
 
 impl Step {
@@ -38,6 +57,9 @@ impl Step {
         match self {
             Self::Clear(piece) => SourceAction::Clear(piece),
             Self::Send { piece, stream } => SourceAction::SendPiece { piece, stream },
+            Self::Stale { piece, stream } => SourceAction::SendStale { piece, stream },
+            Self::First { stream, round } => SourceAction::SendFirst { round, stream },
+            Self::Push { piece, stream } => SourceAction::Push { piece, stream },
             Self::Barrier { stream, round } => SourceAction::SendBarrier { stream, round },
         }
     }
@@ -53,11 +75,12 @@ pub(super) struct Round {
     waiting: VecDeque<Piece>,
     clearing: usize,
     ready: VecDeque<Piece>,
+    /// Pieces that are ready and not to be sent for now.
+    held: VecDeque<Piece>,
     /// Pieces given to each stream and not yet reported as sent.
     queued: Vec<u32>,
     barriers_out: bool,
-    /// The guest runs, so a piece is cleared before it is sent.
-    is_live: bool,
+    kind: Kind,
     clear_late: bool,
     late: VecDeque<Piece>,
     done: RoundReport,
@@ -68,19 +91,45 @@ impl Round {
     /// what comes into being later must be seen.
     pub(super) fn live(number: u32, dirty: &[u32], config: &SourceConfig, now: Timestamp) -> Self {
         let pieces = cut(number, dirty, config, number == 0);
-        Self::new(number, dirty, config, now, pieces, true)
+        Self::new(number, dirty, config, now, pieces, Kind::Live)
+    }
+
+    /// A pass that tells what is not at the target. In the last one, the guest being paused, the
+    /// pages that its vCPUs need first go along.
+    pub(super) fn stale(
+        number: u32,
+        dirty: &[u32],
+        config: &SourceConfig,
+        now: Timestamp,
+        is_last: bool,
+    ) -> Self {
+        let mut round = Self::ready(number, dirty, config, now, Kind::Stale);
+        if is_last {
+            round.ready.push_front(Piece::first_needed(number));
+        }
+        round
+    }
+
+    /// The pages that are still missing where the guest runs.
+    pub(super) fn push(number: u32, dirty: &[u32], config: &SourceConfig, now: Timestamp) -> Self {
+        Self::ready(number, dirty, config, now, Kind::Push)
     }
 
     /// The round that goes out while the guest is paused.
     pub(super) fn last(number: u32, dirty: &[u32], config: &SourceConfig, now: Timestamp) -> Self {
-        let mut round = Self::new(
-            number,
-            dirty,
-            config,
-            now,
-            cut(number, dirty, config, false),
-            false,
-        );
+        Self::ready(number, dirty, config, now, Kind::Last)
+    }
+
+    /// A round whose pieces need nothing before they are sent.
+    fn ready(
+        number: u32,
+        dirty: &[u32],
+        config: &SourceConfig,
+        now: Timestamp,
+        kind: Kind,
+    ) -> Self {
+        let pieces = cut(number, dirty, config, false);
+        let mut round = Self::new(number, dirty, config, now, pieces, kind);
         round.ready = core::mem::take(&mut round.waiting);
         round
     }
@@ -91,7 +140,7 @@ impl Round {
         config: &SourceConfig,
         now: Timestamp,
         pieces: VecDeque<Piece>,
-        is_live: bool,
+        kind: Kind,
     ) -> Self {
         Self {
             number,
@@ -100,9 +149,10 @@ impl Round {
             waiting: pieces,
             clearing: 0,
             ready: VecDeque::new(),
+            held: VecDeque::new(),
             queued: vec![0; usize::from(config.streams)],
             barriers_out: false,
-            is_live,
+            kind,
             clear_late: false,
             late: VecDeque::new(),
             done: RoundReport::default(),
@@ -111,7 +161,7 @@ impl Round {
 
     /// Plants the faults that concern a round.
     pub(super) fn with_fault(mut self, fault: Option<SourceFault>) -> Self {
-        if fault == Some(SourceFault::ClearAfterCopy) && self.is_live {
+        if fault == Some(SourceFault::ClearAfterCopy) && self.kind == Kind::Live {
             self.clear_late = true;
             self.ready = core::mem::take(&mut self.waiting);
         }
@@ -135,13 +185,25 @@ impl Round {
                 break;
             };
             self.queued[usize::from(stream)] += 1;
-            steps.push(Step::Send { piece, stream });
+            let round = self.number;
+            steps.push(match self.kind {
+                Kind::Stale if piece == Piece::first_needed(round) => Step::First { stream, round },
+                Kind::Stale => Step::Stale { piece, stream },
+                Kind::Push => Step::Push { piece, stream },
+                Kind::Live | Kind::Last => Step::Send { piece, stream },
+            });
         }
         let all_given = self.waiting.is_empty() && self.clearing == 0 && self.ready.is_empty();
         if all_given && !self.barriers_out {
             self.barriers_out = true;
             let round = self.number;
-            steps.extend((0..self.streams()).map(|stream| Step::Barrier { stream, round }));
+            // What is pushed is over when the target says that nothing is missing.
+            let streams = if self.kind == Kind::Push {
+                0
+            } else {
+                self.streams()
+            };
+            steps.extend((0..streams).map(|stream| Step::Barrier { stream, round }));
         }
         steps
     }
@@ -173,14 +235,34 @@ impl Round {
         }
     }
 
+    /// Sends nothing more than what was begun.
+    pub(super) fn stop(&mut self) {
+        self.held.append(&mut self.ready);
+    }
+
+    /// Sends what was held back.
+    pub(super) fn go_on(&mut self) {
+        self.ready.append(&mut self.held);
+    }
+
+    /// True if it only told what is not at the target.
+    pub(super) fn is_stale(&self) -> bool {
+        self.kind == Kind::Stale
+    }
+
+    /// True if it went to a guest that runs at the target.
+    pub(super) fn is_push(&self) -> bool {
+        self.kind == Kind::Push
+    }
+
     /// Pages planned and pages sent so far.
     pub(super) const fn progress(&self) -> (PageCount, PageCount) {
         (self.planned, self.done.pages)
     }
 
-    /// True when every piece was sent.
+    /// True when every piece was sent, but for those that are held back.
     pub(super) fn all_sent(&self) -> bool {
-        self.barriers_out && self.queued.iter().all(|&queued| queued == 0)
+        self.barriers_out && self.ready.is_empty() && self.queued.iter().all(|&queued| queued == 0)
     }
 
     /// True when round `number` is this one and was sent to its end.
@@ -295,6 +377,53 @@ mod tests {
         }
     }
 
+    /// Carries a round out at once and tells its steps by their letters.
+    fn steps(mut round: Round) -> String {
+        let mut text = String::new();
+        let mut queue: VecDeque<Step> = round.advance().into();
+        while let Some(step) = queue.pop_front() {
+            let (letter, done) = match step {
+                Step::Clear(_) => ('c', None),
+                Step::Send { piece, stream } => ('s', Some((piece, stream))),
+                Step::Stale { piece, stream } => ('t', Some((piece, stream))),
+                Step::First { stream, round } => ('f', Some((Piece::first_needed(round), stream))),
+                Step::Push { piece, stream } => ('p', Some((piece, stream))),
+                Step::Barrier { .. } => ('b', None),
+            };
+            text.push(letter);
+            if let Some((piece, stream)) = done {
+                round.sent(piece, stream, SentPiece::default());
+            }
+            queue.extend(round.advance());
+        }
+        assert!(round.is_complete(3));
+        text
+    }
+
+    #[test]
+    fn what_is_missing_is_told_behind_barriers_and_pushed_without() {
+        let (dirty, config, now) = ([512; 9], config(9 * 512, 512), Timestamp::ZERO);
+        assert_eq!(steps(Round::stale(3, &dirty, &config, now, false)), "tttbb");
+        assert_eq!(steps(Round::stale(3, &[0; 9], &config, now, true)), "fbb");
+        assert_eq!(steps(Round::push(3, &dirty, &config, now)), "ppp");
+    }
+
+    #[test]
+    fn what_is_held_back_is_pushed_when_it_goes_on() {
+        let config = config(9 * 2048, 512);
+        let mut round = Round::push(3, &[512; 36], &config, Timestamp::ZERO);
+        let begun = round.advance();
+        round.stop();
+        assert!(round.advance().is_empty());
+        round.go_on();
+        for step in begun {
+            if let Step::Push { piece, stream } = step {
+                round.sent(piece, stream, SentPiece::default());
+            }
+        }
+        assert_eq!(steps(round), "ppppp");
+    }
+
     #[test]
     fn a_piece_is_cleared_before_it_is_sent_and_barriers_come_last() {
         let mut round = Round::live(0, &[512; 40], &config(40 * 512, 512), Timestamp::ZERO);
@@ -313,6 +442,7 @@ mod tests {
                     round.sent(piece, stream, SentPiece::default());
                 }
                 Step::Barrier { round: number, .. } => assert_eq!((number, sent), (0, 10)),
+                other => panic!("{other:?}"),
             }
             queue.extend(round.advance());
         }

@@ -73,6 +73,13 @@ pub struct VmInfo {
     pub work: Option<u64>,
     /// Checks that failed inside the guest over all vCPUs, for guests that report it.
     pub errors: Option<u64>,
+    /// Pages that the guest, which runs here, misses: only its source has them.
+    pub missing_pages: u64,
+    /// In words, while pages are missing: how many, and where they are.
+    #[schema(
+        example = "running with residual dependency: 512 pages (2.00 MiB) are still at its source, 192.0.2.7"
+    )]
+    pub residual_dependency: Option<String>,
     /// The migration that moves it away now, or moved it here.
     pub migration: Option<String>,
     /// How it ended, once it has.

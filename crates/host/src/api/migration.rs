@@ -3,10 +3,11 @@
 use super::{duration, milliseconds};
 use limosa_engine::handover::MigrationId;
 use limosa_engine::policy::{Limits, Mode, PauseReason};
-use limosa_engine::report::{self, MigrationReport, Outcome};
+use limosa_engine::report::{self, FaultReport, MigrationReport, Outcome};
 use limosa_engine::source::Stage;
 use limosa_pages::BytesPerSecond;
 use serde::{Deserialize, Serialize};
+use std::time::Duration;
 use utoipa::ToSchema;
 
 /// A migration to start.
@@ -16,9 +17,9 @@ pub struct MigrateBody {
     /// The target daemon, `HOST:PORT`.
     #[schema(example = "127.0.0.1:7071")]
     pub to: String,
-    /// The technique.
-    #[serde(default = "default_mode")]
-    #[schema(value_type = String, example = "pre-copy")]
+    /// The technique; `auto` if it is left out.
+    #[serde(default)]
+    #[schema(schema_with = mode_schema)]
     pub mode: Mode,
     /// Downtime to aim at; `null` for 5 ms.
     #[serde(default)]
@@ -44,11 +45,6 @@ pub struct MigrateBody {
     /// Allow a peer that is not on the loopback: nothing is encrypted yet.
     #[serde(default)]
     pub insecure: bool,
-}
-
-/// Pre-copy is what most want: the short downtime.
-const fn default_mode() -> Mode {
-    Mode::PreCopy
 }
 
 impl MigrateBody {
@@ -78,6 +74,7 @@ impl MigrateBody {
             bandwidth_max: self.bandwidth_max,
             deadline_ms: self.deadline_ms,
             rounds_max: self.rounds_max,
+            mode: None,
         }
         .apply(Limits::default())
     }
@@ -90,10 +87,15 @@ pub struct MigrateAnswer {
     pub id: String,
 }
 
-/// Limits to change; what is `null` or left out stays.
+/// What to change of a running migration; what is `null` or left out stays.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct LimitsPatch {
+    /// The technique. Once the guest runs at the target `post-copy` pushes what it misses, and
+    /// `demand` stops that.
+    #[serde(default)]
+    #[schema(value_type = Option<String>, example = "post-copy")]
+    pub mode: Option<Mode>,
     /// Downtime to aim at.
     #[serde(default)]
     pub downtime_max_ms: Option<f64>,
@@ -134,6 +136,25 @@ impl LimitsPatch {
     }
 }
 
+/// The operator's word about an outcome that nobody can be asked about.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct ResolveBody {
+    /// What is the case.
+    pub word: ResolveWord,
+}
+
+/// What an operator may answer for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum ResolveWord {
+    /// At the source: the target has never run the guest and never will, so it goes on here.
+    RunsHere,
+    /// At the source: the guest runs at the target with all its pages, or is lost; nothing is kept
+    /// here. At the target: the source will never come back, so a guest that misses pages is lost.
+    Gone,
+}
+
 /// The limits of a migration.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct LimitsInfo {
@@ -167,8 +188,8 @@ pub struct MigrationInfo {
     pub vm: String,
     /// The target daemon.
     pub to: String,
-    /// The technique.
-    #[schema(value_type = String, example = "pre-copy")]
+    /// The technique as it is now; `mode_changes` of the report tells how it came to be.
+    #[schema(schema_with = mode_schema)]
     pub mode: Mode,
     /// Where it stands.
     #[schema(schema_with = stage_schema)]
@@ -181,6 +202,8 @@ pub struct MigrationInfo {
     pub round_sent_pages: u64,
     /// Pages that are still to be sent as far as is known.
     pub remaining_pages: u64,
+    /// Pages that the guest, which runs at the target, misses and that were not sent yet.
+    pub unsent_pages: u64,
     /// Pages that the guest writes a second, as seen in the last round.
     pub dirty_pages_per_s: Option<u64>,
     /// Bytes a second, as delivered to the target.
@@ -212,7 +235,8 @@ pub struct Report {
     pub pause_reason: Option<PauseReason>,
     /// From the request to the first page.
     pub preparation_ms: f64,
-    /// From the request to the target's word that the guest runs there, or to the failure.
+    /// From the request to the target's word that the guest runs there with all its pages, or to the
+    /// failure.
     pub total_ms: f64,
     /// From the request until the source held nothing.
     pub eviction_ms: f64,
@@ -230,13 +254,32 @@ pub struct Report {
     pub clock_offset_ns: i64,
     /// The true offset lies within this distance.
     pub clock_error_ms: f64,
-    /// The rounds in order, the last one with the guest paused.
+    /// The rounds in order, the last one with the guest paused or, after a switch, running at the
+    /// target.
     pub rounds: Vec<Round>,
-    /// Pages sent over all rounds, repetitions included.
+    /// How the technique changed on the way, in order.
+    pub mode_changes: Vec<ModeChange>,
+    /// Pages that the target did not have when the guest ran there.
+    pub missing_at_switch: u64,
+    /// Bytes that told the target which pages those are.
+    pub missing_set_bytes: u64,
+    /// Missing pages that came because a vCPU waited for them; `null` until all have come, and if
+    /// none were missing.
+    pub pulled_pages: Option<u64>,
+    /// Missing pages that were there before anybody needed them.
+    pub pushed_before_need: Option<u64>,
+    /// Network faults: `pulled_pages` over both, 0 to 1. Pages that never existed are missing, too,
+    /// and count in neither.
+    pub network_fault_share: Option<f64>,
+    /// How long vCPUs waited for missing pages; `null` if none did.
+    pub fault_latency_us: Option<FaultLatency>,
+    /// How long the first of these waits took.
+    pub first_fault_stall_ms: Option<f64>,
+    /// Pages sent over all rounds and for faults, repetitions included.
     pub pages_sent: u64,
     /// Pages sent again after an earlier round had sent them.
     pub pages_resent: u64,
-    /// Bytes on the push streams and of the state.
+    /// Bytes on the push and pull streams and of the state.
     pub wire_bytes: u64,
     /// Bytes of the state sections.
     pub state_bytes: u64,
@@ -291,13 +334,44 @@ pub struct Round {
     pub dirty_after_pages: u64,
 }
 
+/// The technique was changed on the way.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct ModeChange {
+    /// Since the request.
+    pub at_ms: f64,
+    /// From this one.
+    #[schema(schema_with = mode_schema)]
+    pub from: Mode,
+    /// To this one.
+    #[schema(schema_with = mode_schema)]
+    pub to: Mode,
+    /// One line that says why.
+    pub reason: String,
+}
+
+/// From a fault's notice at the target to its page in place, in microseconds.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct FaultLatency {
+    /// Half of them were faster.
+    pub p50: f64,
+    /// 99 of 100 were faster.
+    pub p99: f64,
+    /// The slowest.
+    pub max: f64,
+    /// Faults by latency: entry `n` counts those from 2^(n-1) up to 2^n µs, entry 0 those below one,
+    /// the last entry all that were slower.
+    pub log2_histogram: Vec<u32>,
+}
+
 /// A migration to this host.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct IncomingInfo {
     /// Its id.
     pub id: String,
-    /// The source's address.
-    pub from: String,
+    /// The source's address; `null` after a restart of this daemon until it has come back.
+    pub from: Option<String>,
+    /// Pages that the guest, which runs here, misses.
+    pub missing_pages: u64,
     /// Pages received so far.
     pub pages_received: u64,
     /// Bytes received so far.
@@ -315,11 +389,20 @@ fn stage_schema() -> utoipa::openapi::schema::Object {
             "copying",
             "paused",
             "committed",
+            "serving",
             "unresolved",
             "releasing",
             "returning",
             "finished",
         ]))
+        .build()
+}
+
+/// Lists the techniques in the document.
+fn mode_schema() -> utoipa::openapi::schema::Object {
+    utoipa::openapi::schema::ObjectBuilder::new()
+        .schema_type(utoipa::openapi::schema::Type::String)
+        .enum_values(Some(Mode::ALL.map(Mode::name)))
         .build()
 }
 
@@ -341,6 +424,7 @@ impl From<&MigrationReport> for Report {
             }
             Some(Outcome::Completed | Outcome::Aborted) | None => None,
         };
+        let faults = report.faults.as_ref();
         Self {
             outcome: outcome.map(|outcome| outcome.name().to_owned()),
             reason,
@@ -359,11 +443,56 @@ impl From<&MigrationReport> for Report {
             clock_offset_ns: report.clock.nanos,
             clock_error_ms: milliseconds(report.clock.error),
             rounds: report.rounds.iter().map(Round::from).collect(),
+            mode_changes: report.mode_changes.iter().map(ModeChange::from).collect(),
+            missing_at_switch: report.missing_at_switch.get(),
+            missing_set_bytes: report.missing_set_bytes.get(),
+            pulled_pages: faults.map(|faults| faults.pulled.get()),
+            pushed_before_need: faults.map(|faults| faults.pushed.get()),
+            network_fault_share: faults.and_then(network_share),
+            fault_latency_us: faults.and_then(FaultLatency::of),
+            first_fault_stall_ms: faults
+                .filter(|faults| has_waited(faults))
+                .map(|faults| milliseconds(faults.first_stall)),
             pages_sent: report.pages_sent().get(),
             pages_resent: report.pages_resent().get(),
             wire_bytes: report.wire_bytes().get(),
             state_bytes: report.state_bytes.get(),
             digest_equal: report.digest_equal,
+        }
+    }
+}
+
+/// Whether any vCPU had to wait for a page.
+fn has_waited(faults: &FaultReport) -> bool {
+    faults.latency_log2_us.iter().any(|&count| count > 0)
+}
+
+/// Pages that came over the network because they were needed, over all that were missing.
+fn network_share(faults: &FaultReport) -> Option<f64> {
+    let pulled = faults.pulled.get() as f64;
+    let all = pulled + faults.pushed.get() as f64;
+    (all > 0.0).then(|| pulled / all)
+}
+
+impl FaultLatency {
+    fn of(faults: &FaultReport) -> Option<Self> {
+        let micros = |duration: Duration| duration.as_nanos() as f64 / 1000.0;
+        has_waited(faults).then(|| Self {
+            p50: micros(faults.latency_p50),
+            p99: micros(faults.latency_p99),
+            max: micros(faults.latency_max),
+            log2_histogram: faults.latency_log2_us.to_vec(),
+        })
+    }
+}
+
+impl From<&report::ModeChange> for ModeChange {
+    fn from(change: &report::ModeChange) -> Self {
+        Self {
+            at_ms: milliseconds(change.at),
+            from: change.from,
+            to: change.to,
+            reason: change.reason.clone(),
         }
     }
 }
@@ -393,5 +522,44 @@ impl From<&report::RoundReport> for Round {
             time_ms: milliseconds(round.time),
             dirty_after_pages: round.dirty_after.get(),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use limosa_pages::PageCount;
+
+    /// What is told of pages that were pulled and pushed, and of one wait for a page.
+    fn check(pulled: u64, pushed: u64, wait: Duration, expect: &str) {
+        let mut faults = FaultReport {
+            pulled: PageCount::new(pulled),
+            pushed: PageCount::new(pushed),
+            latency_p50: wait,
+            latency_p99: wait,
+            latency_max: wait,
+            ..FaultReport::default()
+        };
+        faults.latency_log2_us[7] = u32::from(!wait.is_zero());
+        let latency = FaultLatency::of(&faults).map(|latency| latency.p99);
+        let told = format!("{:?} {latency:?}", network_share(&faults));
+        assert_eq!(told, expect);
+    }
+
+    #[test]
+    fn what_nobody_waited_for_has_no_latency() {
+        check(1, 3, Duration::from_nanos(90_500), "Some(0.25) Some(90.5)");
+        check(0, 3, Duration::ZERO, "Some(0.0) None");
+        check(0, 0, Duration::ZERO, "None None");
+    }
+
+    #[test]
+    fn a_migration_that_names_no_technique_finds_its_own() {
+        let body: MigrateBody = serde_json::from_str(r#"{"to": "b:1"}"#).unwrap();
+        assert_eq!(body, MigrateBody::new("b:1", Mode::Auto));
+        let patch: LimitsPatch = serde_json::from_str(r#"{"mode": "post-copy"}"#).unwrap();
+        assert_eq!(patch.mode, Some(Mode::PostCopy));
+        let word: ResolveBody = serde_json::from_str(r#"{"word": "runs-here"}"#).unwrap();
+        assert_eq!(word.word, ResolveWord::RunsHere);
     }
 }

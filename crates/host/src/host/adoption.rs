@@ -4,8 +4,8 @@ use super::Host;
 use crate::machine::{Activity, Machine};
 use crate::registry::{Adoption, Hold, Slot, Vm, adoption};
 use crate::state_dir::VmName;
-use limosa_carrier::Migration;
-use limosa_engine::handover::Phase;
+use limosa_carrier::{Guest, Listener, Migration};
+use limosa_engine::handover::{MigrationId, Phase};
 use std::sync::Arc;
 
 impl Host {
@@ -40,13 +40,16 @@ impl Host {
                 .record(&Phase::Running)
                 .map_err(|error| error.to_string())?;
         }
+        let is_filling = machine.misses_pages();
         if let Adoption::Resident { arrived: Some(id) } = adoption {
-            // Its daemon may have died between the guest's first instruction and this note.
+            // Its daemon may have died between the guest's first instruction and this note, or
+            // between its last missing page and that one.
             self.ledger()
-                .note_running(id)
+                .note_running(id, is_filling)
                 .map_err(|error| error.to_string())?;
         }
         let hold = match &adoption {
+            Adoption::Resident { arrived: Some(id) } if is_filling => Hold::Filling { id: *id },
             Adoption::Resident { arrived } => Hold::Here { arrived: *arrived },
             Adoption::TakeBack | Adoption::Discard => Hold::Here { arrived: None },
             Adoption::Resolve { id, .. } => Hold::Leaving { id: Some(*id) },
@@ -65,6 +68,33 @@ impl Host {
         Ok(())
     }
 
+    /// Takes up the guests that run here without all their pages: their page faults wait, and so do
+    /// their sources. Whoever comes before is sent away and comes again; what may be answered was
+    /// settled when their processes were found.
+    pub(super) fn take_up_arrivals(&self, peers: &Listener) {
+        let filling: Vec<(VmName, MigrationId, Arc<dyn Guest>)> = self
+            .registry()
+            .iter()
+            .filter_map(|(name, slot)| match slot {
+                Slot::Alive(Vm {
+                    machine,
+                    hold: Hold::Filling { id },
+                }) => Some((name.clone(), *id, machine.guest())),
+                Slot::Alive(_) | Slot::Reserved | Slot::Ended { .. } => None,
+            })
+            .collect();
+        for (name, id, guest) in filling {
+            match peers.recover(id, guest) {
+                Ok(()) => {
+                    tracing::info!(migration_id = %id, vm = %name, "the guest waits for pages of its source");
+                }
+                Err(error) => {
+                    tracing::error!(migration_id = %id, vm = %name, %error, "page faults of the guest are not served: it stands still");
+                }
+            }
+        }
+    }
+
     /// Looks after what nobody asks about: reports of ended migrations, guests that have ended.
     pub fn look_around(&self) {
         self.migrations_lock().settle();
@@ -74,7 +104,7 @@ impl Host {
             .filter_map(|(name, slot)| match slot {
                 Slot::Alive(Vm {
                     machine,
-                    hold: Hold::Here { .. },
+                    hold: Hold::Here { .. } | Hold::Filling { .. },
                 }) => Some((name.clone(), Arc::clone(machine))),
                 Slot::Alive(_) | Slot::Reserved | Slot::Ended { .. } => None,
             })
@@ -103,16 +133,17 @@ mod tests {
     use limosa_carrier::TargetHost;
     use limosa_engine::handover::{MigrationId, Phase, Resolution};
     use std::fs;
+    use std::path::Path;
     use std::sync::Arc;
     use std::time::Duration;
 
-    /// Starts a host on a directory in which an earlier one left these machines, and a socket
-    /// without one.
-    fn restarted(left: &[(&str, &Arc<FakeMachine>)]) -> (Arc<Host>, tempfile::TempDir) {
-        let dir = tempfile::tempdir().unwrap();
-        let state = StateDir::open(dir.path()).unwrap();
+    /// Starts a host on a directory in which an earlier one left this ledger, these machines, and a
+    /// socket without one.
+    fn restarted(dir: &Path, ledger: &str, left: &[(&str, &Arc<FakeMachine>)]) -> Arc<Host> {
+        let state = StateDir::open(dir).unwrap();
+        fs::write(state.ledger(), ledger).unwrap();
         for name in left.iter().map(|(name, _)| *name).chain(["stale"]) {
-            fs::write(dir.path().join(format!("vms/{name}.sock")), b"").unwrap();
+            fs::write(dir.join(format!("vms/{name}.sock")), b"").unwrap();
         }
         let left = left
             .iter()
@@ -125,7 +156,7 @@ mod tests {
         let ledger = Ledger::open(&state.ledger()).unwrap();
         let host = Host::new(state, Box::new(machines), ledger);
         host.adopt_all().unwrap();
-        (host, dir)
+        host
     }
 
     #[test]
@@ -144,13 +175,15 @@ mod tests {
             Phase::Arrived { id: id(4) },
         ]
         .map(|phase| FakeMachine::new(7, phase));
-        let (host, _dir) = restarted(&[
+        let dir = tempfile::tempdir().unwrap();
+        let left = [
             ("running", &running),
             ("offered", &offered),
             ("committed", &handed),
             ("preparing", &preparing),
             ("arrived", &arrived),
-        ]);
+        ];
+        let host = restarted(dir.path(), "", &left);
 
         assert_eq!(offered.phase(), Phase::Running, "it belongs here again");
         assert_eq!(handed.phase(), committed, "only the target can say");
@@ -188,5 +221,32 @@ mod tests {
             Resolution::Runs,
             "the answer outlives the guest"
         );
+    }
+
+    #[test]
+    fn a_restarted_host_keeps_the_source_of_a_guest_that_misses_pages() {
+        let id = MigrationId;
+        let [filling, filled] = [id(1), id(2)].map(|id| FakeMachine::new(7, Phase::Arrived { id }));
+        filling.miss_pages();
+        let dir = tempfile::tempdir().unwrap();
+        // Of the third one nothing is left but this line.
+        let noted = [id(2), id(3)].map(|id| format!("filling {id}\n")).concat();
+        let host = restarted(
+            dir.path(),
+            &noted,
+            &[("filling", &filling), ("filled", &filled)],
+        );
+        let arrivals = Arrivals(Arc::clone(&host));
+        assert_eq!(arrivals.resolve(id(1)), Resolution::Needs);
+        assert_eq!(arrivals.resolve(id(2)), Resolution::Runs);
+        assert_eq!(arrivals.resolve(id(3)), Resolution::Gone);
+        assert_eq!(arrivals.resolve(id(4)), Resolution::Barred);
+        let refused = host.inspect("filling").unwrap_err();
+        assert!(
+            refused.message.contains("limosa drain filling"),
+            "{refused}"
+        );
+        host.stop("filling", false).unwrap();
+        assert_eq!(arrivals.resolve(id(1)), Resolution::Gone);
     }
 }

@@ -1,15 +1,17 @@
 //! Requests about migrations away from this host: start, watch, steer, abort.
 
 use super::{Host, parse_name};
-use crate::api::{LimitsPatch, MigrateBody, MigrationInfo};
+use crate::api::{LimitsPatch, MigrateBody, MigrationInfo, ResolveWord};
 use crate::refusal::Refusal;
 use crate::registry::{Hold, Vm};
 use crate::state_dir::VmName;
 use limosa_carrier::{MigrateRequest, Migration, StartError};
 use limosa_engine::handover::{MigrationId, Phase};
 use limosa_engine::policy::Limits;
-use limosa_engine::report::MigrationReport;
+use limosa_engine::report::{MigrationReport, Outcome};
+use limosa_engine::source::Fence;
 use limosa_pages::BytesPerSecond;
+use std::fs;
 use std::net::{SocketAddr, ToSocketAddrs};
 use std::sync::Arc;
 use std::time::Duration;
@@ -54,7 +56,7 @@ impl Host {
             return Ok(());
         };
         self.ledger()
-            .note_running(id)
+            .note_running(id, false)
             .map_err(|error| Refusal::failed(error.to_string()))?;
         let recorded = vm.machine.guest().record(&Phase::Running);
         recorded.map_err(|error| Refusal::failed(format!("the VM does not answer: {error}")))
@@ -83,7 +85,7 @@ impl Host {
             self.on_finish(name),
         )
         .map_err(|error| match error {
-            StartError::Streams(_) | StartError::NoBandwidth => {
+            StartError::Streams(_) | StartError::TooSlow(_) => {
                 Refusal::bad_request(error.to_string())
             }
             StartError::Guest(_) | StartError::System(_) => Refusal::failed(error.to_string()),
@@ -96,6 +98,10 @@ impl Host {
             let (Some(host), Some(outcome)) = (me.upgrade(), &report.outcome) else {
                 return;
             };
+            if *outcome == Outcome::Completed {
+                // A VM process that was killed meanwhile left its socket; the name is still taken.
+                drop(fs::remove_file(host.state.vm_socket(&name)));
+            }
             host.registry().left(&name, report.id, outcome);
             tracing::info!(migration_id = %report.id, vm = %name, outcome = outcome.name(), "migration over");
         })
@@ -145,21 +151,80 @@ impl Host {
         self.migrations_lock().info(id)
     }
 
-    /// Changes limits of a running migration.
+    /// Changes technique and limits of a running migration.
     ///
     /// # Errors
-    /// It is not known or over, or a limit is wrong.
+    /// It is not known or over, a limit is wrong, or the technique cannot become this one now; then
+    /// nothing is changed.
     pub fn set(&self, id: &str, patch: &LimitsPatch) -> Result<MigrationInfo, Refusal> {
         let id = parse_id(id)?;
         let migration = self.running_migration(id)?;
         let before = migration.status().limits;
         let limits = patch.apply(before).map_err(Refusal::bad_request)?;
-        migration.set(limits);
-        tracing::info!(migration_id = %id, ?limits, "limits changed");
+        if let Some(mode) = patch.mode {
+            migration.set_mode(mode).map_err(|why| {
+                Refusal::conflict(format!("the mode cannot become {mode} now: {why}"))
+            })?;
+            tracing::info!(migration_id = %id, %mode, "mode changed");
+        }
+        if limits != before {
+            migration.set(limits);
+            tracing::info!(migration_id = %id, ?limits, "limits changed");
+        }
         let mut info = self.migrations_lock().info(id)?;
         // The engine takes them up with its next event.
         info.limits = limits.into();
+        info.mode = patch.mode.unwrap_or(info.mode);
         Ok(info)
+    }
+
+    /// Takes the operator's word for what cannot be found out: at the source how an unresolved
+    /// migration ended, at the target that the source of a guest that misses pages is lost.
+    ///
+    /// # Errors
+    /// The attempt is not known, or there is nothing to decide.
+    pub fn resolve(&self, id: &str, word: ResolveWord) -> Result<(), Refusal> {
+        let id = parse_id(id)?;
+        let known = self.migrations_lock().running(id);
+        if let Ok(Some(migration)) = known {
+            let fence = match word {
+                ResolveWord::RunsHere => Fence::RunsHere,
+                ResolveWord::Gone => Fence::Gone,
+            };
+            migration.fence(fence).map_err(Refusal::conflict)?;
+            tracing::warn!(migration_id = %id, ?word, "the operator decided the outcome");
+            return Ok(());
+        }
+        let arrival = self
+            .registry()
+            .arrival(id)
+            .map(|(name, vm)| (name.clone(), vm.hold));
+        match (arrival, word) {
+            (Some((name, Hold::Filling { .. })), ResolveWord::RunsHere) => {
+                Err(Refusal::conflict(format!(
+                    "VM '{name}' runs here already, but pages of it are still at its source and nowhere \
+                     else: without them it cannot be whole; wait for the source, or give the guest up \
+                     with --gone"
+                )))
+            }
+            (Some((name, Hold::Filling { .. })), ResolveWord::Gone) => {
+                let reason = "the operator said that its source will not come back";
+                let peers = self.peers.get();
+                if !peers.is_some_and(|peers| peers.source_is_gone(id, reason)) {
+                    return Err(Refusal::conflict(format!(
+                        "VM '{name}' misses no pages any more, or nobody waits for them: nothing is \
+                         decided"
+                    )));
+                }
+                tracing::warn!(migration_id = %id, vm = %name, "the operator gave the guest up");
+                Ok(())
+            }
+            (Some((name, _)), _) => Err(Refusal::conflict(format!(
+                "VM '{name}' runs here with all its pages: there is nothing to decide"
+            ))),
+            // Over, or never known: which of them, the refusal says.
+            (None, _) => known.and_then(|_| self.running_migration(id)).map(drop),
+        }
     }
 
     /// Aborts a migration.

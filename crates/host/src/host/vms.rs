@@ -6,8 +6,10 @@ use crate::machine::{Activity, Machine, OnEnd};
 use crate::refusal::Refusal;
 use crate::registry::{Hold, Slot, Vm};
 use crate::state_dir::VmName;
-use limosa_carrier::GuestError;
+use limosa_carrier::{GuestError, Listener, Migration};
 use limosa_engine::handover::{MigrationId, Phase};
+use limosa_engine::source::Stage;
+use limosa_pages::PageCount;
 use std::fs::{self, File};
 use std::io::{Read, Seek, SeekFrom};
 use std::net::SocketAddr;
@@ -65,6 +67,8 @@ impl Host {
             huge_pages: shape.huge_pages,
             work: None,
             errors: None,
+            missing_pages: 0,
+            residual_dependency: None,
             migration: None,
             ended,
             socket: self.state.vm_socket(name).display().to_string(),
@@ -87,38 +91,27 @@ impl Host {
         match vm.hold {
             Hold::Here { arrived } => {
                 info.migration = arrived.map(|id| id.to_string());
-                match vm.machine.look() {
-                    Ok(look) => {
-                        info.phase = look.phase.to_string();
-                        info.state = match look.activity {
-                            Activity::Running => VmState::Running,
-                            Activity::Paused => VmState::Paused,
-                            Activity::Ended { .. } => VmState::Ended,
-                        };
-                        if let Activity::Ended { reason } = look.activity {
-                            info.ended = Some(reason);
-                        }
-                    }
-                    Err(error) => {
-                        info.ended = vm.machine.ended();
-                        info.state = if info.ended.is_some() {
-                            VmState::Ended
-                        } else {
-                            VmState::Silent
-                        };
-                        info.phase = error.to_string();
-                    }
-                }
+                tell_look(info, &*vm.machine);
+            }
+            Hold::Filling { id } => {
+                info.migration = Some(id.to_string());
+                tell_look(info, &*vm.machine);
+                self.tell_residue(info, id, &*vm.machine);
             }
             Hold::Leaving { id } => {
                 info.migration = id.map(|id| id.to_string());
-                let unresolved = id.and_then(|id| self.unresolved(id));
-                info.state = if unresolved.is_some() {
-                    VmState::Unresolved
-                } else {
-                    VmState::Migrating
-                };
-                info.phase = unresolved.unwrap_or_else(|| "migrating".to_owned());
+                info.state = VmState::Migrating;
+                info.phase = "migrating".to_owned();
+                let running = id.and_then(|id| self.migrations_lock().running(id).ok()?);
+                let Some(migration) = running else { return };
+                let status = migration.status();
+                if let Some(reason) = status.unresolved {
+                    info.state = VmState::Unresolved;
+                    info.phase = reason;
+                } else if status.stage == Stage::Serving {
+                    let unsent = pages(status.unsent_pages.get());
+                    info.phase = format!("runs at the target and still needs {unsent} from here");
+                }
             }
             Hold::Arriving { id } => {
                 info.migration = Some(id.to_string());
@@ -128,9 +121,25 @@ impl Host {
         }
     }
 
-    fn unresolved(&self, id: MigrationId) -> Option<String> {
-        let running = self.migrations_lock().running(id).ok()??;
-        running.status().unresolved
+    /// Fills in what a guest misses that runs without all its pages, and where that is.
+    fn tell_residue(&self, info: &mut VmInfo, id: MigrationId, machine: &dyn Machine) {
+        let incoming = self.peers.get().map(Listener::incoming).unwrap_or_default();
+        let session = incoming.into_iter().find(|status| status.id == id);
+        info.missing_pages = match &session {
+            Some(status) => status.missing_pages,
+            None => machine
+                .guest()
+                .installer()
+                .map_or(0, |installer| installer.missing_count().get()),
+        };
+        let missing = pages(info.missing_pages);
+        let place = match session.and_then(|status| status.from) {
+            Some(from) => format!("at its source, {}", from.ip()),
+            None => "at its source, which has not come back yet".to_owned(),
+        };
+        info.residual_dependency = Some(format!(
+            "running with residual dependency: {missing} are still {place}"
+        ));
     }
 
     /// Makes a virtual machine and starts it.
@@ -226,13 +235,22 @@ impl Host {
     /// Sees to it that no migration holds a virtual machine.
     fn free(&self, name: &VmName, force: bool) -> Result<(), Refusal> {
         let hold = self.registry().alive(name)?.hold;
-        let Hold::Leaving { id: Some(id) } = hold else {
-            return self.registry().resident(name).map(drop);
+        let id = match hold {
+            Hold::Leaving { id: Some(id) } => id,
+            Hold::Filling { .. } => return Ok(()),
+            _ => return self.registry().resident(name).map(drop),
         };
+        let running = self.migrations_lock().running(id)?;
+        let serves = |migration: &Arc<Migration>| migration.status().stage == Stage::Serving;
+        if running.as_ref().is_some_and(serves) {
+            return Err(Refusal::conflict(format!(
+                "VM '{name}' runs at the target and needs pages from here: 'limosa drain {name}' sends \
+                 them, then nothing of it is left here"
+            )));
+        }
         if !force {
             return self.registry().resident(name).map(drop);
         }
-        let running = self.migrations_lock().running(id)?;
         let Some(migration) = running else {
             return Ok(());
         };
@@ -277,6 +295,38 @@ impl Host {
         let machine = Arc::clone(&self.registry().alive(&name)?.machine);
         machine.command(kind).map_err(|error| silent(&name, &error))
     }
+}
+
+/// Asks a VM process how it is.
+fn tell_look(info: &mut VmInfo, machine: &dyn Machine) {
+    match machine.look() {
+        Ok(look) => {
+            info.phase = look.phase.to_string();
+            info.state = match look.activity {
+                Activity::Running => VmState::Running,
+                Activity::Paused => VmState::Paused,
+                Activity::Ended { .. } => VmState::Ended,
+            };
+            if let Activity::Ended { reason } = look.activity {
+                info.ended = Some(reason);
+            }
+        }
+        Err(error) => {
+            info.ended = machine.ended();
+            info.state = if info.ended.is_some() {
+                VmState::Ended
+            } else {
+                VmState::Silent
+            };
+            info.phase = error.to_string();
+        }
+    }
+}
+
+/// So many pages, and what they come to.
+fn pages(number: u64) -> String {
+    let pages = PageCount::new(number);
+    format!("{pages} ({})", pages.bytes())
 }
 
 fn silent(name: &VmName, error: &GuestError) -> Refusal {

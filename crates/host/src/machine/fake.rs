@@ -8,9 +8,11 @@ use limosa_carrier::{CommitError, Guest, GuestError, Running, Saved};
 use limosa_engine::Timestamp;
 use limosa_engine::handover::{MigrationId, Phase};
 use limosa_engine::wire::Start;
+use limosa_os::userfault::PageInstaller;
 use limosa_os::{PageKind, SharedMemory};
 use limosa_pages::{ByteCount, PageRange, PageSet};
 use std::collections::HashMap;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -18,6 +20,7 @@ use std::time::Duration;
 pub struct FakeMachine {
     pid: u32,
     guest: Arc<FakeGuest>,
+    misses_pages: AtomicBool,
     ended: Mutex<Option<String>>,
 }
 
@@ -25,6 +28,7 @@ pub struct FakeMachine {
 pub struct FakeGuest {
     phase: Mutex<Phase>,
     memory: Arc<SharedMemory>,
+    is_gone: AtomicBool,
 }
 
 impl FakeMachine {
@@ -33,19 +37,32 @@ impl FakeMachine {
         let guest = FakeGuest {
             phase: Mutex::new(phase),
             memory: Arc::new(memory),
+            is_gone: AtomicBool::new(false),
         };
         Arc::new(Self {
             pid,
             guest: Arc::new(guest),
+            misses_pages: AtomicBool::new(false),
             ended: Mutex::new(None),
         })
+    }
+
+    /// Its page faults are armed, as a restarted daemon finds it.
+    pub fn miss_pages(&self) {
+        self.misses_pages.store(true, Ordering::SeqCst);
     }
 
     pub fn phase(&self) -> Phase {
         self.guest.phase.lock().unwrap().clone()
     }
 
+    /// Its process ends, and nobody has noticed yet.
+    pub fn die(&self) {
+        self.guest.is_gone.store(true, Ordering::SeqCst);
+    }
+
     pub fn end(&self, reason: &str) {
+        self.die();
         *self.ended.lock().unwrap() = Some(reason.to_owned());
     }
 }
@@ -75,6 +92,10 @@ impl Machine for FakeMachine {
                 activity: Activity::Running,
             }),
         }
+    }
+
+    fn misses_pages(&self) -> bool {
+        self.misses_pages.load(Ordering::SeqCst)
     }
 
     fn run(&self) -> Result<(), GuestError> {
@@ -159,7 +180,24 @@ impl Guest for FakeGuest {
         unreachable!("no migration of a fake gets so far")
     }
 
-    fn commit_and_run(&self, _: MigrationId, _: Timestamp) -> Result<Running, CommitError> {
+    fn installer(&self) -> Option<Arc<PageInstaller>> {
+        None
+    }
+
+    fn disarm(&self) -> Result<(), GuestError> {
+        Ok(())
+    }
+
+    fn is_gone(&self) -> bool {
+        self.is_gone.load(Ordering::SeqCst)
+    }
+
+    fn commit_and_run(
+        &self,
+        _: MigrationId,
+        _: Timestamp,
+        _: bool,
+    ) -> Result<Running, CommitError> {
         unreachable!("no migration of a fake gets so far")
     }
 

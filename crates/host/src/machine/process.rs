@@ -256,7 +256,8 @@ impl Process {
         match self
             .handle
             .memory()
-            .read_at(abi::memory_map::BOOT_INFO, &mut page)
+            // A page that is missing must not come to be by being looked at.
+            .read_file_at(abi::memory_map::BOOT_INFO, &mut page)
         {
             Ok(()) => abi::BootInfo::read_from_prefix(&page)
                 .ok()
@@ -298,6 +299,10 @@ impl Machine for Process {
             phase: status.phase,
             activity: activity(&status.run_state),
         })
+    }
+
+    fn misses_pages(&self) -> bool {
+        Guest::installer(&*self.handle).is_some()
     }
 
     fn run(&self) -> Result<(), GuestError> {
@@ -451,7 +456,10 @@ fn connect_again(socket: &Path) -> Result<Option<VmHandle>, String> {
         match VmHandle::connect(socket) {
             Ok(handle) => return Ok(Some(handle)),
             Err(VmError::Connect { .. }) => return Ok(None),
-            Err(VmError::Busy(_)) if begun.elapsed() < START_MAX => {
+            // The last daemon's connection is still there, or the process ends right now.
+            Err(VmError::Busy(_) | VmError::Gone(_) | VmError::Lost(_))
+                if begun.elapsed() < START_MAX =>
+            {
                 thread::sleep(Duration::from_millis(10));
             }
             Err(error) => return Err(GuestError::from(error).0),

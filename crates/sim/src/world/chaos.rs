@@ -1,13 +1,17 @@
 //! How things go wrong, and how they heal.
 
-use super::{Event, World};
+use super::{Event, SourceJob, World};
 use crate::fault::{Deed, Fault, Trigger};
 use crate::link::{PUSH, Side};
 use crate::process::VmIndex;
 use core::time::Duration;
 use limosa_engine::handover::Phase;
-use limosa_engine::source::SourceEvent;
+use limosa_engine::policy::Mode;
+use limosa_engine::source::{Fence, SourceEvent};
 use limosa_engine::target::TargetEvent;
+
+/// An operator asks again no sooner than this.
+const DRAIN_AGAIN: Duration = Duration::from_millis(100);
 
 impl World {
     /// Puts faults on the schedule.
@@ -99,6 +103,12 @@ impl World {
                     self.operator(job, SourceEvent::Set(limits));
                 }
             }
+            Deed::SetMode(mode) => {
+                if let Some(job) = self.sources.iter().rposition(|job| job.is_at_work()) {
+                    self.operator(job, SourceEvent::SetMode(mode));
+                }
+            }
+            Deed::LoseHost { host } => self.lose_host(host),
             Deed::AbortAtTarget => {
                 if let Some(job) = self.targets.iter().rposition(|job| job.is_at_work()) {
                     self.schedule(Duration::ZERO, Event::AbortTarget { target: job });
@@ -110,6 +120,51 @@ impl World {
 
     fn operator(&mut self, source: usize, event: SourceEvent) {
         self.schedule(Duration::ZERO, Event::Operator { source, event });
+    }
+
+    /// A host is gone for ever. The operator hears of it after a while.
+    fn lose_host(&mut self, host: usize) {
+        self.kill_daemon(host, Duration::ZERO);
+        self.kill_vms(host);
+        self.hosts[host].is_up = false;
+        self.hosts[host].is_lost = true;
+        let delay = self.random.micros(1000, 20_000_000);
+        self.will_heal_after(delay);
+        self.schedule(delay, Event::Fence { host });
+    }
+
+    /// The operator says what became of a guest that a lost host had, or was to have: as it is.
+    pub(crate) fn fence(&mut self, host: usize) {
+        let job = self
+            .sources
+            .iter()
+            .rposition(|job| job.is_at_work() && job.host != host);
+        if let Some(job) = job {
+            let fence = if self.vms[self.sources[job].vm].is_past {
+                Fence::Gone
+            } else {
+                Fence::RunsHere
+            };
+            self.operator(job, SourceEvent::Fence(fence));
+        } else if self.hosts[1 - host].is_ready() || self.hosts[1 - host].is_lost {
+            return;
+        }
+        let again = self.random.micros(100_000, 2_000_000);
+        self.schedule(again, Event::Fence { host });
+    }
+
+    /// The operator ends a migration on demand.
+    pub(crate) fn drain(&mut self, vm: VmIndex) {
+        if !self.vms[vm].is_alive || !self.vms[vm].memory.misses_pages() || self.is_stranded() {
+            return;
+        }
+        if let Some(job) = self.sources.iter().rposition(|job| job.is_at_work())
+            && self.sources[job].mode() == Mode::Demand
+        {
+            self.tell_source(job, SourceEvent::SetMode(Mode::PostCopy));
+        }
+        let again = self.config.drain_after.max(DRAIN_AGAIN);
+        self.schedule(again, Event::Drain { vm });
     }
 
     pub(crate) fn abort_target(&mut self, target: usize) {
@@ -177,8 +232,20 @@ impl World {
     /// True when a process that held the guest, or was about to, was killed: then nobody can say
     /// that the guest must run.
     pub(crate) fn is_guest_lost(&self) -> bool {
-        self.vms.iter().enumerate().any(|(index, vm)| {
+        let was_killed = self.vms.iter().enumerate().any(|(index, vm)| {
             vm.was_killed && (index == self.owner || matches!(vm.phase, Phase::Arrived { .. }))
-        })
+        });
+        was_killed || self.is_stranded()
+    }
+
+    /// True when the guest stands, or will, at a page that was lost with the source: its process
+    /// died, and so did the daemon that still had its memory.
+    pub(crate) fn is_stranded(&self) -> bool {
+        let (owner, origin) = (&self.vms[self.owner], &self.vms[self.origin]);
+        let is_kept = |job: &SourceJob| job.is_at_work() && job.vm == self.origin;
+        owner.is_alive
+            && owner.memory.misses_pages()
+            && origin.was_killed
+            && !self.sources.iter().any(is_kept)
     }
 }

@@ -7,7 +7,7 @@
 //! before the guest's first instruction. A restarted daemon answers nothing before it has asked
 //! every VM process of its host for its phase, behind whatever waits in that process's socket.
 
-use super::{Event, SourceJob, World};
+use super::{Event, SourceJob, TargetJob, World};
 use crate::fault::WorldFault;
 use crate::link::Side;
 use crate::process::{Answer, Caller, Message, Request, VmIndex};
@@ -15,7 +15,7 @@ use core::time::Duration;
 use limosa_engine::handover::{MigrationId, Phase, Resolution};
 use limosa_engine::source::SourceEvent;
 use limosa_engine::target::TargetEvent;
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 /// One host.
 #[derive(Debug)]
@@ -27,12 +27,14 @@ pub(crate) struct Host {
     /// Which life of its daemon this is.
     pub(crate) generation: u32,
     pub(crate) is_up: bool,
+    /// It will never be there again.
+    pub(crate) is_lost: bool,
     /// VM processes that a restarted daemon has not heard of yet.
     attaching: usize,
     /// Attempts that will never run here; in the daemon's memory.
     pub(crate) barred: BTreeSet<MigrationId>,
-    /// Attempts that arrived here; on disk.
-    pub(crate) ledger: BTreeSet<MigrationId>,
+    /// Attempts that arrived here, and whether with all their pages; on disk.
+    pub(crate) ledger: BTreeMap<MigrationId, bool>,
 }
 
 impl Host {
@@ -42,9 +44,10 @@ impl Host {
             offset,
             generation: 0,
             is_up: true,
+            is_lost: false,
             attaching: 0,
             barred: BTreeSet::new(),
-            ledger: BTreeSet::new(),
+            ledger: BTreeMap::new(),
         }
     }
 
@@ -88,6 +91,9 @@ impl World {
     }
 
     pub(crate) fn restart(&mut self, host: usize) {
+        if self.hosts[host].is_lost {
+            return;
+        }
         self.note(|| format!("daemon {host} starts again"));
         self.hosts[host].is_up = true;
         let generation = self.hosts[host].generation;
@@ -114,17 +120,37 @@ impl World {
         }
     }
 
-    /// The restarted daemon knows its VM processes: whatever was committed must be resolved.
+    /// The restarted daemon knows its VM processes: whatever was committed must be resolved, and
+    /// who waits for a missing page must not wait in vain.
     fn recover(&mut self, host: usize) {
         for vm in 0..self.vms.len() {
             let process = &self.vms[vm];
-            if process.host == host
-                && process.is_alive
-                && let Phase::Committed { id, .. } = process.phase
-            {
-                self.recover_source(host, vm, id);
+            if process.host != host || !process.is_alive {
+                continue;
+            }
+            match process.phase {
+                Phase::Committed { id, .. } => self.recover_source(host, vm, id),
+                Phase::Arrived { id }
+                    if process.memory.is_armed || process.memory.misses_pages() =>
+                {
+                    self.recover_target(host, vm, id);
+                }
+                _ => {}
             }
         }
+    }
+
+    fn recover_target(&mut self, host: usize, vm: VmIndex, id: MigrationId) {
+        let local = self.clock(host);
+        let job = TargetJob::recover(id, host, &self.hosts[host], local, &self.vms[vm], vm);
+        self.targets.push(job);
+        let job = self.targets.len() - 1;
+        let waiting: Vec<u64> = self.vms[vm].waiting.iter().copied().collect();
+        for page in waiting {
+            self.notice_fault(job, page);
+        }
+        self.tell_target(job, TargetEvent::Timer);
+        self.check_present(job);
     }
 
     fn recover_source(&mut self, host: usize, vm: VmIndex, id: MigrationId) {
@@ -226,13 +252,18 @@ impl World {
         if self.hosts[host].barred.contains(&id) {
             return Resolution::Barred;
         }
-        let runs = self.hosts[host].ledger.contains(&id)
-            || self
-                .vms
-                .iter()
-                .any(|vm| vm.host == host && vm.is_alive && vm.phase == Phase::Arrived { id });
+        let alive = self
+            .vms
+            .iter()
+            .find(|vm| vm.host == host && vm.is_alive && vm.phase == Phase::Arrived { id });
+        let was_complete = self.hosts[host].ledger.get(&id).copied();
+        let runs = was_complete.is_some() || alive.is_some();
         if runs && !self.is_planted(WorldFault::BarredWithoutProof) {
-            return Resolution::Runs;
+            return match (alive, was_complete) {
+                (Some(vm), _) if vm.memory.misses_pages() => Resolution::Needs,
+                (None, Some(false)) => Resolution::Gone,
+                _ => Resolution::Runs,
+            };
         }
         if !runs && self.is_planted(WorldFault::RunsWithoutProof) {
             return Resolution::Runs;

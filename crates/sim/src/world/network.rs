@@ -2,28 +2,44 @@
 
 use super::{Event, TargetJob, World};
 use crate::fault::WorldFault;
-use crate::link::{CONTROL_TO_SOURCE, CONTROL_TO_TARGET, Connection, Frame, PUSH, Side};
+use crate::link::{
+    ANSWER, CONTROL_TO_SOURCE, CONTROL_TO_TARGET, Connection, Frame, PUSH, Side, WANT,
+};
 use limosa_engine::source::SourceEvent;
 use limosa_engine::target::TargetEvent;
 use limosa_engine::wire::ControlFrame;
 
 impl World {
     /// The source's dialling arrives at the target's host.
-    pub(crate) fn accept(&mut self, source: usize) {
+    pub(crate) fn accept(&mut self, source: usize, dial: u64) {
         let host = 1 - self.sources[source].host;
         let id = self.sources[source].id;
         let is_welcome = self.hosts[host].is_ready() && !self.hosts[host].barred.contains(&id);
-        if !self.link.is_up || !is_welcome {
-            let delay = self.random.micros(100, 3_000_000);
-            self.schedule(
-                delay,
-                Event::Dialled {
-                    source,
-                    connection: None,
-                },
-            );
-            return;
-        }
+        let connection = if !self.link.is_up || !is_welcome {
+            None
+        } else if self.sources[source].is_resuming {
+            self.accept_again(source)
+        } else {
+            Some(self.accept_first(source))
+        };
+        let delay = match connection {
+            Some(_) => self.link.latency(),
+            None => self.random.micros(100, 3_000_000),
+        };
+        self.schedule(
+            delay,
+            Event::Dialled {
+                source,
+                dial,
+                connection,
+            },
+        );
+    }
+
+    /// A migration begins here.
+    fn accept_first(&mut self, source: usize) -> usize {
+        let host = 1 - self.sources[source].host;
+        let id = self.sources[source].id;
         let connection = self.connections.len();
         let target = self.targets.len();
         let streams = self.sources[source].config.streams;
@@ -41,20 +57,35 @@ impl World {
         self.targets.push(job);
         // Nothing else wakes a target whose peer falls silent before its first frame.
         self.tell_target(target, TargetEvent::Timer);
-        let delay = self.link.latency();
-        self.schedule(
-            delay,
-            Event::Dialled {
-                source,
-                connection: Some(connection),
-            },
-        );
+        connection
+    }
+
+    /// The source of a guest that runs here has come back: its former connection is closed, even
+    /// if nobody noticed yet that it broke.
+    fn accept_again(&mut self, source: usize) -> Option<usize> {
+        let host = 1 - self.sources[source].host;
+        let id = self.sources[source].id;
+        let target = self.targets.iter().position(|job| {
+            job.is_at_work()
+                && job.host == host
+                && job.id == id
+                && job.engine.machine().is_committed()
+        })?;
+        let former = self.targets[target].connection.take();
+        self.close(former, Side::Target);
+        let connection = self.connections.len();
+        let streams = self.sources[source].config.streams;
+        self.connections
+            .push(Connection::new(source, target, streams));
+        self.targets[target].connection = Some(connection);
+        self.targets[target].is_reconciled = false;
+        Some(connection)
     }
 
     /// The source learns whether it is connected.
-    pub(crate) fn dialled(&mut self, source: usize, connection: Option<usize>) {
+    pub(crate) fn dialled(&mut self, source: usize, dial: u64, connection: Option<usize>) {
         let job = &mut self.sources[source];
-        if !job.is_at_work() || !job.is_dialling {
+        if !job.is_at_work() || !job.is_dialling || job.dials != dial {
             if let Some(connection) = connection {
                 self.connections[connection].open[Side::Source as usize] = true;
                 self.close(Some(connection), Side::Source);
@@ -141,10 +172,9 @@ impl World {
         let Some(frame) = wire.channels[channel].in_flight.pop_front() else {
             return;
         };
-        let side = if channel == CONTROL_TO_SOURCE {
-            Side::Source
-        } else {
-            Side::Target
+        let side = match channel {
+            CONTROL_TO_SOURCE | WANT => Side::Source,
+            _ => Side::Target,
         };
         if !wire.open[side as usize] {
             return;
@@ -158,23 +188,28 @@ impl World {
                 self.tell_target(target, TargetEvent::Frame(frame));
             }
             (Frame::Close, side) => self.notice_loss(connection, side),
-            (frame, _) => self.receive(target, channel - PUSH, frame),
+            (frame, Side::Source) => self.wanted(source, frame),
+            (frame, Side::Target) => self.receive(target, channel, frame),
         }
     }
 
-    /// A receiver of the target takes a frame of a push stream.
-    fn receive(&mut self, target: usize, stream: usize, frame: Frame) {
+    /// A receiver of the target takes a frame of a push stream or an answer.
+    fn receive(&mut self, target: usize, channel: usize, frame: Frame) {
         let vm = self.targets[target].vm;
+        let is_answer = channel == ANSWER;
+        if is_answer {
+            self.targets[target].answer_bytes += frame.bytes();
+        }
         match (frame, vm) {
             (Frame::Barrier(round), _) => {
-                let stream = u8::try_from(stream).expect("streams are counted in a u8");
+                let stream = u8::try_from(channel - PUSH).expect("streams are counted in a u8");
                 self.tell_target(target, TargetEvent::Barrier { stream, round });
             }
             (Frame::Pages { first, content }, Some(vm)) => {
                 self.catch_up(vm);
                 self.targets[target].pages_received += content.len() as u64;
                 for (page, content) in (first..).zip(content) {
-                    self.vms[vm].memory.install(page, content);
+                    self.land(target, vm, page, content);
                 }
             }
             (Frame::Zeros(range), Some(vm)) => {
@@ -182,12 +217,19 @@ impl World {
                 self.targets[target].pages_received += range.count.get();
                 if !self.is_planted(WorldFault::ZeroNotOverwritten) {
                     for page in range.iter() {
-                        self.vms[vm].memory.install(page.get(), 0);
+                        self.land(target, vm, page.get(), 0);
                     }
+                }
+            }
+            (Frame::Stale(ranges), Some(vm)) if !self.is_planted(WorldFault::StaleIgnored) => {
+                for page in ranges.into_iter().flat_map(limosa_pages::PageRange::iter) {
+                    self.vms[vm].memory.make_missing(page.get());
+                    self.targets[target].note_installed(page.get(), 0);
                 }
             }
             _ => {}
         }
+        self.check_present(target);
     }
 
     /// A side notices that the connection is no more.
@@ -199,10 +241,16 @@ impl World {
         match side {
             Side::Source => {
                 let source = self.connections[connection].source;
+                if self.sources[source].connection != Some(connection) {
+                    return;
+                }
                 self.tell_source(source, SourceEvent::ConnectionLost { reason });
             }
             Side::Target => {
                 let target = self.connections[connection].target;
+                if self.targets[target].connection != Some(connection) {
+                    return;
+                }
                 self.tell_target(target, TargetEvent::ConnectionLost { reason });
             }
         }
@@ -230,7 +278,11 @@ impl World {
         self.transmit(connection, there, Frame::Close);
         if side == Side::Target {
             // Nobody reads the pushes any more: their senders are stuck.
-            for channel in self.connections[connection].channels.iter_mut().skip(PUSH) {
+            for channel in self.connections[connection]
+                .channels
+                .iter_mut()
+                .skip(ANSWER)
+            {
                 channel.is_cut = true;
                 channel.in_flight.clear();
             }

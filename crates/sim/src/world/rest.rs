@@ -2,12 +2,14 @@
 
 use super::source_driver::fresh_source;
 use super::target_driver::fresh_target;
-use super::{TargetJob, World};
+use super::{SourceJob, TargetJob, World};
 use crate::checker::Rule;
+use crate::process::VmProcess;
 use core::time::Duration;
 use limosa_engine::handover::Phase;
 use limosa_engine::journal::{Entry, replay};
-use limosa_engine::report::Outcome;
+use limosa_engine::report::{MigrationReport, Outcome};
+use limosa_engine::target::Target;
 use serde::Serialize;
 use xxhash_rust::xxh3::xxh3_64_with_seed;
 
@@ -24,6 +26,16 @@ impl World {
                 String::from("nobody runs the guest and nobody is at work"),
             );
         }
+        if running == 1
+            && self.vms[self.owner].memory.misses_pages()
+            && !self.is_guest_lost()
+            && !self.is_anything_at_work()
+        {
+            self.violate(
+                Rule::StandsForAReason,
+                String::from("the guest misses pages and nobody is at work"),
+            );
+        }
         if self.guest.stale_reads > 0
             && self.violation.is_none()
             && let Some(text) = self.guest.first_error.clone()
@@ -34,9 +46,16 @@ impl World {
 
     /// True while somebody will still decide something.
     pub(crate) fn is_anything_at_work(&self) -> bool {
-        self.hosts.iter().any(|host| !host.is_ready())
-            || self.sources.iter().any(super::SourceJob::is_at_work)
-            || self.targets.iter().any(TargetJob::is_at_work)
+        let is_waited_for = |job: &TargetJob| {
+            // Not if it waits for a source that will never come again.
+            let is_filling = job.engine.machine().is_filling();
+            job.is_at_work() && !(is_filling && self.is_stranded())
+        };
+        self.hosts
+            .iter()
+            .any(|host| !host.is_ready() && !host.is_lost)
+            || self.sources.iter().any(SourceJob::is_at_work)
+            || self.targets.iter().any(is_waited_for)
             || self.vms.iter().any(|vm| vm.is_alive && vm.is_busy())
     }
 
@@ -47,17 +66,23 @@ impl World {
         let Some(outcome) = &source.outcome else {
             return;
         };
+        let runs = self.vms.iter().any(|vm| vm.is_running);
+        // Dead or alive: what ended before its pages were there was not moved.
+        let arrived = Phase::Arrived { id: source.id };
+        let misses = |vm: &VmProcess| vm.phase == arrived && vm.memory.misses_pages();
+        let is_whole = !self.vms.iter().any(misses);
         let is_true = match outcome {
-            Outcome::Completed => !vm.is_alive,
+            Outcome::Completed => !vm.is_alive && is_whole,
             // It may have died a moment ago; who knows that must not say that it runs.
             Outcome::Aborted | Outcome::Failed { .. } => {
                 (vm.was_killed && !source.knows_loss) || vm.is_running
             }
-            Outcome::GuestLost { .. } => !vm.is_alive,
+            Outcome::GuestLost { .. } => !vm.is_alive && !runs,
         };
         if !is_true {
             let text = format!(
-                "{outcome:?} was stated; the source's process lives: {}, runs: {}",
+                "{outcome:?} was stated; the source's process lives: {}, runs: {}; the guest \
+                 runs: {runs}, with all its pages: {is_whole}",
                 vm.is_alive, vm.is_running
             );
             self.violate(Rule::TruthfulOutcome, text);
@@ -72,20 +97,9 @@ impl World {
         let source = &self.sources[job];
         let report = source.report().clone();
         let host = source.host;
-        if report.downtime.is_some() && report.pages_sent().get() != source.pages_carried {
-            let text = format!(
-                "{} pages reported and {} carried",
-                report.pages_sent().get(),
-                source.pages_carried
-            );
-            return self.violate(Rule::TruthfulReport, text);
-        }
-        let bytes: u64 = report.rounds.iter().map(|round| round.bytes.get()).sum();
-        if report.downtime.is_some() && bytes != source.bytes_carried {
-            let text = format!(
-                "{bytes} bytes reported and {} carried",
-                source.bytes_carried
-            );
+        if report.downtime.is_some()
+            && let Some(text) = differs(&report, source)
+        {
             return self.violate(Rule::TruthfulReport, text);
         }
         if report.digest_equal == Some(false) {
@@ -103,11 +117,11 @@ impl World {
         else {
             return;
         };
-        if received != source.pages_carried {
-            let text = format!(
-                "{received} pages received and {} sent",
-                source.pages_carried
-            );
+        let carried = source.pages_carried + source.serving.pages;
+        // With a switch it is over when every page has come once: a second copy may be on its way.
+        let is_all = received == carried || (received < carried && source.serving.is_switching);
+        if !is_all && source.serving.reconnections == 0 {
+            let text = format!("{received} pages received and {carried} sent");
             return self.violate(Rule::TruthfulReport, text);
         }
         let truth = first_instruction_at.since(source.stopped_at);
@@ -169,7 +183,11 @@ impl World {
             }
         }
         for job in &self.targets {
-            let mut fresh = fresh_target(job.id, job.boot_id, job.accepted_at, job.planted);
+            let mut fresh = if job.is_recovery {
+                Target::recover(job.id, job.boot_id, job.accepted_at)
+            } else {
+                fresh_target(job.id, job.boot_id, job.accepted_at, job.planted)
+            };
             if let Err(error) = replay(&mut fresh, job.engine.entries().to_vec()) {
                 divergences.push(format!("target: {error}"));
             }
@@ -190,6 +208,42 @@ impl World {
         }
         hash
     }
+}
+
+/// Where a report differs from what was handed to the wire, if it does.
+fn differs(report: &MigrationReport, source: &SourceJob) -> Option<String> {
+    let pages: u64 = report.rounds.iter().map(|round| round.pages.get()).sum();
+    // When all pages have come, a piece of which every page was asked for may be under way still.
+    let carried = source.pages_carried - source.pages_unfinished;
+    if pages != carried {
+        return Some(format!("{pages} pages reported and {carried} carried"));
+    }
+    let rounds: u64 = report.rounds.iter().map(|round| round.bytes.get()).sum();
+    let bytes = rounds + report.missing_set_bytes.get();
+    let carried = source.bytes_carried - source.bytes_unfinished;
+    if bytes != carried {
+        return Some(format!("{bytes} bytes reported and {carried} carried"));
+    }
+    let faults = report.faults.as_ref()?;
+    let (pulled, pushed) = (faults.pulled.get(), faults.pushed.get());
+    if source.serving.reconnections > 0 {
+        return None;
+    }
+    if pulled + pushed != report.missing_at_switch.get() {
+        let missing = report.missing_at_switch.get();
+        return Some(format!(
+            "{missing} pages were missing, {pulled} pulled, {pushed} pushed"
+        ));
+    }
+    let (answered, answer_bytes) = (source.serving.pages, source.serving.bytes);
+    if answered > pulled || faults.pulled_bytes.get() > answer_bytes {
+        let bytes = faults.pulled_bytes.get();
+        return Some(format!(
+            "{pulled} pages and {bytes} bytes pulled, {answered} and {answer_bytes} answered"
+        ));
+    }
+    let counted: u32 = faults.latency_log2_us.iter().sum();
+    (u64::from(counted) != pulled).then(|| format!("{counted} latencies of {pulled} pulled pages"))
 }
 
 fn hash_entries<E: Serialize>(seed: u64, entries: &[Entry<E>]) -> u64 {

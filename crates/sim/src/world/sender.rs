@@ -5,10 +5,10 @@
 //! which pages exist when it reads, which is after their clear: a page that came into being between
 //! the harvest and the clear is in no harvest, and its dirty bit is gone.
 
-use super::{Event, World};
+use super::{Event, SourceJob, World};
 use crate::fault::WorldFault;
 use crate::link::{Frame, PUSH};
-use limosa_engine::source::{Piece, SentPiece, SourceEvent};
+use limosa_engine::source::{Piece, SentPiece, SourceEvent, Stage};
 use limosa_pages::{ByteCount, PageCount, PageRange, Pfn};
 use std::collections::VecDeque;
 
@@ -17,6 +17,23 @@ use std::collections::VecDeque;
 pub(super) enum Order {
     Piece(Piece),
     Barrier(u32),
+    /// What the target does not have.
+    Stale(Piece),
+    /// What the vCPUs need first, in this round.
+    First(u32),
+    /// What is missing and was not sent.
+    Push(Piece),
+}
+
+impl Order {
+    /// The piece to be reported as sent; a barrier is none.
+    const fn piece(self) -> Option<Piece> {
+        match self {
+            Self::Barrier(_) => None,
+            Self::Piece(piece) | Self::Stale(piece) | Self::Push(piece) => Some(piece),
+            Self::First(round) => Some(Piece::first_needed(round)),
+        }
+    }
 }
 
 /// The sender of one push stream.
@@ -27,6 +44,35 @@ pub(super) struct Sender {
     /// The next page of the piece in work.
     pub(super) cursor: Option<u64>,
     tally: SentPiece,
+}
+
+impl Sender {
+    /// Forgets everything: what was sent for a piece that will not be reported.
+    pub(super) fn drop_orders(&mut self) -> SentPiece {
+        self.orders.clear();
+        self.cursor = None;
+        core::mem::take(&mut self.tally)
+    }
+}
+
+impl SourceJob {
+    /// A sender has handed the pages of `range` to the wire.
+    fn count_sent(&mut self, stream: usize, range: PageRange, is_zero: bool, bytes: u64) {
+        let sender = &mut self.senders[stream];
+        sender.cursor = Some(range.end().get());
+        sender.is_awake = true;
+        sender.tally.pages = sender.tally.pages.saturating_add(range.count);
+        sender.tally.bytes = sender.tally.bytes.saturating_add(ByteCount::new(bytes));
+        let resent = self.sent_before.count_range(range);
+        sender.tally.resent = sender.tally.resent.saturating_add(resent);
+        if is_zero {
+            sender.tally.zero_pages = sender.tally.zero_pages.saturating_add(range.count);
+        }
+        self.sent_before.insert_range(range);
+        self.serving.owed.remove_range(range);
+        self.pages_carried += range.count.get();
+        self.bytes_carried += bytes;
+    }
 }
 
 impl World {
@@ -59,56 +105,73 @@ impl World {
                 // The socket's buffer is full and nobody empties it.
                 return;
             }
-            let sender = &mut source.senders[stream];
-            match sender.orders.front().copied() {
-                None => return,
-                Some(Order::Barrier(round)) => {
-                    sender.orders.pop_front();
+            let Some(order) = source.senders[stream].orders.front().copied() else {
+                return;
+            };
+            match order {
+                Order::Barrier(round) => {
                     self.transmit(connection, PUSH + stream, Frame::Barrier(round));
                 }
-                Some(Order::Piece(piece)) => {
-                    let from = sender.cursor.unwrap_or(piece.range.first.get());
-                    if self.send_batch(job, stream, connection, piece, from) {
-                        return;
-                    }
-                    let sender = &mut self.sources[job].senders[stream];
-                    sender.orders.pop_front();
-                    sender.cursor = None;
-                    let sent = core::mem::take(&mut sender.tally);
-                    let stream = u8::try_from(stream).expect("streams are counted in a u8");
-                    self.tell_source(
-                        job,
-                        SourceEvent::Sent {
-                            piece,
-                            stream,
-                            sent,
-                        },
-                    );
+                Order::Stale(piece) => self.send_stale(job, stream, connection, piece),
+                order if self.send_batch(job, stream, connection, order) => return,
+                _ => {}
+            }
+            let sender = &mut self.sources[job].senders[stream];
+            sender.orders.pop_front();
+            sender.cursor = None;
+            let sent = core::mem::take(&mut sender.tally);
+            if let Some(piece) = order.piece() {
+                let source = &mut self.sources[job];
+                if source.engine.machine().stage() == Stage::Releasing {
+                    // All pages have come another way, and nobody counts these any more.
+                    source.pages_unfinished += sent.pages.get();
+                    source.bytes_unfinished += sent.bytes.get();
+                    continue;
                 }
+                let stream = u8::try_from(stream).expect("streams are counted in a u8");
+                self.tell_source(
+                    job,
+                    SourceEvent::Sent {
+                        piece,
+                        stream,
+                        sent,
+                    },
+                );
             }
         }
     }
 
-    /// Reads and sends the next few pages of a piece from page `from` on; false when none is left.
-    fn send_batch(
-        &mut self,
-        job: usize,
-        stream: usize,
-        connection: usize,
-        piece: Piece,
-        from: u64,
-    ) -> bool {
-        let end = piece.range.end().get();
+    /// Tells which pages of a piece the target does not have.
+    fn send_stale(&mut self, job: usize, stream: usize, connection: usize, piece: Piece) {
+        let source = &mut self.sources[job];
+        let ranges: Vec<PageRange> = source.set.runs_in(piece.range).collect();
+        let frame = Frame::Stale(ranges);
+        source.bytes_carried += frame.bytes();
+        source.senders[stream].tally.bytes = ByteCount::new(frame.bytes());
+        self.transmit(connection, PUSH + stream, frame);
+    }
+
+    /// Reads and sends the next few pages of an order; false when none is left.
+    fn send_batch(&mut self, job: usize, stream: usize, connection: usize, order: Order) -> bool {
+        let range = match order {
+            Order::Piece(piece) | Order::Push(piece) => piece.range,
+            _ => PageRange::new(Pfn::new(0), self.config.habits.memory),
+        };
+        let end = range.end().get();
+        let cursor = self.sources[job].senders[stream].cursor;
+        let from = cursor.unwrap_or(range.first.get());
         let vm = self.sources[job].vm;
         self.catch_up(vm);
         let looks_up_now =
             self.sources[job].is_bulk && !self.is_planted(WorldFault::HolesBeforeClear);
+        let keeps_old = self.is_planted(WorldFault::PulledPageOld);
         let memory = &self.vms[vm].memory;
         let source = &mut self.sources[job];
-        let set = if looks_up_now {
-            memory.exists()
-        } else {
-            &source.set
+        let set = match order {
+            Order::Push(_) => &source.serving.owed,
+            Order::First(_) => &source.serving.first,
+            _ if looks_up_now => memory.exists(),
+            _ => &source.set,
         };
         let rest = PageRange::new(Pfn::new(from), PageCount::new(end - from));
         let Some(run) = set.runs_in(rest).next() else {
@@ -128,19 +191,17 @@ impl World {
             Frame::Pages { first, content }
         };
         let bytes = frame.bytes();
-        let sender = &mut source.senders[stream];
-        sender.cursor = Some(stop);
-        sender.is_awake = true;
-        sender.tally.pages = sender.tally.pages.saturating_add(range.count);
-        sender.tally.bytes = sender.tally.bytes.saturating_add(ByteCount::new(bytes));
-        let resent = source.sent_before.count_range(range);
-        sender.tally.resent = sender.tally.resent.saturating_add(resent);
-        if is_zero {
-            sender.tally.zero_pages = sender.tally.zero_pages.saturating_add(range.count);
+        if keeps_old {
+            for page in range.iter() {
+                let content = memory.read(page.get());
+                source
+                    .serving
+                    .sent_first
+                    .entry(page.get())
+                    .or_insert(content);
+            }
         }
-        source.sent_before.insert_range(range);
-        source.pages_carried += range.count.get();
-        source.bytes_carried += bytes;
+        source.count_sent(stream, range, is_zero, bytes);
         let limit = source.limit;
         let done = self.link.occupy(self.now, bytes, limit);
         self.transmit_at(connection, PUSH + stream, frame, done);

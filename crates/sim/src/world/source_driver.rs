@@ -1,6 +1,7 @@
 //! The source's daemon at work: carries out what a source engine wants.
 
 use super::sender::{Order, Sender};
+use super::serving::Serving;
 use super::{Event, World};
 use crate::fault::Planted;
 use crate::link::Side;
@@ -8,6 +9,7 @@ use crate::process::{Answer, Caller, Request, VmIndex};
 use limosa_engine::Timestamp;
 use limosa_engine::handover::{MigrationId, Phase};
 use limosa_engine::journal::Journaled;
+use limosa_engine::policy::Mode;
 use limosa_engine::report::{MigrationReport, Outcome};
 use limosa_engine::source::{Paused, Source, SourceAction, SourceConfig, SourceEvent};
 use limosa_engine::wire::{ControlFrame, Digest};
@@ -28,6 +30,9 @@ pub(crate) struct SourceJob {
     pub(crate) outcome: Option<Outcome>,
     pub(crate) connection: Option<usize>,
     pub(crate) is_dialling: bool,
+    /// It dials for a guest that runs at the target already.
+    pub(crate) is_resuming: bool,
+    pub(crate) dials: u64,
     pub(crate) questions: u64,
     /// The last question was answered.
     pub(crate) is_answered: bool,
@@ -42,10 +47,14 @@ pub(crate) struct SourceJob {
     is_tracking: bool,
     pub(super) is_bulk: bool,
     pub(super) sent_before: PageSet,
-    state: Vec<u8>,
+    pub(super) serving: Serving,
+    pub(super) state: Vec<u8>,
     /// What was handed to the wire.
     pub(crate) pages_carried: u64,
     pub(crate) bytes_carried: u64,
+    /// Of these, pages of pieces that were never reported as sent.
+    pub(crate) pages_unfinished: u64,
+    pub(crate) bytes_unfinished: u64,
     pub(crate) commits_sent: u32,
     /// By the world's time.
     pub(crate) stopped_at: Timestamp,
@@ -65,7 +74,9 @@ impl SourceJob {
 
     pub(crate) fn recover(config: SourceConfig, host: usize, vm: VmIndex) -> Self {
         let engine = fresh_source(&config, true, None);
-        Self::with_engine(config, host, vm, engine, true)
+        let mut job = Self::with_engine(config, host, vm, engine, true);
+        job.serving.is_frozen = true;
+        job
     }
 
     fn with_engine(
@@ -85,6 +96,8 @@ impl SourceJob {
             outcome: None,
             connection: None,
             is_dialling: false,
+            is_resuming: false,
+            dials: 0,
             questions: 0,
             is_answered: false,
             knows_loss: false,
@@ -96,9 +109,12 @@ impl SourceJob {
             is_tracking: false,
             is_bulk: false,
             sent_before: PageSet::empty(config.memory),
+            serving: Serving::new(config.memory),
             state: Vec::new(),
             pages_carried: 0,
             bytes_carried: 0,
+            pages_unfinished: 0,
+            bytes_unfinished: 0,
             commits_sent: 0,
             stopped_at: Timestamp::ZERO,
             begun_at: Timestamp::ZERO,
@@ -109,6 +125,15 @@ impl SourceJob {
     /// True while its engine has something to decide.
     pub(crate) const fn is_at_work(&self) -> bool {
         self.is_alive && self.outcome.is_none()
+    }
+
+    /// The technique now.
+    pub(crate) fn mode(&self) -> Mode {
+        let report = self.report();
+        report
+            .mode_changes
+            .last()
+            .map_or(report.mode, |change| change.to)
     }
 
     pub(crate) const fn report(&self) -> &MigrationReport {
@@ -174,11 +199,8 @@ impl World {
         let caller = Caller::Source(job);
         let vm = self.sources[job].vm;
         match action {
-            SourceAction::Connect => {
-                self.sources[job].is_dialling = true;
-                let delay = self.link.latency();
-                self.schedule(delay, Event::Accept { source: job });
-            }
+            SourceAction::Connect => self.dial(job, false),
+            SourceAction::Reconnect => self.dial(job, true),
             SourceAction::Send(frame) => self.send_from_source(job, frame),
             SourceAction::Record(phase) => {
                 if let Phase::Committed { .. } = phase {
@@ -195,15 +217,24 @@ impl World {
                 self.ask(vm, caller, Request::StopTracking);
             }
             SourceAction::Rehearse => self.ask(vm, caller, Request::Rehearse),
-            SourceAction::Harvest { round } => self.ask(vm, caller, Request::Harvest { round }),
+            SourceAction::Harvest { round } => {
+                let is_stale = false;
+                self.ask(vm, caller, Request::Harvest { round, is_stale });
+            }
+            SourceAction::HarvestStale { round } => {
+                let is_stale = true;
+                self.ask(vm, caller, Request::Harvest { round, is_stale });
+            }
             SourceAction::Clear(piece) => self.ask(vm, caller, Request::Clear(piece)),
-            SourceAction::SendPiece { piece, stream } => {
-                self.order(job, stream, Order::Piece(piece));
-            }
-            SourceAction::SendBarrier { stream, round } => {
-                self.order(job, stream, Order::Barrier(round));
-            }
-            SourceAction::Pause { harvest, .. } => {
+            SourceAction::SendPiece { .. }
+            | SourceAction::SendStale { .. }
+            | SourceAction::SendFirst { .. }
+            | SourceAction::Push { .. }
+            | SourceAction::SendBarrier { .. } => self.order_pages(job, &action),
+            SourceAction::Pause {
+                harvest, switch, ..
+            } => {
+                self.sources[job].serving.is_switching = switch;
                 self.ask(vm, caller, Request::Pause { harvest });
             }
             SourceAction::Resume => self.ask(vm, caller, Request::Resume),
@@ -215,10 +246,12 @@ impl World {
             SourceAction::LimitBandwidth(limit) => self.sources[job].limit = limit,
             SourceAction::Disconnect => {
                 self.hang_up_source(job);
-                self.sources[job].senders.iter_mut().for_each(|sender| {
-                    sender.orders.clear();
-                    sender.cursor = None;
-                });
+                let source = &mut self.sources[job];
+                for sender in &mut source.senders {
+                    let unfinished = sender.drop_orders();
+                    source.pages_unfinished += unfinished.pages.get();
+                    source.bytes_unfinished += unfinished.bytes.get();
+                }
             }
             SourceAction::Resolve => self.ask_outcome(job),
             SourceAction::SetTimer(local) => {
@@ -230,6 +263,29 @@ impl World {
             SourceAction::ReportUnresolved { .. } => {}
             SourceAction::Finish(outcome) => self.finish_source(job, outcome),
         }
+    }
+
+    /// Gives a sender its next order.
+    fn order_pages(&mut self, job: usize, action: &SourceAction) {
+        let (stream, order) = match *action {
+            SourceAction::SendPiece { piece, stream } => (stream, Order::Piece(piece)),
+            SourceAction::SendStale { piece, stream } => (stream, Order::Stale(piece)),
+            SourceAction::SendFirst { round, stream } => (stream, Order::First(round)),
+            SourceAction::Push { piece, stream } => (stream, Order::Push(piece)),
+            SourceAction::SendBarrier { stream, round } => (stream, Order::Barrier(round)),
+            _ => return,
+        };
+        self.order(job, stream, order);
+    }
+
+    fn dial(&mut self, job: usize, is_resuming: bool) {
+        let source = &mut self.sources[job];
+        source.is_dialling = true;
+        source.is_resuming = is_resuming;
+        source.dials += 1;
+        let dial = source.dials;
+        let delay = self.link.latency();
+        self.schedule(delay, Event::Accept { source: job, dial });
     }
 
     fn send_from_source(&mut self, job: usize, frame: ControlFrame) {
@@ -266,7 +322,7 @@ impl World {
         if source.timers != number {
             return;
         }
-        let pages = source.pages_carried;
+        let pages = source.pages_carried + source.serving.pages;
         if core::mem::replace(&mut source.pages_seen, pages) != pages {
             self.tell_source(job, SourceEvent::Moved);
         }
@@ -284,8 +340,12 @@ impl World {
             Answer::Rehearsed { state, stall, save } => {
                 SourceEvent::Rehearsed { state, stall, save }
             }
-            Answer::Harvested { round, log } => {
-                let dirty = self.take_harvest(job, round, log);
+            Answer::Harvested {
+                round,
+                is_stale,
+                log,
+            } => {
+                let dirty = self.take_harvest(job, round, is_stale, log);
                 SourceEvent::Harvested { round, dirty }
             }
             Answer::Cleared(piece) => SourceEvent::Cleared(piece),
@@ -306,19 +366,24 @@ impl World {
             Answer::TrackingStopped
             | Answer::Attached
             | Answer::Loaded { .. }
+            | Answer::FaultsServed
+            | Answer::Disarmed
             | Answer::Running { .. } => return,
         };
         self.tell_source(job, event);
     }
 
     /// Makes the round's set from the log and from what exists.
-    fn take_harvest(&mut self, job: usize, round: u32, log: PageSet) -> Vec<u32> {
+    fn take_harvest(&mut self, job: usize, round: u32, is_stale: bool, log: PageSet) -> Vec<u32> {
         let vm = self.sources[job].vm;
         self.catch_up(vm);
         let mut set = log;
         set.intersect_with(self.vms[vm].memory.exists());
         let source = &mut self.sources[job];
-        source.is_bulk = round == 0;
+        source.is_bulk = round == 0 && !is_stale;
+        if is_stale {
+            source.serving.tell(&mut set);
+        }
         source.set = set;
         count_by_chunk(&source.set, source.config.chunk)
     }
@@ -344,8 +409,16 @@ impl World {
             }
             // Not to be read although it is kept: what the last reading said stands.
             None if source.is_tracking => {}
+            // Nothing was sent, so the target has nothing, holes included.
+            None if source.serving.is_switching => source.set = PageSet::full(exists.capacity()),
             None => source.set = exists.clone(),
         }
+        let (missing, missing_counts) = if self.sources[job].serving.is_switching {
+            self.take_missing(job)
+        } else {
+            (PageCount::ZERO, Vec::new())
+        };
+        let source = &self.sources[job];
         let [stopped_first, stopped_last, harvested, saved] = moments;
         SourceEvent::Paused(Paused {
             dirty: count_by_chunk(&source.set, source.config.chunk),
@@ -354,6 +427,8 @@ impl World {
             stopped_last,
             harvested,
             saved,
+            missing,
+            missing_counts,
         })
     }
 
@@ -365,7 +440,7 @@ impl World {
 }
 
 /// Pages of a set in each chunk.
-fn count_by_chunk(set: &PageSet, chunk: PageCount) -> Vec<u32> {
+pub(super) fn count_by_chunk(set: &PageSet, chunk: PageCount) -> Vec<u32> {
     let words = usize::try_from(chunk.get() / 64).expect("a small number");
     set.words()
         .chunks(words)

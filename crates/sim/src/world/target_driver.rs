@@ -1,5 +1,6 @@
 //! The target's daemon at work: carries out what a target engine wants.
 
+use super::filling::Filling;
 use super::source_driver::{brief, digest};
 use super::{Event, Host, World};
 use crate::checker::Rule;
@@ -10,7 +11,6 @@ use limosa_engine::Timestamp;
 use limosa_engine::handover::{MigrationId, Phase, Resolution};
 use limosa_engine::journal::Journaled;
 use limosa_engine::target::{Target, TargetAction, TargetEvent, TargetFault, TargetOutcome};
-use limosa_engine::wire::Digest;
 
 /// One migration at its target.
 #[derive(Debug)]
@@ -34,9 +34,15 @@ pub(crate) struct TargetJob {
     commits: u32,
     rehearsal: Vec<u8>,
     state: Vec<u8>,
-    /// Of the memory as installed, before the first instruction.
-    installed: Option<Digest>,
+    /// What was installed of each page, last.
+    installed: Vec<u64>,
     pub(crate) pages_received: u64,
+    /// Of the pull stream.
+    pub(crate) answer_bytes: u64,
+    pub(crate) filling: Filling,
+    /// The source knows what is missing, so that it can be asked for pages.
+    pub(crate) is_reconciled: bool,
+    pub(crate) is_recovery: bool,
     /// By the world's time.
     pub(crate) first_instruction_at: Option<Timestamp>,
 }
@@ -51,16 +57,47 @@ impl TargetJob {
         planted: Option<TargetFault>,
     ) -> Self {
         let engine = fresh_target(id, place.boot_id, local, planted);
+        let mut job = Self::with_engine(id, host, place, local, engine);
+        job.planted = planted;
+        job.connection = Some(connection);
+        job
+    }
+
+    /// What a restarted daemon makes of a guest that still misses pages.
+    pub(crate) fn recover(
+        id: MigrationId,
+        host: usize,
+        place: &Host,
+        local: Timestamp,
+        process: &VmProcess,
+        vm: VmIndex,
+    ) -> Self {
+        let engine = Target::recover(id, place.boot_id, local);
+        let mut job = Self::with_engine(id, host, place, local, engine);
+        job.is_recovery = true;
+        job.vm = Some(vm);
+        job.installed = vec![0; process.memory.content().len()];
+        job.filling.serves = true;
+        job
+    }
+
+    fn with_engine(
+        id: MigrationId,
+        host: usize,
+        place: &Host,
+        local: Timestamp,
+        engine: Target,
+    ) -> Self {
         Self {
             id,
             host,
             boot_id: place.boot_id,
             accepted_at: local,
-            planted,
+            planted: None,
             engine: Journaled::new(engine),
             is_alive: true,
             outcome: None,
-            connection: Some(connection),
+            connection: None,
             vm: None,
             questions: Vec::new(),
             timers: 0,
@@ -68,10 +105,19 @@ impl TargetJob {
             commits: 0,
             rehearsal: Vec::new(),
             state: Vec::new(),
-            installed: None,
+            installed: Vec::new(),
             pages_received: 0,
+            answer_bytes: 0,
+            filling: Filling::default(),
+            is_reconciled: true,
+            is_recovery: false,
             first_instruction_at: None,
         }
+    }
+
+    /// Remembers what was installed, for the digest.
+    pub(crate) fn note_installed(&mut self, page: u64, content: u64) {
+        self.installed[usize::try_from(page).expect("a page of a small guest")] = content;
     }
 
     /// True while its engine has something to decide.
@@ -153,7 +199,19 @@ impl World {
                 }
                 self.ask_target_vm(job, Request::Load { state });
             }
-            TargetAction::CommitAndRun { .. } => self.commit_target(job),
+            TargetAction::ServeFaults => self.serve_faults(job),
+            TargetAction::CommitAndRun { keeps_faults, .. } => {
+                self.commit_target(job, keeps_faults);
+            }
+            TargetAction::Disarm => {
+                let id = self.targets[job].id;
+                self.ask_target_vm(job, Request::Disarm { id });
+            }
+            TargetAction::Detach => {
+                let connection = self.targets[job].connection.take();
+                self.close(connection, Side::Target);
+            }
+            TargetAction::Reconcile { .. } => self.reconcile(job),
             TargetAction::Digest => {
                 let delay = self.random.micros(100, 1000);
                 self.schedule(delay, Event::Digested { target: job });
@@ -171,7 +229,7 @@ impl World {
         }
     }
 
-    fn ask_target_vm(&mut self, job: usize, request: Request) {
+    pub(super) fn ask_target_vm(&mut self, job: usize, request: Request) {
         let caller = Caller::Target(job);
         match self.targets[job].vm {
             Some(vm) => self.ask(vm, caller, request),
@@ -182,7 +240,7 @@ impl World {
         }
     }
 
-    fn commit_target(&mut self, job: usize) {
+    fn commit_target(&mut self, job: usize, keeps_faults: bool) {
         let target = &mut self.targets[job];
         target.commits += 1;
         let (commits, is_given_up, id) = (target.commits, target.is_given_up, target.id);
@@ -192,11 +250,7 @@ impl World {
                 format!("target {job} committed {commits} times, given up before: {is_given_up}"),
             );
         }
-        if let Some(vm) = self.targets[job].vm {
-            let state = self.targets[job].state.clone();
-            self.targets[job].installed = Some(digest(self.vms[vm].memory.content(), &state));
-        }
-        self.ask_target_vm(job, Request::CommitAndRun { id });
+        self.ask_target_vm(job, Request::CommitAndRun { id, keeps_faults });
         if self.is_planted(WorldFault::LoadAcceptedLate) {
             let state = self.targets[job].rehearsal.clone();
             self.ask_target_vm(job, Request::Load { state });
@@ -265,13 +319,15 @@ impl World {
         vm.memory.dropped_per_mille = self.vms[0].memory.dropped_per_mille;
         self.vms.push(vm);
         self.targets[job].vm = Some(self.vms.len() - 1);
-        self.tell_target(job, TargetEvent::Created);
+        let pages = usize::try_from(self.config.habits.memory.get()).expect("a small guest");
+        self.targets[job].installed = vec![0; pages];
+        let can_fault = self.config.can_fault;
+        self.tell_target(job, TargetEvent::Created { can_fault });
     }
 
     pub(crate) fn digested(&mut self, job: usize) {
-        if let Some(digest) = self.targets[job].installed {
-            self.tell_target(job, TargetEvent::Digested(digest));
-        }
+        let digest = digest(&self.targets[job].installed, &self.targets[job].state);
+        self.tell_target(job, TargetEvent::Digested(digest));
     }
 
     /// What a VM process says, as the engine wants to hear it.
@@ -285,6 +341,7 @@ impl World {
                 }
             }
             Answer::Recorded(phase) => TargetEvent::Recorded(phase),
+            Answer::Disarmed => TargetEvent::Disarmed,
             Answer::Exited => TargetEvent::Destroyed,
             Answer::Refused(reason) => self.vm_failure(job, reason),
             Answer::Gone => self.vm_failure(job, String::from("the VM process died")),
@@ -298,7 +355,7 @@ impl World {
     fn vm_failure(&self, job: usize, reason: String) -> TargetEvent {
         let target = &self.targets[job];
         let is_committing = target.engine.machine().is_committed();
-        if is_committing && !self.hosts[target.host].ledger.contains(&target.id) {
+        if is_committing && !self.hosts[target.host].ledger.contains_key(&target.id) {
             return TargetEvent::CommitRefused { reason };
         }
         TargetEvent::VmFailed { reason }

@@ -7,9 +7,9 @@
 use super::{Event, World};
 use crate::checker::Rule;
 use crate::fault::WorldFault;
-use crate::process::{Answer, Caller, Current, Message, Request, VmIndex};
+use crate::process::{Answer, Caller, Current, Message, Request, VmIndex, touched_by_load};
 use core::time::Duration;
-use limosa_engine::handover::{OnDaemonLost, Phase};
+use limosa_engine::handover::{MigrationId, OnDaemonLost, Phase};
 
 impl World {
     /// Writes a message into the socket of a VM process.
@@ -29,6 +29,12 @@ impl World {
 
     pub(crate) fn deliver_message(&mut self, vm: VmIndex, message: Message) {
         let process = &mut self.vms[vm];
+        if process.is_stuck && ends_a_load(&message) {
+            // Whoever stands at a missing page can still be killed, and its process sees to it.
+            process.is_stuck = false;
+            process.current = None;
+            process.waiting.clear();
+        }
         process.queue.push_back(message);
         if process.current.is_none() && !process.is_woken {
             process.is_woken = true;
@@ -46,6 +52,9 @@ impl World {
     pub(crate) fn serve(&mut self, vm: VmIndex) {
         self.vms[vm].is_woken = false;
         if !self.vms[vm].is_alive {
+            return;
+        }
+        if self.stands_in_load(vm) {
             return;
         }
         if let Some(current) = self.vms[vm].current.take() {
@@ -70,28 +79,21 @@ impl World {
             return (None, Duration::ZERO);
         };
         match request {
-            Request::Harvest { round } => {
+            Request::Harvest { round, is_stale } => {
                 self.catch_up(vm);
-                let log = self.vms[vm].memory.harvest();
-                let answer = Answer::Harvested { round: *round, log };
+                let answer = Answer::Harvested {
+                    round: *round,
+                    is_stale: *is_stale,
+                    log: self.vms[vm].memory.harvest(),
+                };
                 (Some(answer), self.random.micros(20, 200))
             }
             Request::Rehearse => self.begin_rehearsal(vm),
             Request::Pause { harvest } => self.begin_pause(vm, *harvest),
-            Request::CommitAndRun { id } => {
-                let next = Phase::Arrived { id: *id };
-                if let Err(error) = self.vms[vm].phase.check(&next) {
-                    let refusal = Answer::Refused(error.to_string());
-                    return (Some(refusal), Duration::ZERO);
-                }
-                self.vms[vm].phase = next;
-                // Durable before the first instruction: a host whose daemon and VM both died must
-                // still know that the guest was here.
-                if !self.is_planted(WorldFault::LedgerLeftOut) {
-                    self.hosts[self.vms[vm].host].ledger.insert(*id);
-                }
-                (None, self.random.micros(20, 200))
-            }
+            Request::CommitAndRun { id, keeps_faults } => (
+                self.begin_commit(vm, *id, *keeps_faults),
+                self.random.micros(20, 200),
+            ),
             Request::Load { .. } => {
                 let took = self.random.micros(150, 900);
                 (Some(Answer::Loaded { took }), took)
@@ -100,10 +102,31 @@ impl World {
             Request::StartTracking => (None, self.random.micros(100, 2000)),
             Request::Clear(_) => (None, self.random.micros(5, 60)),
             Request::Exit => (None, self.random.micros(500, 4000)),
-            Request::Attach | Request::Record(_) | Request::StopTracking => {
-                (None, self.random.micros(5, 30))
-            }
+            Request::Attach
+            | Request::Record(_)
+            | Request::StopTracking
+            | Request::ServeFaults
+            | Request::Disarm { .. } => (None, self.random.micros(5, 30)),
         }
+    }
+
+    /// Records the commit; a refusal if the phase forbids it.
+    fn begin_commit(&mut self, vm: VmIndex, id: MigrationId, keeps_faults: bool) -> Option<Answer> {
+        let next = Phase::Arrived { id };
+        if let Err(error) = self.vms[vm].phase.check(&next) {
+            return Some(Answer::Refused(error.to_string()));
+        }
+        if self.is_planted(WorldFault::RunWithoutRecord) {
+            return None;
+        }
+        self.vms[vm].phase = next;
+        // Durable before the first instruction: a host whose daemon and VM both died must still
+        // know that the guest was here, and whether it had all its pages.
+        if !self.is_planted(WorldFault::LedgerLeftOut) {
+            let host = self.vms[vm].host;
+            self.hosts[host].ledger.insert(id, !keeps_faults);
+        }
+        None
     }
 
     fn begin_rehearsal(&mut self, vm: VmIndex) -> (Option<Answer>, Duration) {
@@ -202,6 +225,15 @@ impl World {
                 Answer::Resumed
             }
             Request::Resume => refused("the phase forbids to run"),
+            Request::ServeFaults => {
+                self.vms[vm].memory.is_armed = true;
+                Answer::FaultsServed
+            }
+            Request::Disarm { id } => {
+                self.vms[vm].memory.is_armed = false;
+                self.hosts[self.vms[vm].host].ledger.insert(id, true);
+                Answer::Disarmed
+            }
             Request::Load { state } => match self.load_state(vm, &state) {
                 Ok(()) => draft.unwrap_or_else(|| refused("nothing was loaded")),
                 Err(reason) => Answer::Refused(reason),
@@ -218,6 +250,33 @@ impl World {
         }
     }
 
+    /// True if the process stands in the middle of a load, at a page that it touches there.
+    fn stands_in_load(&mut self, vm: VmIndex) -> bool {
+        let process = &mut self.vms[vm];
+        let Some(Current {
+            message: Message::Request(_, Request::Load { state }),
+            ..
+        }) = &process.current
+        else {
+            return false;
+        };
+        if process.queue.iter().any(ends_a_load) {
+            process.current = None;
+            process.is_stuck = false;
+            process.waiting.clear();
+            return false;
+        }
+        let pages = touched_by_load(state, self.config.habits.memory);
+        let waits = pages.map(|page| process.memory.touch(page));
+        process.is_stuck = waits.contains(&true);
+        for (page, waits) in pages.into_iter().zip(waits) {
+            if waits {
+                self.page_fault(vm, page);
+            }
+        }
+        self.vms[vm].is_stuck
+    }
+
     fn load_state(&mut self, vm: VmIndex, state: &[u8]) -> Result<(), String> {
         let is_preparing = matches!(self.vms[vm].phase, Phase::Preparing { .. });
         if !is_preparing && !self.is_planted(WorldFault::LoadAcceptedLate) {
@@ -232,22 +291,33 @@ impl World {
         if self.vms[vm].is_running {
             return;
         }
-        let content = self.vms[vm].memory.content();
-        let differing = content
+        self.compare_with_truth(vm);
+        for (other, process) in self.vms.iter_mut().enumerate() {
+            process.is_past |= other != vm;
+        }
+        self.origin = self.owner;
+        self.start_guest(vm);
+        if self.vms[vm].memory.misses_pages() {
+            let delay = self.config.drain_after;
+            self.schedule(delay, Event::Drain { vm });
+        }
+    }
+
+    /// Every page that is there is what the guest wrote last, wherever it ran then.
+    pub(crate) fn compare_with_truth(&mut self, vm: VmIndex) {
+        let memory = &self.vms[vm].memory;
+        let differing = memory
+            .content()
             .iter()
             .zip(&self.guest.truth)
-            .position(|(have, want)| have != want);
-        if let Some(page) = differing {
-            let (have, want) = (content[page], self.guest.truth[page]);
+            .zip(0..)
+            .find(|((have, want), page)| have != want && !memory.is_missing(*page));
+        if let Some(((&have, &want), page)) = differing {
             self.violate(
                 Rule::EqualAtTheSwitch,
                 format!("page {page} is version {have} at the target and {want} at the source"),
             );
         }
-        for (other, process) in self.vms.iter_mut().enumerate() {
-            process.is_past |= other != vm;
-        }
-        self.start_guest(vm);
     }
 
     /// What the process does by itself when its daemon is gone.
@@ -265,10 +335,24 @@ impl World {
                 self.vms[vm].phase = Phase::Running;
                 self.start_guest(vm);
             }
+            OnDaemonLost::Stay if self.is_planted(WorldFault::LastFaultDescriptorClosed) => {
+                self.vms[vm].memory.is_armed = false;
+                self.vms[vm].waiting.clear();
+                let now = self.now;
+                self.guest.go_on(now);
+            }
             OnDaemonLost::Stay => {}
             OnDaemonLost::Exit => self.end_vm(vm, false),
         }
     }
+}
+
+/// What a process obeys even while a load stands.
+const fn ends_a_load(message: &Message) -> bool {
+    matches!(
+        message,
+        Message::DaemonLost | Message::Request(_, Request::Exit)
+    )
 }
 
 const fn name(answer: &Answer) -> &'static str {
@@ -283,6 +367,8 @@ const fn name(answer: &Answer) -> &'static str {
         Answer::Paused { .. } => "paused",
         Answer::Resumed => "resumed",
         Answer::Loaded { .. } => "loaded",
+        Answer::FaultsServed => "faults served",
+        Answer::Disarmed => "disarmed",
         Answer::Running { .. } => "running",
         Answer::Exited => "exited",
         Answer::Refused(_) => "refused",

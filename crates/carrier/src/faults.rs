@@ -1,0 +1,376 @@
+//! The fault server of an arriving guest: who waits for which page, and since when.
+//!
+//! ```text
+//!  vCPU touches a missing page ─▶ fault thread ─▶ Want ─▶ source
+//!            ▲                                              │
+//!            └── installer ◀── answer thread ◀── content ───┘      (push streams install, too)
+//! ```
+//!
+//! The fault thread lives from before the state is loaded until nothing is missing; connections come
+//! and go. What was asked for on one that broke is asked again on the next: who waits is written
+//! down here, whoever brings the page. A page that is not missing is resolved without the network.
+
+use crate::receiver;
+use hdrhistogram::Histogram;
+use limosa_engine::report::{FAULT_BUCKETS, FaultReport};
+use limosa_engine::wire::{PUSH_HEADER_BYTES, PullHeader, PushHeader, WireError};
+use limosa_os::socket::wait_readable;
+use limosa_os::thread::{ThreadId, set_precise_waits};
+use limosa_os::userfault::{InstallError, PageInstaller};
+use limosa_pages::{ByteCount, PAGE_SIZE_USIZE, PageCount, PageRange, PageSet, Pfn};
+use std::collections::BTreeMap;
+use std::io::{self, Read, Write};
+use std::net::TcpStream;
+use std::os::fd::AsFd;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant};
+
+/// How often the fault thread looks whether it is still needed.
+const LOOK_EVERY_MS: u16 = 200;
+/// Longest latency that is told apart: beyond it a connection has been lost meanwhile.
+const LATENCY_MAX: Duration = Duration::from_secs(3600);
+
+/// How a page came.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Way {
+    /// In answer to a request.
+    Pulled,
+    /// By itself.
+    Pushed,
+}
+
+/// What the threads of a guest that misses pages share.
+pub(crate) struct Faults {
+    installer: Arc<PageInstaller>,
+    /// Of the guest.
+    pages: PageCount,
+    state: Mutex<State>,
+    /// Requests for pages go here, while there is a connection.
+    pull: Mutex<Option<TcpStream>>,
+    is_over: AtomicBool,
+    /// All pages are there, and that was told.
+    is_told: AtomicBool,
+}
+
+struct State {
+    /// Pages that somebody waits for, and since when.
+    waited_for: BTreeMap<Pfn, Instant>,
+    latencies: Histogram<u64>,
+    report: FaultReport,
+}
+
+impl std::fmt::Debug for Faults {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Faults").finish_non_exhaustive()
+    }
+}
+
+impl Faults {
+    pub(crate) fn new(installer: Arc<PageInstaller>, pages: PageCount) -> Self {
+        let longest = u64::try_from(LATENCY_MAX.as_nanos()).expect("an hour fits");
+        let latencies = Histogram::new_with_bounds(1, longest, 2).expect("sound bounds");
+        Self {
+            installer,
+            pages,
+            state: Mutex::new(State {
+                waited_for: BTreeMap::new(),
+                latencies,
+                report: FaultReport::default(),
+            }),
+            pull: Mutex::new(None),
+            is_over: AtomicBool::new(false),
+            is_told: AtomicBool::new(false),
+        }
+    }
+
+    pub(crate) fn installer(&self) -> &PageInstaller {
+        &self.installer
+    }
+
+    /// Puts pages in, and notes who need not wait any more.
+    pub(crate) fn install(
+        &self,
+        range: PageRange,
+        content: &[u8],
+        way: Way,
+    ) -> Result<(), InstallError> {
+        let new = self.installer.install(range.first, content)?;
+        let bytes = content.len() as u64 + PUSH_HEADER_BYTES as u64;
+        self.note(range, new, bytes, way);
+        Ok(())
+    }
+
+    /// Pages that are zero: they stay holes, but for those that somebody waits for.
+    pub(crate) fn install_zeros(&self, range: PageRange, way: Way) -> Result<(), InstallError> {
+        let new = self.installer.install_zeros(range)?;
+        let waited_for: Vec<Pfn> = {
+            let state = self.state();
+            let inside = state.waited_for.range(range.first..range.end());
+            inside.map(|(&page, _)| page).collect()
+        };
+        for page in waited_for {
+            self.installer.resolve(page)?;
+        }
+        self.note(range, new, PUSH_HEADER_BYTES as u64, way);
+        Ok(())
+    }
+
+    fn note(&self, range: PageRange, new: PageCount, bytes: u64, way: Way) {
+        let mut state = self.state();
+        match way {
+            Way::Pulled => {
+                state.report.pulled = state.report.pulled.saturating_add(new);
+                let sum = state.report.pulled_bytes;
+                state.report.pulled_bytes = sum.saturating_add(ByteCount::new(bytes));
+            }
+            Way::Pushed => state.report.pushed = state.report.pushed.saturating_add(new),
+        }
+        let inside = state.waited_for.range(range.first..range.end());
+        let done: Vec<(Pfn, Instant)> = inside.map(|(&page, &since)| (page, since)).collect();
+        for (page, since) in done {
+            // Of a huge page others may still be missing.
+            if self.installer.missing_in_unit(page).is_empty() {
+                state.waited_for.remove(&page);
+                state.record(since.elapsed());
+            }
+        }
+    }
+
+    /// True once, when nothing is missing any more.
+    pub(crate) fn is_filled_now(&self) -> bool {
+        self.installer.missing_count() == PageCount::ZERO
+            && !self.is_told.swap(true, Ordering::SeqCst)
+    }
+
+    /// What the guest went through.
+    pub(crate) fn report(&self) -> FaultReport {
+        let state = self.state();
+        let at = |quantile| Duration::from_nanos(state.latencies.value_at_quantile(quantile));
+        FaultReport {
+            latency_p50: at(0.5),
+            latency_p99: at(0.99),
+            latency_max: Duration::from_nanos(state.latencies.max()),
+            ..state.report.clone()
+        }
+    }
+
+    /// Ends the fault thread soon. The pull stream stays open: its end would be the first that the
+    /// source hears.
+    pub(crate) fn end(&self) {
+        self.is_over.store(true, Ordering::SeqCst);
+    }
+
+    /// There is nobody to ask for now.
+    pub(crate) fn detach(&self) {
+        if let Some(pull) = self.pull().take() {
+            crate::connection::close(&pull);
+        }
+    }
+
+    /// The source can be asked for pages from now on. After a reconnection it is told what is
+    /// missing, and asked again for what somebody waits for.
+    pub(crate) fn attach(&self, mut pull: TcpStream, tells_missing: bool) -> io::Result<PageCount> {
+        let mut slot = self.pull();
+        let mut missing = PageSet::empty(self.pages);
+        self.installer.missing_set(&mut missing);
+        if tells_missing {
+            let mut bytes = Vec::new();
+            let all = PageRange::new(Pfn::new(0), missing.capacity());
+            for (part, bits) in crate::missing::encode(&missing, all) {
+                bytes.extend_from_slice(&part.missing().encode());
+                bytes.extend_from_slice(&bits);
+            }
+            bytes.extend_from_slice(&PullHeader::MissingEnd.encode());
+            pull.write_all(&bytes)?;
+            let waited_for: Vec<Pfn> = self.state().waited_for.keys().copied().collect();
+            for page in waited_for {
+                for run in self.installer.missing_in_unit(page) {
+                    want(&mut pull, run)?;
+                }
+            }
+        }
+        *slot = Some(pull);
+        Ok(missing.count())
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn pull(&self) -> MutexGuard<'_, Option<TcpStream>> {
+        self.pull.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A vCPU waits for `page`.
+    fn fault(&self, page: Pfn) -> Result<(), InstallError> {
+        let missing = self.installer.missing_in_unit(page);
+        if missing.is_empty() {
+            self.installer.resolve(page)?;
+            return Ok(());
+        }
+        let is_new = self
+            .state()
+            .waited_for
+            .insert(page, Instant::now())
+            .is_none();
+        // It may have come between the look and the note, and whoever brought it did not see the
+        // note.
+        if self.installer.missing_in_unit(page).is_empty() {
+            self.state().waited_for.remove(&page);
+            self.installer.resolve(page)?;
+            return Ok(());
+        }
+        if !is_new {
+            return Ok(());
+        }
+        let mut pull = self.pull();
+        let broken = pull
+            .as_mut()
+            .and_then(|pull| missing.iter().try_for_each(|&run| want(pull, run)).err());
+        if let Some(error) = broken {
+            // Its reader reports it; what is waited for is asked again on the next connection.
+            tracing::debug!(%error, "a page could not be asked for");
+        }
+        Ok(())
+    }
+}
+
+impl State {
+    fn record(&mut self, latency: Duration) {
+        if self.latencies.is_empty() {
+            self.report.first_stall = latency;
+        }
+        let nanos = u64::try_from(latency.as_nanos()).unwrap_or(u64::MAX);
+        self.latencies.saturating_record(nanos);
+        let micros = u64::try_from(latency.as_micros()).unwrap_or(u64::MAX);
+        let bucket = (u64::BITS - micros.leading_zeros()) as usize;
+        let count = &mut self.report.latency_log2_us[bucket.min(FAULT_BUCKETS - 1)];
+        *count = count.saturating_add(1);
+    }
+}
+
+fn want(pull: &mut TcpStream, run: PageRange) -> io::Result<()> {
+    let most = u64::from(limosa_engine::wire::PUSH_PAGES_MAX);
+    let mut first = run.first;
+    while first < run.end() {
+        let count = most.min(run.end().get() - first.get());
+        let part = PageRange::new(first, PageCount::new(count));
+        pull.write_all(&PullHeader::Want(part).encode())?;
+        first = part.end();
+    }
+    Ok(())
+}
+
+/// Starts the fault thread. `failed` is called at most once, when the VM process takes no more pages.
+pub(crate) fn start(
+    faults: Arc<Faults>,
+    failed: impl FnOnce(String) + Send + 'static,
+) -> io::Result<()> {
+    thread::Builder::new()
+        .name("faults".to_owned())
+        .spawn(move || {
+            hurry();
+            let mut pages = Vec::new();
+            while !faults.is_over.load(Ordering::SeqCst) {
+                if let Err(error) = serve(&faults, &mut pages) {
+                    if !faults.is_over.load(Ordering::SeqCst) {
+                        failed(error.to_string());
+                    }
+                    return;
+                }
+            }
+        })?;
+    Ok(())
+}
+
+fn serve(faults: &Faults, pages: &mut Vec<Pfn>) -> Result<(), InstallError> {
+    let sources = [Some(&*faults.installer as &dyn AsFd)];
+    // An interrupted or failed wait is a short one.
+    if wait_readable(sources, Some(LOOK_EVERY_MS.into())).is_err() {
+        return Ok(());
+    }
+    faults.installer.read_faults(pages)?;
+    pages.drain(..).try_for_each(|page| faults.fault(page))
+}
+
+/// A vCPU waits for this thread.
+fn hurry() {
+    if let Err(error) = ThreadId::current().set_urgent(true) {
+        tracing::debug!(%error, "page faults may be served late");
+    }
+    if let Err(error) = set_precise_waits() {
+        tracing::debug!(%error, "page faults may be served late");
+    }
+}
+
+#[derive(Debug, thiserror::Error)]
+enum AnswerError {
+    #[error("the pull stream broke: {0}")]
+    Broken(#[from] io::Error),
+    #[error(transparent)]
+    Wire(#[from] WireError),
+    #[error("the source answered a request with something else than pages")]
+    Foreign,
+    #[error(transparent)]
+    Install(#[from] InstallError),
+}
+
+/// Starts the thread that takes the answers of one pull stream; it ends with the connection.
+pub(crate) fn take_answers(
+    mut pull: TcpStream,
+    shared: Arc<receiver::Shared>,
+    faults: Arc<Faults>,
+    report: impl Fn(receiver::Report) + Send + 'static,
+) -> io::Result<()> {
+    pull.set_read_timeout(None)?;
+    thread::Builder::new()
+        .name("answers".to_owned())
+        .spawn(move || {
+            hurry();
+            let mut content = Vec::new();
+            loop {
+                let error = match take_answer(&mut pull, &shared, &faults, &mut content) {
+                    Ok(()) => {
+                        if faults.is_filled_now() {
+                            report(receiver::Report::Filled);
+                        }
+                        continue;
+                    }
+                    Err(error) => error,
+                };
+                // Where no answers are waited for, other streams say that the connection broke.
+                if faults.is_over.load(Ordering::SeqCst) || !shared.is_filling() {
+                    return;
+                }
+                let reason = error.to_string();
+                return report(match error {
+                    AnswerError::Install(_) => receiver::Report::NotInstalled { reason },
+                    _ => receiver::Report::Broken { reason },
+                });
+            }
+        })?;
+    Ok(())
+}
+
+fn take_answer(
+    pull: &mut TcpStream,
+    shared: &receiver::Shared,
+    faults: &Faults,
+    content: &mut Vec<u8>,
+) -> Result<(), AnswerError> {
+    let mut header = [0; PUSH_HEADER_BYTES];
+    pull.read_exact(&mut header)?;
+    match PushHeader::decode(&header, shared.memory.page_count())? {
+        PushHeader::Pages(range) => {
+            let pages = usize::try_from(range.count.get()).expect("limited by the header");
+            content.resize(pages * PAGE_SIZE_USIZE, 0);
+            pull.read_exact(content)?;
+            shared.put_in(faults, range, content, Way::Pulled)?;
+        }
+        PushHeader::Zeros(range) => shared.put_zeros_in(faults, range, Way::Pulled)?,
+        _ => return Err(AnswerError::Foreign),
+    }
+    Ok(())
+}

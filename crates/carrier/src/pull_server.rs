@@ -1,0 +1,128 @@
+//! The pull stream at the source: pages that somebody waits for.
+//!
+//! One thread, before all others: it reads a request, reads the pages from the frozen memory, writes
+//! the answer. Whatever is asked for is answered, even if it was pushed before: the push may be in a
+//! buffer, or lost with an earlier connection. After a reconnection the target first says all that it
+//! misses, which becomes the set of unsent pages.
+
+use crate::missing;
+use crate::sender::{Shared, Unsent};
+use limosa_engine::wire::{PUSH_HEADER_BYTES, PullHeader, PushHeader, WireError, bits_bytes};
+use limosa_os::thread::ThreadId;
+use limosa_pages::{PageRange, PageSet};
+use std::io::{self, Read};
+use std::net::TcpStream;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::thread;
+
+/// What the stream reports.
+#[derive(Debug)]
+pub(crate) enum Report {
+    /// The target has said all that it misses; that is unsent now.
+    Reconciled(PageSet),
+    /// It broke.
+    Broken { reason: String },
+}
+
+#[derive(Debug, thiserror::Error)]
+enum ServeError {
+    #[error("the pull stream broke: {0}")]
+    Broken(#[from] io::Error),
+    #[error(transparent)]
+    Wire(#[from] WireError),
+    #[error("the target asked for pages before the switch")]
+    Early,
+}
+
+/// Starts the thread; it ends with the connection.
+pub(crate) fn start(
+    socket: TcpStream,
+    shared: Arc<Shared>,
+    report: impl Fn(Report) + Send + 'static,
+) -> io::Result<()> {
+    thread::Builder::new()
+        .name("pull".to_owned())
+        .spawn(move || {
+            if let Err(error) = ThreadId::current().set_urgent(true) {
+                tracing::debug!(%error, "page faults of the target may be answered late");
+            }
+            let mut server = PullServer {
+                missing: PageSet::empty(shared.memory.page_count()),
+                unsent: shared.unsent(),
+                socket,
+                shared,
+            };
+            if let Err(error) = server.run(&report) {
+                report(Report::Broken {
+                    reason: error.to_string(),
+                });
+            }
+        })?;
+    Ok(())
+}
+
+struct PullServer {
+    socket: TcpStream,
+    shared: Arc<Shared>,
+    unsent: Arc<Unsent>,
+    missing: PageSet,
+}
+
+impl PullServer {
+    fn run(&mut self, report: &impl Fn(Report)) -> Result<(), ServeError> {
+        let memory = self.shared.memory.page_count();
+        loop {
+            let mut header = [0; PUSH_HEADER_BYTES];
+            if let Err(error) = self.socket.read_exact(&mut header) {
+                // A target that needs no pulls closes this stream with the others, before the rest.
+                let is_needed = self.shared.is_serving.load(Ordering::SeqCst);
+                return if is_needed { Err(error.into()) } else { Ok(()) };
+            }
+            let header = PullHeader::decode(&header, memory)?;
+            if !self.shared.is_serving.load(Ordering::SeqCst) {
+                return Err(ServeError::Early);
+            }
+            match header {
+                PullHeader::Want(range) => self.answer(range)?,
+                PullHeader::Missing(range) => self.missing.insert_range(range),
+                PullHeader::MissingBits(range) => {
+                    let mut bits = vec![0; bits_bytes(range)];
+                    self.socket.read_exact(&mut bits)?;
+                    for run in missing::decode(range, &bits) {
+                        self.missing.insert_range(run);
+                    }
+                }
+                PullHeader::MissingEnd => {
+                    let missing = std::mem::replace(&mut self.missing, PageSet::empty(memory));
+                    self.unsent.lock().clone_from(&missing);
+                    report(Report::Reconciled(missing));
+                }
+            }
+        }
+    }
+
+    fn answer(&self, range: PageRange) -> io::Result<()> {
+        self.unsent.lock().remove_range(range);
+        let parts: Vec<([u8; PUSH_HEADER_BYTES], Option<PageRange>)> = self
+            .shared
+            .parts(range)?
+            .0
+            .into_iter()
+            .map(|part| match part {
+                PushHeader::Pages(range) => (part.encode(), Some(range)),
+                _ => (part.encode(), None),
+            })
+            .collect();
+        let bytes = parts.iter().fold(0, |sum, (header, pages)| {
+            sum + header.len() as u64 + pages.map_or(0, |range| range.bytes().get())
+        });
+        self.shared.limit.take_first(bytes);
+        self.shared.link.take_first(bytes);
+        self.shared.memory.send_parts(&self.socket, &parts)?;
+        self.shared
+            .pages_out
+            .fetch_add(range.count.get(), Ordering::Relaxed);
+        Ok(())
+    }
+}

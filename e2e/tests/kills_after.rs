@@ -1,0 +1,304 @@
+//! Processes killed once the commit was recorded: who has the guest is decided by its first
+//! instruction at the target, and from then on pages that it misses are brought, whoever was killed.
+//!
+//! ```text
+//!  commit ─▶ commit-and-run ─▶ runs ─▶ (push, serving) ─▶ disarm ─▶ complete ─▶ hash ─▶ release
+//!  └──── the source has it ───┘└── the target has it; without all pages: it needs the source ──┘
+//! ```
+//!
+//! Tested each time: pre-copy for all modes that bring every page before the switch, since they
+//! differ in nothing after it; demand, post-copy and hybrid, and auto where it pushes.
+//! `LIMOSA_E2E_MATRIX=all` tests all modes at all points.
+
+use limosa_e2e::cases::run_all;
+use limosa_e2e::pair::{assert_back_home, assert_failed, assert_is_at};
+use limosa_e2e::points::{Manner, is_complete};
+use limosa_e2e::strike::{COMING_BACK, Held, SERVING, Victim, kill_vm};
+use limosa_e2e::{VM, guest, has_kvm};
+use limosa_engine::policy::Mode;
+use limosa_host::api::VmState;
+use std::fmt;
+
+/// Where the guest is to be found at last.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Winner {
+    /// At the source: it never ran at the target.
+    Source,
+    /// At the target.
+    Target,
+    /// The same, and the source had not the time to say that it holds nothing any more.
+    Unconfirmed,
+    /// It was killed at the target after all its pages had come.
+    Nobody,
+    /// It was killed at the target before that.
+    Lost,
+    /// It stands at the target: its pages are lost.
+    Stands,
+}
+
+/// A kill.
+struct After {
+    point: &'static str,
+    manner: Manner,
+    victim: Victim,
+    winner: Winner,
+}
+
+impl fmt::Display for After {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} {}, {} killed", self.point, self.manner, self.victim)
+    }
+}
+
+/// For each point who wins if a victim is killed there, in the order of [`Victim::ALL`]: target
+/// daemon, target VM, source daemon, source VM, both daemons, source daemon and VM.
+type Row = (&'static str, [Winner; 6]);
+
+/// With all pages at the target. A source that is gone altogether has nobody who asks.
+const WHOLE: [Row; 5] = {
+    use Winner::{Nobody, Source, Target, Unconfirmed};
+    [
+        // The commit frame has not left: the target cannot have started it.
+        (
+            "source.commit",
+            [Source, Source, Source, Target, Source, Nobody],
+        ),
+        // The commit has come and the target's VM process has not recorded it.
+        (
+            "target.commit-and-run",
+            [Source, Source, Target, Target, Source, Unconfirmed],
+        ),
+        // It runs, and the source does not know.
+        (
+            "target.runs",
+            [Target, Nobody, Target, Target, Target, Unconfirmed],
+        ),
+        // It runs, the source knows and still holds the old one.
+        (
+            "source.hash",
+            [Unconfirmed, Nobody, Target, Target, Target, Unconfirmed],
+        ),
+        (
+            "source.release",
+            [Unconfirmed, Nobody, Target, Target, Target, Unconfirmed],
+        ),
+    ]
+};
+
+/// With pages missing at the target.
+const MISSING: [Row; 9] = {
+    use Winner::{Lost, Nobody, Source, Stands, Target, Unconfirmed};
+    [
+        (
+            "source.commit",
+            [Source, Source, Source, Target, Source, Nobody],
+        ),
+        (
+            "target.commit-and-run",
+            [Source, Source, Target, Target, Source, Stands],
+        ),
+        (
+            "target.runs",
+            [Target, Lost, Target, Target, Target, Stands],
+        ),
+        // Pages go when they are asked for, and none besides.
+        (
+            "source.push",
+            [Target, Lost, Target, Target, Target, Stands],
+        ),
+        (SERVING, [Target, Lost, Target, Target, Target, Stands]),
+        // The last page has come, and its VM process does not know.
+        (
+            "target.disarm",
+            [Target, Lost, Target, Target, Target, Unconfirmed],
+        ),
+        // The source does not know.
+        (
+            "target.complete",
+            [Target, Nobody, Target, Target, Target, Unconfirmed],
+        ),
+        (
+            "source.hash",
+            [Unconfirmed, Nobody, Target, Target, Target, Unconfirmed],
+        ),
+        (
+            "source.release",
+            [Unconfirmed, Nobody, Target, Target, Target, Unconfirmed],
+        ),
+    ]
+};
+
+fn cases() -> Vec<After> {
+    let mut cases = Vec::new();
+    for manner in Manner::ALL {
+        let rows: &[Row] = if manner.switches() { &MISSING } else { &WHOLE };
+        for &(point, winners) in rows {
+            let comes = match point {
+                // On demand nothing is pushed; with pushes there is no time without them.
+                "source.push" => manner != Manner::Of(Mode::Demand),
+                SERVING => manner == Manner::Of(Mode::Demand),
+                _ => true,
+            };
+            if !comes || !(is_complete() || is_everyday(point, manner)) {
+                continue;
+            }
+            for (victim, winner) in Victim::ALL.into_iter().zip(winners) {
+                cases.push(After {
+                    point,
+                    manner,
+                    victim,
+                    winner,
+                });
+            }
+        }
+    }
+    cases
+}
+
+fn is_everyday(point: &str, manner: Manner) -> bool {
+    match manner {
+        Manner::Of(Mode::StopAndCopy | Mode::Auto) => false,
+        // From the switch on it is hybrid.
+        Manner::AutoThatSwitches => point == "source.push",
+        // Until somebody asks for the drain it is served; after that it is post-copy.
+        Manner::Of(Mode::Demand) => ["target.runs", SERVING].contains(&point),
+        Manner::Of(_) => true,
+    }
+}
+
+#[test]
+fn killed_after_the_commit_was_recorded() {
+    if has_kvm() {
+        run_all(&cases(), |case| {
+            run_after(Held::at(case.point, case.manner), case);
+        });
+    }
+}
+
+#[test]
+fn killed_while_the_source_comes_back() {
+    use Winner::{Lost, Stands, Target};
+    if !has_kvm() {
+        return;
+    }
+    let mut cases = Vec::new();
+    for point in COMING_BACK {
+        let winners = [Target, Lost, Target, Target, Target, Stands];
+        for (victim, winner) in Victim::ALL.into_iter().zip(winners) {
+            // Whatever comes back pushes: modes differ in nothing here.
+            let manner = Manner::Of(Mode::Demand);
+            cases.push(After {
+                point,
+                manner,
+                victim,
+                winner,
+            });
+        }
+    }
+    run_all(&cases, |case| {
+        run_after(Held::at_over_link(case.point, case.manner), case);
+    });
+}
+
+fn run_after(mut held: Held, case: &After) {
+    strike(&mut held, case);
+    let report = match case.victim {
+        // Nobody knows of a migration any more.
+        Victim::SourceHost => None,
+        _ => Some(held.end()),
+    };
+    let is_complete = matches!(
+        case.winner,
+        Winner::Target | Winner::Unconfirmed | Winner::Nobody
+    );
+    if is_complete && let Some(report) = &report {
+        assert_eq!(report.outcome.as_deref(), Some("completed"), "{report:?}");
+    }
+    match (case.winner, &report) {
+        (Winner::Source, Some(report)) => {
+            assert_failed(report);
+            assert_back_home(&held.pair, case.manner);
+        }
+        (Winner::Target, _) => {
+            assert_is_at(VM, &held.pair.b, &held.pair.a);
+            held.assert_has_moved();
+        }
+        (Winner::Unconfirmed, _) => {
+            held.assert_has_arrived();
+            held.assert_has_moved();
+        }
+        (Winner::Nobody, Some(_)) => held.assert_is_dead_at_target(),
+        (Winner::Lost, Some(report)) => held.assert_is_lost(report),
+        (Winner::Stands, _) => held.assert_stands_until_given_up(),
+        // It never ran at the target, and its only process was killed.
+        (Winner::Nobody, None) => held.assert_can_begin_anew(),
+        (Winner::Source | Winner::Lost, None) => unreachable!("nobody would say so"),
+    }
+}
+
+/// Kills, lets go on, and starts again what was killed and can be.
+fn strike(held: &mut Held, case: &After) {
+    // Where the source has to ask, it says so while there is nobody to be asked.
+    let asks = case.winner != Winner::Unconfirmed;
+    match case.victim {
+        Victim::TargetDaemon => {
+            held.pair.b.kill();
+            held.release();
+            if asks {
+                held.assert_in_doubt();
+            }
+            held.pair.b.restart();
+        }
+        Victim::SourceDaemon => {
+            held.pair.a.kill();
+            // It asks while the target has not decided yet, where that is held.
+            held.pair.a.restart();
+            held.release();
+        }
+        Victim::BothDaemons => {
+            held.pair.a.kill();
+            held.pair.b.kill();
+            held.pair.a.restart();
+            held.assert_in_doubt();
+            held.pair.b.restart();
+        }
+        Victim::TargetVm => {
+            kill_vm(&held.pair.b);
+            held.release();
+        }
+        Victim::SourceVm => {
+            kill_vm(&held.pair.a);
+            held.release();
+            if case.point == SERVING {
+                // Its memory outlives it.
+                guest::assert_works(&held.pair.b, VM);
+            }
+        }
+        Victim::SourceHost => {
+            kill_vm(&held.pair.a);
+            held.pair.a.kill();
+            held.release();
+            held.pair.a.restart();
+        }
+    }
+}
+
+#[test]
+fn who_misses_pages_is_told_from_who_does_not() {
+    if !has_kvm() {
+        return;
+    }
+    let _place = limosa_e2e::cases::Places::one();
+    let held = Held::at(SERVING, Manner::Of(Mode::Demand));
+    let vm = held.pair.b.client().vm(VM).expect("it is listed");
+    assert_eq!(vm.state, VmState::Running, "{vm:?}");
+    assert!(vm.missing_pages > 0, "{vm:?}");
+    assert!(vm.residual_dependency.is_some(), "{vm:?}");
+    let report = held.end();
+    assert_eq!(report.outcome.as_deref(), Some("completed"), "{report:?}");
+    assert_is_at(VM, &held.pair.b, &held.pair.a);
+    let vm = held.pair.b.client().vm(VM).expect("it is listed");
+    assert_eq!(vm.missing_pages, 0, "{vm:?}");
+    assert_eq!(vm.residual_dependency, None, "{vm:?}");
+    held.assert_has_moved();
+}
