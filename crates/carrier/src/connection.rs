@@ -47,11 +47,25 @@ pub enum Dial {
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum ReadError {
     /// The connection broke or was closed.
-    #[error("the connection broke: {0}")]
+    #[error("the connection broke: {}", in_words(.0))]
     Broken(#[from] io::Error),
     /// The peer sent nonsense.
     #[error(transparent)]
     Wire(#[from] WireError),
+}
+
+/// What became of a connection, in words that need no knowledge of system calls.
+pub(crate) fn in_words(error: &io::Error) -> String {
+    match error.kind() {
+        io::ErrorKind::UnexpectedEof => "the other side closed it".to_owned(),
+        io::ErrorKind::ConnectionReset | io::ErrorKind::BrokenPipe => {
+            "the other side is gone".to_owned()
+        }
+        io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut => {
+            "the other side kept silent, or stopped reading, for too long".to_owned()
+        }
+        _ => error.to_string(),
+    }
 }
 
 /// Connects and sends the preamble.
@@ -163,6 +177,20 @@ mod tests {
         bytes.extend_from_slice(&[0; 100]);
         let result = read_frame(&mut bytes.as_slice());
         assert!(matches!(result, Err(ReadError::Broken(_))));
+    }
+
+    #[test]
+    fn broken_connections_are_told_in_words() {
+        let check = |kind: io::ErrorKind, expect: &str| {
+            let error = ReadError::Broken(kind.into());
+            assert_eq!(error.to_string(), format!("the connection broke: {expect}"));
+        };
+        check(io::ErrorKind::UnexpectedEof, "the other side closed it");
+        check(io::ErrorKind::BrokenPipe, "the other side is gone");
+        check(
+            io::ErrorKind::WouldBlock,
+            "the other side kept silent, or stopped reading, for too long",
+        );
     }
 
     #[test]

@@ -307,7 +307,7 @@ fn hurry() {
 
 #[derive(Debug, thiserror::Error)]
 enum AnswerError {
-    #[error("the pull stream broke: {0}")]
+    #[error("the pull stream broke: {}", crate::connection::in_words(.0))]
     Broken(#[from] io::Error),
     #[error(transparent)]
     Wire(#[from] WireError),

@@ -27,7 +27,7 @@ pub(crate) enum Report {
 
 #[derive(Debug, thiserror::Error)]
 enum ServeError {
-    #[error("the pull stream broke: {0}")]
+    #[error("the pull stream broke: {}", crate::connection::in_words(.0))]
     Broken(#[from] io::Error),
     #[error(transparent)]
     Wire(#[from] WireError),

@@ -190,7 +190,7 @@ pub(crate) fn start(
 
 #[derive(Debug, thiserror::Error)]
 enum ReceiveError {
-    #[error("a page stream broke: {0}")]
+    #[error("a page stream broke: {}", crate::connection::in_words(.0))]
     Broken(#[from] io::Error),
     #[error(transparent)]
     Wire(#[from] WireError),

@@ -55,7 +55,7 @@ pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<()> {
     let setup = arguments.setup()?;
     let modes = planned(arguments);
     // A file that cannot be written is better known before the measurement than after it.
-    let file = arguments.json.as_deref().map(create).transpose()?;
+    let file = arguments.json.as_deref().map(open).transpose()?;
     let interrupt = Interrupt::install()?;
     let machine = Machine::here();
     let (mut bed, simulated) = bed(arguments, &setup, &interrupt)?;
@@ -204,11 +204,19 @@ fn verdict(summary: &Summary) -> anyhow::Result<()> {
     }
 }
 
-fn create(path: &Path) -> anyhow::Result<File> {
-    File::create(path).with_context(|| format!("cannot write {}", path.display()))
+/// Opens the file and leaves what is in it: results replace it once there are some.
+fn open(path: &Path) -> anyhow::Result<File> {
+    OpenOptions::new()
+        .append(true)
+        .create(true)
+        .open(path)
+        .with_context(|| format!("cannot write {}", path.display()))
 }
 
 fn write(file: File, record: &Record) -> anyhow::Result<()> {
+    if file.metadata().is_ok_and(|metadata| metadata.is_file()) {
+        file.set_len(0).context("cannot replace the JSON file")?;
+    }
     let mut file = BufWriter::new(file);
     serde_json::to_writer_pretty(&mut file, record).context("cannot write the JSON file")?;
     file.write_all(b"\n")
@@ -219,6 +227,16 @@ fn write(file: File, record: &Record) -> anyhow::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn results_replace_a_file_and_a_failure_leaves_it() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("demo.json");
+        std::fs::write(&path, "earlier results").unwrap();
+        drop(open(&path).unwrap());
+        assert_eq!(std::fs::read_to_string(&path).unwrap(), "earlier results");
+        assert!(open(directory.path()).is_err());
+    }
 
     #[test]
     fn a_missing_device_is_explained() {

@@ -82,7 +82,9 @@ pub enum WireError {
         role: u8,
     },
     /// A length beyond its limit.
-    #[error("the peer announced a frame of {bytes} bytes, more than the {max} allowed")]
+    #[error(
+        "the peer announced a frame of {bytes} bytes, more than the {max} allowed: it may be no limosa host"
+    )]
     FrameTooLong {
         /// As announced.
         bytes: u64,

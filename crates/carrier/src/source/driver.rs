@@ -370,9 +370,7 @@ impl Driver {
                         Ok(frame) => report(News::Event(SourceEvent::Frame(frame))),
                         Err(error) => {
                             let reason = match error {
-                                ReadError::Broken(error) => {
-                                    format!("the connection to the target broke: {error}")
-                                }
+                                ReadError::Broken(error) => broken(&error),
                                 ReadError::Wire(error) => error.to_string(),
                             };
                             return report(News::Event(SourceEvent::ConnectionLost { reason }));
@@ -398,7 +396,10 @@ impl Driver {
                             sent,
                         },
                         sender::Report::Broken { stream, error } => SourceEvent::ConnectionLost {
-                            reason: format!("page stream {stream} to the target broke: {error}"),
+                            reason: format!(
+                                "page stream {stream} to the target broke: {}",
+                                connection::in_words(&error)
+                            ),
                         },
                     }));
                 },
@@ -440,7 +441,7 @@ impl Driver {
     fn send(&self, frame: &ControlFrame) {
         let Some(links) = &self.links else { return };
         if let Err(error) = links.control.send(frame) {
-            let reason = format!("the connection to the target broke: {error}");
+            let reason = broken(&error);
             self.reporter()(News::Event(SourceEvent::ConnectionLost { reason }));
         }
     }
@@ -649,6 +650,13 @@ impl Driver {
             self.reporter()(News::Event(SourceEvent::ConnectionLost { reason }));
         }
     }
+}
+
+fn broken(error: &io::Error) -> String {
+    format!(
+        "the connection to the target broke: {}",
+        connection::in_words(error)
+    )
 }
 
 fn now() -> Timestamp {

@@ -1,6 +1,7 @@
 //! Migrations as the control interface tells them, and how they follow from the engine's report.
 
 use super::{duration, milliseconds};
+use limosa_carrier::RATE_MIN;
 use limosa_engine::handover::MigrationId;
 use limosa_engine::policy::{Limits, Mode, PauseReason};
 use limosa_engine::report::{self, FaultReport, MigrationReport, Outcome};
@@ -120,6 +121,13 @@ impl LimitsPatch {
             limits.downtime_max = duration("downtime_max_ms", value)?;
         }
         if let Some(rate) = self.bandwidth_max {
+            if (1..RATE_MIN.get()).contains(&rate) {
+                return Err(format!(
+                    "bandwidth_max is {rate} bytes a second, too few to move a guest: give {} or \
+                     more, or 0 for no limit",
+                    RATE_MIN.get()
+                ));
+            }
             limits.bandwidth_max = (rate > 0).then(|| BytesPerSecond::new(rate));
         }
         if let Some(value) = self.deadline_ms {
