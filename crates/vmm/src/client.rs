@@ -651,11 +651,14 @@ impl VmHandle {
         let Some(Connection(socket)) = connection.as_ref() else {
             unreachable!("it was made just now")
         };
-        if let Err(error) = protocol::send(socket, request, bytes, &[]) {
-            *connection = None;
-            return Err(VmError::Gone(in_one_line(&FrameError::from(error))));
-        }
-        match protocol::receive::<Reply>(socket) {
+        let sent = protocol::send(socket, request, bytes, &[]);
+        // A process that another daemon controls says so and closes, perhaps before it was asked.
+        let is_closed = |error: &io::Error| error.kind() == io::ErrorKind::BrokenPipe;
+        let reply = match &sent {
+            Err(error) if !is_closed(error) => Err(FrameError::Closed),
+            _ => protocol::receive::<Reply>(socket),
+        };
+        match reply {
             Ok(Frame {
                 message: Reply::Refused { why, message },
                 ..
@@ -668,7 +671,11 @@ impl VmHandle {
             Ok(frame) => Ok(frame),
             Err(error) => {
                 *connection = None;
-                Err(VmError::Lost(in_one_line(&error)))
+                Err(match sent {
+                    // It was never asked.
+                    Err(error) => VmError::Gone(in_one_line(&FrameError::from(error))),
+                    Ok(()) => VmError::Lost(in_one_line(&error)),
+                })
             }
         }
     }

@@ -22,6 +22,8 @@ struct Inside {
     ended: bool,
     tracking: bool,
     dirty: PageSet,
+    /// What the last reading of the log found: a clear takes these away and no later ones.
+    harvested: PageSet,
     /// The version that each page should have; zero for pages that were never written.
     versions: Vec<u64>,
     /// Pages that it was busy with before it arrived.
@@ -70,6 +72,7 @@ impl ThreadGuest {
             ended: false,
             tracking: false,
             dirty: PageSet::empty(pages),
+            harvested: PageSet::empty(pages),
             versions: vec![0; usize::try_from(pages.get()).unwrap()],
             worked_on: 0,
         };
@@ -268,12 +271,20 @@ impl Guest for ThreadGuest {
     }
 
     fn harvest(&self, into: &mut PageSet) -> Result<(), GuestError> {
-        into.clone_from(&self.lock().dirty);
+        let mut inside = self.lock();
+        inside.harvested = inside.dirty.clone();
+        into.clone_from(&inside.harvested);
         Ok(())
     }
 
     fn clear(&self, range: PageRange) -> Result<(), GuestError> {
-        self.lock().dirty.remove_range(range);
+        let mut inside = self.lock();
+        let Inside {
+            dirty, harvested, ..
+        } = &mut *inside;
+        harvested
+            .runs_in(range)
+            .for_each(|run| dirty.remove_range(run));
         Ok(())
     }
 
