@@ -50,7 +50,7 @@ impl Manner {
             match self {
                 // Something is to be left to switch for, however little of the machine it gets.
                 Self::Of(Mode::Hybrid) => "ws=8M rate=max touch=2M",
-                Self::AutoThatSwitches => "ws=8M rate=max",
+                Self::AutoThatSwitches => "ws=24M rate=max",
                 Self::Of(_) => "ws=8M rate=5000 touch=2M",
             },
         )
