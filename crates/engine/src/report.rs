@@ -95,7 +95,8 @@ pub const FAULT_BUCKETS: usize = 22;
 pub struct FaultReport {
     /// Pages that came because a vCPU waited for them: network faults. `[Hines09 §5]`
     pub pulled: PageCount,
-    /// Pages that were there before anybody needed them.
+    /// Pages that were there before anybody needed them, those among them that never existed and were
+    /// only told to be zero.
     pub pushed: PageCount,
     /// Bytes of the pulled pages on the wire, headers included.
     pub pulled_bytes: ByteCount,

@@ -165,8 +165,6 @@ pub struct Source {
     missing: Option<Vec<u32>>,
     /// It is known that the guest has run there.
     ran_there: bool,
-    /// Pages that were pushed to the guest there.
-    pushed: PageCount,
     /// The guest ended at the target.
     lost_guest: Option<String>,
     begun: Timestamp,
@@ -239,7 +237,6 @@ impl Source {
             is_switching: false,
             missing: None,
             ran_there: false,
-            pushed: PageCount::ZERO,
             lost_guest: None,
             begun: Timestamp::ZERO,
             heard: Timestamp::ZERO,

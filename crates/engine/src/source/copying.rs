@@ -213,9 +213,6 @@ impl Source {
             }
             return planned;
         }
-        if round.is_push() {
-            self.pushed = self.pushed.saturating_add(report.pages);
-        }
         if report.bytes >= BANDWIDTH_SAMPLE_MIN.min(self.bandwidth_sample)
             && let Some(measured) = BytesPerSecond::measured(report.bytes, report.time)
         {

@@ -250,11 +250,6 @@ impl Round {
         self.kind == Kind::Stale
     }
 
-    /// True if it went to a guest that runs at the target.
-    pub(super) fn is_push(&self) -> bool {
-        self.kind == Kind::Push
-    }
-
     /// Pages planned and pages sent so far.
     pub(super) const fn progress(&self) -> (PageCount, PageCount) {
         (self.planned, self.done.pages)

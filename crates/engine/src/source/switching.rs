@@ -156,9 +156,7 @@ impl Source {
     /// Every page is there.
     pub(super) fn complete(&mut self, now: Timestamp, faults: FaultReport) -> Vec<SourceAction> {
         self.close_round(now);
-        // The target cannot tell a page that never existed from one that is zero.
-        let pushed = self.pushed.min(faults.pushed);
-        self.report.faults = Some(FaultReport { pushed, ..faults });
+        self.report.faults = Some(faults);
         self.report.total = now.since(self.begun);
         self.verify_or_release()
     }

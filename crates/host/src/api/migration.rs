@@ -277,7 +277,7 @@ pub struct Report {
     /// Missing pages that were there before anybody needed them.
     pub pushed_before_need: Option<u64>,
     /// Network faults: `pulled_pages` over both, 0 to 1. Pages that never existed are missing, too,
-    /// and count in neither.
+    /// and count as pushed.
     pub network_fault_share: Option<f64>,
     /// How long vCPUs waited for missing pages; `null` if none did.
     pub fault_latency_us: Option<FaultLatency>,
