@@ -44,8 +44,6 @@ pub(crate) enum Way {
 /// What the threads of a guest that misses pages share.
 pub(crate) struct Faults {
     installer: Arc<PageInstaller>,
-    /// Of the guest.
-    pages: PageCount,
     state: Mutex<State>,
     /// Requests for pages go here, while there is a connection.
     pull: Mutex<Option<TcpStream>>,
@@ -68,12 +66,11 @@ impl std::fmt::Debug for Faults {
 }
 
 impl Faults {
-    pub(crate) fn new(installer: Arc<PageInstaller>, pages: PageCount) -> Self {
+    pub(crate) fn new(installer: Arc<PageInstaller>) -> Self {
         let longest = u64::try_from(LATENCY_MAX.as_nanos()).expect("an hour fits");
         let latencies = Histogram::new_with_bounds(1, longest, 2).expect("sound bounds");
         Self {
             installer,
-            pages,
             state: Mutex::new(State {
                 waited_for: BTreeMap::new(),
                 latencies,
@@ -169,26 +166,29 @@ impl Faults {
         }
     }
 
-    /// The source can be asked for pages from now on. After a reconnection it is told what is
-    /// missing, and asked again for what somebody waits for.
-    pub(crate) fn attach(&self, mut pull: TcpStream, tells_missing: bool) -> io::Result<PageCount> {
+    /// The source can be asked for pages from now on.
+    pub(crate) fn attach(&self, pull: TcpStream) {
+        *self.pull() = Some(pull);
+    }
+
+    /// The same after a reconnection: the source is told what is missing, and asked again for what
+    /// somebody waits for; how many pages are missing.
+    pub(crate) fn reattach(&self, mut pull: TcpStream) -> io::Result<PageCount> {
         let mut slot = self.pull();
-        let mut missing = PageSet::empty(self.pages);
+        let mut missing = PageSet::empty(self.installer.page_count());
         self.installer.missing_set(&mut missing);
-        if tells_missing {
-            let mut bytes = Vec::new();
-            let all = PageRange::new(Pfn::new(0), missing.capacity());
-            for (part, bits) in crate::missing::encode(&missing, all) {
-                bytes.extend_from_slice(&part.missing().encode());
-                bytes.extend_from_slice(&bits);
-            }
-            bytes.extend_from_slice(&PullHeader::MissingEnd.encode());
-            pull.write_all(&bytes)?;
-            let waited_for: Vec<Pfn> = self.state().waited_for.keys().copied().collect();
-            for page in waited_for {
-                for run in self.installer.missing_in_unit(page) {
-                    want(&mut pull, run)?;
-                }
+        let mut bytes = Vec::new();
+        let all = PageRange::new(Pfn::new(0), missing.capacity());
+        for (part, bits) in crate::missing::encode(&missing, all) {
+            bytes.extend_from_slice(&part.missing().encode());
+            bytes.extend_from_slice(&bits);
+        }
+        bytes.extend_from_slice(&PullHeader::MissingEnd.encode());
+        pull.write_all(&bytes)?;
+        let waited_for: Vec<Pfn> = self.state().waited_for.keys().copied().collect();
+        for page in waited_for {
+            for run in self.installer.missing_in_unit(page) {
+                want(&mut pull, run)?;
             }
         }
         *slot = Some(pull);

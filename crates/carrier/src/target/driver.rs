@@ -350,10 +350,8 @@ impl Driver {
             unreachable!("the engine serves faults only where they can be served");
         };
         pages.serve();
-        let pull = self.session.inside().pull.take();
-        if let Some(Err(error)) = pull.map(|pull| faults.attach(pull, false)) {
-            let generation = self.session.inside().generation;
-            self.session.lost(generation, &error.to_string());
+        if let Some(pull) = self.session.inside().pull.take() {
+            faults.attach(pull);
         }
         if faults.is_filled_now() {
             let report = faults.report();

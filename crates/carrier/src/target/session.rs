@@ -103,7 +103,7 @@ impl Session {
     ) -> Option<(Arc<Self>, Driver)> {
         let installer = guest.installer()?;
         let memory = guest.memory();
-        let faults = Arc::new(Faults::new(installer, memory.page_count()));
+        let faults = Arc::new(Faults::new(installer));
         let pages = Arc::new(receiver::Shared::new(memory, false, Some(faults)));
         let inside = Inside {
             pages: Some(pages),
@@ -324,7 +324,7 @@ impl Session {
             .ok_or("the page streams did not come")?;
         let faults = guest
             .installer()
-            .map(|installer| Arc::new(Faults::new(installer, memory.page_count())));
+            .map(|installer| Arc::new(Faults::new(installer)));
         let can_fault = faults.is_some();
         let broken = |error: std::io::Error| error.to_string();
         if let Some(faults) = &faults {
@@ -354,7 +354,7 @@ impl Session {
         let faults = pages.faults.clone().ok_or("page faults are not served")?;
         let broken = |error: std::io::Error| error.to_string();
         let pull = self.start_streams(streams, &pages).map_err(broken)?;
-        faults.attach(pull, true).map_err(broken)
+        faults.reattach(pull).map_err(broken)
     }
 
     /// Starts the threads of one generation's streams; the end of the pull stream to ask at.
