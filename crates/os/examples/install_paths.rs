@@ -190,19 +190,8 @@ fn fault(path: FaultPath) -> f64 {
 
 /// Takes away pages that exist: every second one by itself, or all at once.
 fn punch(bytes: u64, is_scattered: bool) -> f64 {
-    let memory = Arc::new(SharedMemory::create(ByteCount::new(bytes), PageKind::Small).unwrap());
-    let gate = FaultGate::open(&memory).unwrap();
-    let own = SharedMemory::open(memory.file().try_clone_to_owned().unwrap()).unwrap();
-    let pages = memory.page_count();
-    let installer = PageInstaller::new(
-        gate.descriptor().try_clone_to_owned().unwrap(),
-        gate.base(),
-        Arc::new(own),
-        SharedBitmap::create_writable(pages).unwrap(),
-        FaultPath::Copy,
-    )
-    .unwrap();
-    let all = PageRange::new(Pfn::new(0), pages);
+    let (memory, _gate, installer) = bed(PageKind::Small, FaultPath::Copy, bytes);
+    let all = PageRange::new(Pfn::new(0), memory.page_count());
     let other = SharedMemory::open(memory.file().try_clone_to_owned().unwrap()).unwrap();
     other.populate(all).unwrap();
     let began = Instant::now();
