@@ -13,8 +13,8 @@
 use limosa_e2e::cases::run_all;
 use limosa_e2e::pair::{assert_back_home, assert_failed, assert_is_at};
 use limosa_e2e::points::{Manner, is_complete};
-use limosa_e2e::strike::{COMING_BACK, Held, SERVING, Victim, kill_vm};
-use limosa_e2e::{VM, guest, has_kvm};
+use limosa_e2e::strike::{COMING_BACK, Held, SERVING, Victim, kill_vm, remove_ended};
+use limosa_e2e::{VM, guest, has_kvm, process};
 use limosa_engine::policy::Mode;
 use limosa_host::api::VmState;
 use std::fmt;
@@ -280,6 +280,32 @@ fn strike(held: &mut Held, case: &After) {
             held.release();
             held.pair.a.restart();
         }
+    }
+}
+
+/// The target's daemon and VM process die in the instant after the guest's first instruction, which
+/// the source has not heard of: it is told by what the VM process noted before.
+#[test]
+fn the_first_instruction_outlives_the_whole_target() {
+    let manners = [Mode::StopAndCopy, Mode::PreCopy, Mode::PostCopy];
+    if has_kvm() {
+        run_all(&manners.map(Manner::Of), |manner| {
+            let mut held = Held::at("target.runs", *manner);
+            let pid = held.pair.b.client().vm(VM).expect("it is listed").pid;
+            held.pair.b.kill();
+            process::kill(pid);
+            held.assert_in_doubt();
+            held.pair.b.restart();
+            let report = held.end();
+            let outcome = if manner.switches() {
+                remove_ended(&held.pair.a);
+                "guest-lost"
+            } else {
+                "completed"
+            };
+            assert_eq!(report.outcome.as_deref(), Some(outcome), "{report:?}");
+            held.assert_can_begin_anew();
+        });
     }
 }
 

@@ -379,6 +379,9 @@ pub(crate) struct Vm {
     /// What its heartbeats say about where it is
     #[arg(long, default_value = "")]
     pub host_tag: String,
+    /// The file in which it notes that a guest that arrived runs here
+    #[arg(long)]
+    pub ledger: Option<PathBuf>,
 }
 
 #[cfg(test)]

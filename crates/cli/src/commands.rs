@@ -62,7 +62,7 @@ pub(crate) fn run(arguments: Arguments) -> Result<()> {
             clap_complete::generate(shell, &mut Arguments::command(), "limosa", &mut script);
             print(&String::from_utf8(script)?)
         }
-        Command::Vm(vm) => limosa_host::serve_vm(vm.socket, vm.host_tag),
+        Command::Vm(vm) => limosa_host::serve_vm(vm.socket, vm.host_tag, vm.ledger),
     }
 }
 

@@ -3,7 +3,8 @@
 //! A source that lost the connection after its commit asks how the attempt ended, perhaps long
 //! after the guest has moved on from here. Each fact is one line, appended with one write before it
 //! is answered for: no `fsync`, since a crash of the whole host takes the guest along and leaves
-//! nothing to answer for.
+//! nothing to answer for. VM processes append lines, too ([`arrival_note`]), so the file is read on
+//! before anything is said.
 //!
 //! ```text
 //!  filling ──▶ ran        it has all its pages: its source may forget it
@@ -18,10 +19,10 @@
 
 use anyhow::{Context, Result};
 use limosa_engine::handover::{MigrationId, Resolution};
+use limosa_vmm::arrival_note::{self, line};
 use std::collections::{HashMap, VecDeque};
-use std::fs::{self, File, OpenOptions};
+use std::fs::{self, File};
 use std::io::{Read, Seek, SeekFrom, Write};
-use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 /// Attempts remembered of each kind: years of migrations, 5 MiB of file, 10 MiB of memory.
@@ -30,12 +31,16 @@ const ATTEMPTS_MAX: usize = 1 << 16;
 const LINE_BYTES_MAX: usize = 41;
 /// Lines after which the file is written anew with what is remembered.
 const LINES_MAX: usize = 4 * ATTEMPTS_MAX;
+/// Bytes that are read of a file, its last ones.
+const READ_MAX: u64 = (2 * LINES_MAX * LINE_BYTES_MAX) as u64;
 
 /// What is known about past attempts to move guests here.
 #[derive(Debug)]
 pub struct Ledger {
     path: PathBuf,
     file: File,
+    /// So many bytes of it have been understood, whole lines all.
+    known_bytes: u64,
     lines: usize,
     attempts: Attempts,
 }
@@ -58,8 +63,8 @@ impl Note {
 
     const fn word(self) -> &'static str {
         match self {
-            Self::Filling => "filling",
-            Self::Ran => "ran",
+            Self::Filling => arrival_note::FILLING,
+            Self::Ran => arrival_note::RAN,
             Self::Gone => "gone",
             Self::Barred => "barred",
         }
@@ -96,38 +101,30 @@ impl Ledger {
     /// # Errors
     /// The file cannot be read or written.
     pub fn open(path: &Path) -> Result<Self> {
-        let mut file =
-            open_to_append(path).with_context(|| format!("cannot open {}", path.display()))?;
-        let text =
-            read_tail(&mut file).with_context(|| format!("cannot read {}", path.display()))?;
-        // A torn last line has no end; the next record must not be glued to it.
-        let whole = text.rfind('\n').map_or(0, |end| end + 1);
-        if whole < text.len() {
-            tracing::warn!("the last line of the ledger was torn and is dropped");
-            let length = file.metadata()?.len() - (text.len() - whole) as u64;
-            file.set_len(length)?;
-        }
+        let cannot = |what: &str| format!("cannot {what} {}", path.display());
+        let file = arrival_note::open(path).with_context(|| cannot("open"))?;
+        let length = file.metadata().with_context(|| cannot("read"))?.len();
         let mut ledger = Self {
             path: path.to_owned(),
             file,
+            known_bytes: length.saturating_sub(READ_MAX),
             lines: 0,
             attempts: Attempts::default(),
         };
-        for line in text[..whole].lines() {
-            ledger.lines += 1;
-            match parse_line(line) {
-                Some((id, note)) => ledger.attempts.insert(id, note),
-                None => tracing::warn!(
-                    line = ledger.lines,
-                    "a line of the ledger is not understood"
-                ),
-            }
+        let whole = ledger.read_on().with_context(|| cannot("read"))?;
+        // A torn last line has no end; the next record must not be glued to it.
+        if whole < length {
+            tracing::warn!("the last line of the ledger was torn and is dropped");
+            ledger.file.set_len(whole)?;
         }
         Ok(ledger)
     }
 
     /// How an attempt stands, if it is known.
-    pub fn look_up(&self, id: MigrationId) -> Option<Note> {
+    pub fn look_up(&mut self, id: MigrationId) -> Option<Note> {
+        if let Err(error) = self.read_on() {
+            tracing::error!(%error, "what VM processes have written to the ledger cannot be read");
+        }
         self.attempts.by_id.get(&id).copied()
     }
 
@@ -178,7 +175,7 @@ impl Ledger {
     }
 
     fn append(&mut self, id: MigrationId, note: Note) -> std::io::Result<()> {
-        let line = line(id, note);
+        let line = line(note.word(), id);
         if let Err(error) = self.file.write_all(line.as_bytes()) {
             // What was written of it ends here, so that the next line begins a new one.
             if let Err(error) = self.file.write_all(b"\n") {
@@ -186,8 +183,8 @@ impl Ledger {
             }
             return Err(error);
         }
+        self.read_on()?;
         self.attempts.insert(id, note);
-        self.lines += 1;
         if self.lines > LINES_MAX
             && let Err(error) = self.rewrite()
         {
@@ -196,19 +193,41 @@ impl Ledger {
         Ok(())
     }
 
-    /// Writes the file anew with what is remembered.
+    /// Takes note of the lines that were added to the file, up to the last one that has an end;
+    /// returns how many bytes of the file are known then.
+    fn read_on(&mut self) -> std::io::Result<u64> {
+        let mut bytes = Vec::new();
+        self.file.seek(SeekFrom::Start(self.known_bytes))?;
+        (&self.file).take(READ_MAX).read_to_end(&mut bytes)?;
+        let whole = bytes.iter().rposition(|&byte| byte == b'\n');
+        bytes.truncate(whole.map_or(0, |end| end + 1));
+        for line in bytes.split_inclusive(|&byte| byte == b'\n') {
+            self.lines += 1;
+            match parse_line(line) {
+                Some((id, note)) => self.attempts.insert(id, note),
+                None => tracing::warn!("a line of the ledger is not understood"),
+            }
+        }
+        self.known_bytes += bytes.len() as u64;
+        Ok(self.known_bytes)
+    }
+
+    /// Writes the file anew with what is remembered, while no VM process writes to it.
     fn rewrite(&mut self) -> std::io::Result<()> {
+        self.file.try_lock()?;
+        self.read_on()?;
         let next = self.path.with_extension("next");
         let mut text = String::new();
         for id in self.attempts.barred.iter().chain(&self.attempts.came) {
-            if let Some(note) = self.look_up(*id) {
-                text.push_str(&line(*id, note));
+            if let Some(note) = self.attempts.by_id.get(id) {
+                text.push_str(&line(note.word(), *id));
             }
         }
         fs::write(&next, &text)?;
-        let file = open_to_append(&next)?;
+        let file = arrival_note::open(&next)?;
         fs::rename(&next, &self.path)?;
         self.file = file;
+        self.known_bytes = text.len() as u64;
         self.lines = text.lines().count();
         Ok(())
     }
@@ -237,39 +256,8 @@ impl Attempts {
     }
 }
 
-fn open_to_append(path: &Path) -> std::io::Result<File> {
-    OpenOptions::new()
-        .read(true)
-        .append(true)
-        .create(true)
-        .mode(0o600)
-        .open(path)
-}
-
-/// The file, or of a file that is too long the last lines of it.
-fn read_tail(file: &mut File) -> std::io::Result<String> {
-    let limit = (2 * LINES_MAX * LINE_BYTES_MAX) as u64;
-    let start = file.metadata()?.len().saturating_sub(limit);
-    file.seek(SeekFrom::Start(start))?;
-    let mut bytes = Vec::new();
-    file.take(limit).read_to_end(&mut bytes)?;
-    // Foreign bytes become characters of one byte each, so that lengths stay what they are.
-    let is_text = bytes.iter().all(u8::is_ascii);
-    if !is_text {
-        bytes
-            .iter_mut()
-            .filter(|byte| !byte.is_ascii())
-            .for_each(|byte| *byte = b'?');
-    }
-    Ok(bytes.into_iter().map(char::from).collect())
-}
-
-fn line(id: MigrationId, note: Note) -> String {
-    format!("{} {id}\n", note.word())
-}
-
-fn parse_line(line: &str) -> Option<(MigrationId, Note)> {
-    let (word, id) = line.split_once(' ')?;
+fn parse_line(line: &[u8]) -> Option<(MigrationId, Note)> {
+    let (word, id) = str::from_utf8(line).ok()?.trim_end().split_once(' ')?;
     let note = Note::ALL.into_iter().find(|note| note.word() == word)?;
     Some((crate::api::parse_id(id)?, note))
 }
@@ -286,7 +274,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("ledger");
         fs::write(&path, text).unwrap();
-        let ledger = Ledger::open(&path).unwrap();
+        let mut ledger = Ledger::open(&path).unwrap();
         assert_eq!([1, 2, 3].map(|id| ledger.look_up(MigrationId(id))), expect);
     }
 
@@ -368,6 +356,27 @@ mod tests {
         }
         assert_eq!(attempts.by_id.get(&ONE), Some(&Note::Ran));
         assert_eq!(attempts.by_id.len(), ATTEMPTS_MAX + 1);
+    }
+
+    #[test]
+    fn what_a_vm_process_notes_is_known_before_anything_is_said() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("ledger");
+        let mut ledger = Ledger::open(&path).unwrap();
+        arrival_note::append(&path, ONE, false).unwrap();
+        arrival_note::append(&path, TWO, true).unwrap();
+        assert_eq!(ledger.resolve(ONE), Resolution::Runs);
+        assert_eq!(ledger.resolve(TWO), Resolution::Gone);
+        ledger.note_running(ONE, false).unwrap();
+        let said = text(1, "ran") + &text(2, "filling");
+        assert_eq!(fs::read_to_string(&path).unwrap(), said);
+        // The one that has taken its place.
+        ledger.lines = LINES_MAX;
+        ledger.note_running(TWO, false).unwrap();
+        arrival_note::append(&path, MigrationId(3), false).unwrap();
+        assert_eq!(ledger.resolve(MigrationId(3)), Resolution::Runs);
+        let said = text(1, "ran") + &text(2, "ran") + &text(3, "ran");
+        assert_eq!(fs::read_to_string(&path).unwrap(), said);
     }
 
     #[test]

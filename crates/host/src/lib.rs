@@ -37,6 +37,11 @@ use std::path::PathBuf;
 ///
 /// # Errors
 /// Its socket cannot be opened, or its daemon breaks the protocol.
-pub fn serve_vm(socket: PathBuf, host_tag: String) -> anyhow::Result<()> {
-    limosa_vmm::process::serve(&ServeOptions { socket, host_tag }).map_err(Into::into)
+pub fn serve_vm(socket: PathBuf, host_tag: String, ledger: Option<PathBuf>) -> anyhow::Result<()> {
+    limosa_vmm::process::serve(&ServeOptions {
+        socket,
+        host_tag,
+        ledger,
+    })
+    .map_err(Into::into)
 }

@@ -27,6 +27,8 @@ const SOCKET_PATH_BYTES_MAX: usize = 107;
 const NAME_BYTES_MAX: usize = 64;
 /// Journals that are kept: enough to look back after an evening of trials.
 const JOURNALS_MAX: usize = 64;
+/// Name of the ledger, to which VM processes write, too.
+pub const LEDGER: &str = "ledger";
 
 /// Where a daemon is looked for when nothing is said: `$LIMOSA_STATE_DIR`, `/run/limosa` for root,
 /// `$XDG_RUNTIME_DIR/limosa` for others.
@@ -132,7 +134,7 @@ impl StateDir {
 
     /// The ledger.
     pub fn ledger(&self) -> PathBuf {
-        self.root.join("ledger")
+        self.root.join(LEDGER)
     }
 
     /// The control interface.

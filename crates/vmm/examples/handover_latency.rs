@@ -26,6 +26,7 @@ fn main() {
         serve(&ServeOptions {
             socket: socket.into(),
             host_tag: "here".to_owned(),
+            ledger: None,
         })
         .unwrap();
         return;

@@ -13,6 +13,7 @@
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
 pub mod answer;
+pub mod arrival_note;
 mod boot;
 pub mod client;
 pub mod config;

@@ -9,6 +9,7 @@
 //! steps; a commit is recorded before the first instruction; the socket is gone when the process is.
 
 use crate::answer::{RunState, Running};
+use crate::arrival_note;
 use crate::config::VmConfig;
 use crate::machine::{Machine, MachineError, Snapshot};
 use crate::protocol::{
@@ -41,6 +42,8 @@ pub struct ServeOptions {
     pub socket: PathBuf,
     /// What this host is called in heartbeats.
     pub host_tag: String,
+    /// Where arrivals are noted before they run; without it the daemon alone remembers them.
+    pub ledger: Option<PathBuf>,
 }
 
 /// Why a VM process could not serve.
@@ -142,6 +145,12 @@ enum RequestError {
     PagesMissing(PageCount),
     #[error("the guest cannot run with pages missing: {0}")]
     NotArmed(String),
+    #[error("it cannot be noted in {ledger} that the guest runs here")]
+    NotNoted {
+        ledger: PathBuf,
+        #[source]
+        source: io::Error,
+    },
 }
 
 impl RequestError {
@@ -441,6 +450,7 @@ impl Process<'_> {
         // What can be refused comes before the record, and then nothing has run.
         self.settle_faults(keeps_faults)?;
         let ready = self.machine()?.get_ready(stopped_at)?;
+        self.note_arrival(id, keeps_faults)?;
         // Recorded before the first instruction: from here on the source must never run it again.
         let from = std::mem::replace(&mut self.phase, arrived);
         let running = self
@@ -450,6 +460,16 @@ impl Process<'_> {
         self.running = Some(running);
         tracing::info!(%from, to = %self.phase, "committed and running");
         Ok(running)
+    }
+
+    fn note_arrival(&self, id: MigrationId, is_filling: bool) -> Result<(), RequestError> {
+        let Some(ledger) = &self.options.ledger else {
+            return Ok(());
+        };
+        arrival_note::append(ledger, id, is_filling).map_err(|source| RequestError::NotNoted {
+            ledger: ledger.clone(),
+            source,
+        })
     }
 
     /// Before the first instruction: either whoever touches a missing page is held back, or nobody.

@@ -10,7 +10,7 @@ mod preflight;
 use crate::api::{self, CommandKind, GuestReport, SectionInfo, VcpuReport, VmSpec};
 use crate::machine::{Activity, Described, Look, Machine, Machines, OnEnd, Shape};
 use crate::refusal::Refusal;
-use crate::state_dir::VmName;
+use crate::state_dir::{self, VmName};
 use limosa_carrier::{Guest, GuestError};
 use limosa_engine::handover::{MigrationId, Phase};
 use limosa_engine::wire::Start;
@@ -110,6 +110,8 @@ impl Processes {
             .arg(&self.root)
             .arg("--socket")
             .arg(socket)
+            .arg("--ledger")
+            .arg(self.root.join(state_dir::LEDGER))
             .current_dir("/")
             .stdin(Stdio::null())
             .stdout(log)

@@ -17,6 +17,7 @@ fn be_a_vm_process() {
         serve(&ServeOptions {
             socket: socket.into(),
             host_tag: "here".to_owned(),
+            ledger: None,
         })
         .unwrap();
     }
