@@ -238,10 +238,10 @@ impl Held {
     /// # Panics
     /// If it is otherwise.
     #[track_caller]
-    pub fn assert_is_lost(&self, report: &Report) {
-        assert_lost(report);
-        remove_ended(&self.pair.a);
+    pub fn assert_is_lost(&self) {
+        // The target first: a source that is told to forget it tells nobody any more.
         remove_ended(&self.pair.b);
+        remove_ended(&self.pair.a);
         let turns = self.pair.beats.turns();
         assert!(turns.len() <= 2, "{turns:#?}");
         self.assert_can_begin_anew();
@@ -273,7 +273,6 @@ impl Held {
             .resolve(&self.id, ResolveWord::Gone)
             .expect("an operator's word");
         remove_ended(target);
-        self.assert_can_begin_anew();
     }
 
     /// A guest of the same name can be started and moved: nothing of the old one is in its way.

@@ -13,8 +13,8 @@
 use limosa_e2e::cases::run_all;
 use limosa_e2e::pair::{assert_back_home, assert_failed, assert_is_at};
 use limosa_e2e::points::{Manner, is_complete};
-use limosa_e2e::strike::{COMING_BACK, Held, SERVING, Victim, kill_vm, remove_ended};
-use limosa_e2e::{VM, guest, has_kvm, process};
+use limosa_e2e::strike::{COMING_BACK, Held, SERVING, Victim, assert_lost, kill_vm, remove_ended};
+use limosa_e2e::{VM, guest, has_kvm, process, wait};
 use limosa_engine::policy::Mode;
 use limosa_host::api::VmState;
 use std::fmt;
@@ -28,12 +28,10 @@ enum Winner {
     Target,
     /// The same, and the source had not the time to say that it holds nothing any more.
     Unconfirmed,
-    /// It was killed at the target after all its pages had come.
+    /// It was killed where it was, with all its pages.
     Nobody,
-    /// It was killed at the target before that.
+    /// It was killed at the target before all its pages had come, or they were lost at the source.
     Lost,
-    /// It stands at the target: its pages are lost.
-    Stands,
 }
 
 /// A kill.
@@ -54,7 +52,8 @@ impl fmt::Display for After {
 /// daemon, target VM, source daemon, source VM, both daemons, source daemon and VM.
 type Row = (&'static str, [Winner; 6]);
 
-/// With all pages at the target. A source that is gone altogether has nobody who asks.
+/// With all pages at the target. Of a source that is gone altogether the restarted daemon knows what
+/// its predecessor had noted.
 const WHOLE: [Row; 5] = {
     use Winner::{Nobody, Source, Target, Unconfirmed};
     [
@@ -66,28 +65,28 @@ const WHOLE: [Row; 5] = {
         // The commit has come and the target's VM process has not recorded it.
         (
             "target.commit-and-run",
-            [Source, Source, Target, Target, Source, Unconfirmed],
+            [Source, Source, Target, Target, Source, Target],
         ),
         // It runs, and the source does not know.
         (
             "target.runs",
-            [Target, Nobody, Target, Target, Target, Unconfirmed],
+            [Target, Nobody, Target, Target, Target, Target],
         ),
         // It runs, the source knows and still holds the old one.
         (
             "source.hash",
-            [Unconfirmed, Nobody, Target, Target, Target, Unconfirmed],
+            [Unconfirmed, Nobody, Target, Target, Target, Target],
         ),
         (
             "source.release",
-            [Unconfirmed, Nobody, Target, Target, Target, Unconfirmed],
+            [Unconfirmed, Nobody, Target, Target, Target, Target],
         ),
     ]
 };
 
 /// With pages missing at the target.
 const MISSING: [Row; 9] = {
-    use Winner::{Lost, Nobody, Source, Stands, Target, Unconfirmed};
+    use Winner::{Lost, Nobody, Source, Target, Unconfirmed};
     [
         (
             "source.commit",
@@ -95,38 +94,41 @@ const MISSING: [Row; 9] = {
         ),
         (
             "target.commit-and-run",
-            [Source, Source, Target, Target, Source, Stands],
+            [Source, Source, Target, Target, Source, Lost],
         ),
-        (
-            "target.runs",
-            [Target, Lost, Target, Target, Target, Stands],
-        ),
+        ("target.runs", [Target, Lost, Target, Target, Target, Lost]),
         // Pages go when they are asked for, and none besides.
-        (
-            "source.push",
-            [Target, Lost, Target, Target, Target, Stands],
-        ),
-        (SERVING, [Target, Lost, Target, Target, Target, Stands]),
+        ("source.push", [Target, Lost, Target, Target, Target, Lost]),
+        (SERVING, [Target, Lost, Target, Target, Target, Lost]),
         // The last page has come, and its VM process does not know.
         (
             "target.disarm",
-            [Target, Lost, Target, Target, Target, Unconfirmed],
+            [Target, Lost, Target, Target, Target, Target],
         ),
         // The source does not know.
         (
             "target.complete",
-            [Target, Nobody, Target, Target, Target, Unconfirmed],
+            [Target, Nobody, Target, Target, Target, Target],
         ),
         (
             "source.hash",
-            [Unconfirmed, Nobody, Target, Target, Target, Unconfirmed],
+            [Unconfirmed, Nobody, Target, Target, Target, Target],
         ),
         (
             "source.release",
-            [Unconfirmed, Nobody, Target, Target, Target, Unconfirmed],
+            [Unconfirmed, Nobody, Target, Target, Target, Target],
         ),
     ]
 };
+
+/// Where a migration is held, and how the guest is moved.
+struct Place((&'static str, Manner));
+
+impl fmt::Display for Place {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} {}", self.0.0, self.0.1)
+    }
+}
 
 fn cases() -> Vec<After> {
     let mut cases = Vec::new();
@@ -177,13 +179,13 @@ fn killed_after_the_commit_was_recorded() {
 
 #[test]
 fn killed_while_the_source_comes_back() {
-    use Winner::{Lost, Stands, Target};
+    use Winner::{Lost, Target};
     if !has_kvm() {
         return;
     }
     let mut cases = Vec::new();
     for point in COMING_BACK {
-        let winners = [Target, Lost, Target, Target, Target, Stands];
+        let winners = [Target, Lost, Target, Target, Target, Lost];
         for (victim, winner) in Victim::ALL.into_iter().zip(winners) {
             // Whatever comes back pushes: modes differ in nothing here.
             let manner = Manner::Of(Mode::Demand);
@@ -228,11 +230,18 @@ fn run_after(mut held: Held, case: &After) {
             held.assert_has_moved();
         }
         (Winner::Nobody, Some(_)) => held.assert_is_dead_at_target(),
-        (Winner::Lost, Some(report)) => held.assert_is_lost(report),
-        (Winner::Stands, _) => held.assert_stands_until_given_up(),
+        (Winner::Lost, report) => {
+            report.iter().for_each(assert_lost);
+            held.assert_is_lost();
+        }
         // It never ran at the target, and its only process was killed.
-        (Winner::Nobody, None) => held.assert_can_begin_anew(),
-        (Winner::Source | Winner::Lost, None) => unreachable!("nobody would say so"),
+        (Winner::Nobody, None) => {
+            let vm = remove_ended(&held.pair.a);
+            let how = vm.ended.unwrap_or_default();
+            assert!(how.contains("where it never ran"), "{how}");
+            held.assert_can_begin_anew();
+        }
+        (Winner::Source, None) => unreachable!("its process was killed"),
     }
 }
 
@@ -304,6 +313,33 @@ fn the_first_instruction_outlives_the_whole_target() {
                 "completed"
             };
             assert_eq!(report.outcome.as_deref(), Some(outcome), "{report:?}");
+            held.assert_can_begin_anew();
+        });
+    }
+}
+
+/// Nobody comes back who could say that the pages are lost: only an operator can.
+#[test]
+fn a_guest_without_its_source_stands_until_it_is_given_up() {
+    let places = [
+        (SERVING, Manner::Of(Mode::Demand)),
+        ("source.push", Manner::Of(Mode::PostCopy)),
+    ];
+    if has_kvm() {
+        run_all(&places.map(Place), |Place((point, manner))| {
+            let mut held = Held::at(point, *manner);
+            kill_vm(&held.pair.a);
+            held.pair.a.kill();
+            held.release();
+            held.assert_stands_until_given_up();
+            // Should it come back after all, it hears what was decided.
+            held.pair.a.restart();
+            let vm = wait::until("it is told that the guest is lost", || {
+                let vm = held.pair.a.client().vm(VM).ok()?;
+                vm.ended.filter(|how| how.contains("the guest is lost"))
+            });
+            assert!(vm.contains(held.pair.b.peer_address()), "{vm}");
+            remove_ended(&held.pair.a);
             held.assert_can_begin_anew();
         });
     }

@@ -15,7 +15,7 @@ use limosa_e2e::strike::{Victim, assert_lost};
 use limosa_e2e::{Daemon, Link, Pair, VM, guest, has_kvm, process, wait};
 use limosa_engine::policy::Mode;
 use limosa_engine::source::Stage;
-use limosa_host::api::{MigrateBody, ResolveWord, VmInfo, VmState};
+use limosa_host::api::{MigrateBody, VmInfo, VmState};
 use std::any::Any;
 use std::collections::BTreeMap;
 use std::fmt::{self, Write};
@@ -82,8 +82,6 @@ enum End {
     Moved,
     /// Nowhere: the process that had it was killed.
     Lost,
-    /// It stood at the target without its source, and was given up.
-    GivenUp,
 }
 
 /// One blow, from its seed.
@@ -267,11 +265,10 @@ impl Arena {
         }
     }
 
-    /// Waits until it is decided where the guest is, and decides what only an operator can.
+    /// Waits until it is decided where the guest is, with the drain that only an operator orders.
     fn settle(&self, id: &str) -> End {
         let (from, to) = self.hosts();
         let mut seen = String::new();
-        let mut is_given_up = false;
         let end = wait::poll(SETTLE_MAX, || {
             let here = from.client().vm(VM).ok();
             let there = to.client().vm(VM).ok();
@@ -290,23 +287,10 @@ impl Arena {
                 (Some(vm), None) if vm.state == VmState::Running && vm.phase == "running" => {
                     Some(End::Stayed)
                 }
-                (None, Some(vm))
-                    if is_alive(&vm) && vm.missing_pages > 0 && migration.is_none() =>
-                {
-                    // Nobody at the source knows of it any more.
-                    if let Err(error) = to.client().resolve(id, ResolveWord::Gone) {
-                        println!("not given up: {error}");
-                    } else {
-                        is_given_up = true;
-                    }
-                    None
-                }
                 (None, Some(vm)) if vm.state == VmState::Running && vm.missing_pages == 0 => {
                     Some(End::Moved)
                 }
-                (here, there) if !here.iter().chain(&there).any(is_alive) => {
-                    Some(if is_given_up { End::GivenUp } else { End::Lost })
-                }
+                (here, there) if !here.iter().chain(&there).any(is_alive) => Some(End::Lost),
                 _ => None,
             }
         });
@@ -318,7 +302,7 @@ impl Arena {
         let allowed: &[End] = match plan.blow {
             Blow::Kill(Victim::TargetVm) if hits => &[End::Stayed, End::Lost],
             Blow::Kill(Victim::SourceVm) if hits => &[End::Moved, End::Lost],
-            Blow::Kill(Victim::SourceHost) if hits => &[End::Moved, End::Lost, End::GivenUp],
+            Blow::Kill(Victim::SourceHost) if hits => &[End::Moved, End::Lost],
             // Shorter than anybody's patience.
             Blow::Silence => &[End::Moved],
             _ => &[End::Stayed, End::Moved],
@@ -339,7 +323,6 @@ impl Arena {
                 assert_eq!(plan.blow, Blow::Kill(Victim::TargetVm), "{info:?}");
             }
             End::Lost => assert_lost(&info.report),
-            End::GivenUp => panic!("its source still knows it: {info:?}"),
         }
         assert_ne!(info.report.digest_equal, Some(false), "{info:?}");
     }
@@ -359,7 +342,7 @@ impl Arena {
                 let expect = if end == End::Moved { 2 } else { 1 };
                 assert_eq!(turns.len(), expect, "{turns:#?}");
             }
-            End::Lost | End::GivenUp => {
+            End::Lost => {
                 for daemon in [here, there] {
                     if daemon.client().vm(VM).is_ok() {
                         let stopped = daemon.client().stop(VM, false);
@@ -393,20 +376,12 @@ struct Table {
 
 impl fmt::Display for Table {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        writeln!(
-            f,
-            "{:14} {:21} stayed moved lost given-up",
-            "mode", "struck"
-        )?;
+        writeln!(f, "{:14} {:21} stayed moved lost", "mode", "struck")?;
         for ((mode, blow), ends) in &self.ends {
             let count = |end| ends.get(&end).copied().unwrap_or(0);
             let blow = blow.to_string();
-            let [stayed, moved, lost, given_up] =
-                [End::Stayed, End::Moved, End::Lost, End::GivenUp].map(count);
-            writeln!(
-                f,
-                "{mode:14} {blow:21} {stayed:6} {moved:5} {lost:4} {given_up:8}"
-            )?;
+            let [stayed, moved, lost] = [End::Stayed, End::Moved, End::Lost].map(count);
+            writeln!(f, "{mode:14} {blow:21} {stayed:6} {moved:5} {lost:4}")?;
         }
         writeln!(f, "{} blows found nobody to kill", self.missed)?;
         for (blow, took) in &self.longest {

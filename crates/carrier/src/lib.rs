@@ -16,6 +16,7 @@ mod guest;
 mod hold;
 mod journal_file;
 mod missing;
+mod outcome;
 mod pull_server;
 mod receiver;
 mod sender;
@@ -25,5 +26,8 @@ mod target;
 pub use connection::Dial;
 pub use guest::{CommitError, Guest, GuestError, Running, Saved};
 pub use journal_file::{JournalError, replay_file};
-pub use source::{AbortTooLate, MigrateRequest, Migration, MigrationStatus, RATE_MIN, StartError};
+pub use outcome::tell_memory_lost;
+pub use source::{
+    AbortTooLate, MigrateRequest, Migration, MigrationStatus, RATE_MIN, StartError, draw_id,
+};
 pub use target::{IncomingStatus, Listener, TargetHost};

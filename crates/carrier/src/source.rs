@@ -41,12 +41,24 @@ const CHUNK: PageCount = PageCount::new(512);
 /// longer than a link may be silent.
 pub const RATE_MIN: BytesPerSecond = BytesPerSecond::new(64 << 10);
 
+/// Draws the id of a new attempt.
+///
+/// # Errors
+/// The kernel gives no random number.
+pub fn draw_id() -> Result<MigrationId, StartError> {
+    let mut id = [0; 16];
+    getrandom::fill(&mut id).map_err(|error| StartError::System(error.to_string()))?;
+    Ok(MigrationId(u128::from_le_bytes(id)))
+}
+
 /// What is called once when a migration is over.
 pub type OnFinish = Box<dyn FnOnce(&MigrationReport) + Send>;
 
 /// What an operator asks for.
 #[derive(Clone, Debug)]
 pub struct MigrateRequest {
+    /// The attempt, fresh from [`draw_id`].
+    pub id: MigrationId,
     /// The target daemon's peer address, `HOST:PORT`.
     pub peer: String,
     /// The technique.
@@ -124,10 +136,8 @@ impl Migration {
             return Err(StartError::TooSlow(rate.get()));
         }
         let vm = guest.description()?;
-        let mut id = [0; 16];
-        getrandom::fill(&mut id).map_err(|error| StartError::System(error.to_string()))?;
         let config = SourceConfig {
-            id: MigrationId(u128::from_le_bytes(id)),
+            id: request.id,
             peer: request.peer,
             mode: request.mode,
             limits: request.limits,
@@ -142,30 +152,29 @@ impl Migration {
     }
 
     /// Takes up a migration whose commit was recorded before the daemon was restarted: asks the
-    /// target until it answers.
+    /// target until it answers, and goes on as `request` says if the guest there misses pages.
+    /// Digests are not compared: what of them was known died with the daemon.
     ///
     /// # Errors
     /// The kernel gives no thread.
     pub fn recover(
         guest: Arc<dyn Guest>,
-        id: MigrationId,
-        peer: String,
+        request: MigrateRequest,
         on_finish: OnFinish,
     ) -> Result<Arc<Self>, StartError> {
         let config = SourceConfig {
-            id,
-            peer,
-            // Nothing is copied any more: mode, limits and streams have no effect.
-            mode: Mode::PreCopy,
-            limits: Limits::default(),
-            streams: 1,
+            id: request.id,
+            peer: request.peer,
+            mode: request.mode,
+            limits: request.limits,
+            streams: request.streams,
             memory: guest.memory().page_count(),
             chunk: CHUNK,
             verify: false,
             vm: Vec::new(),
             boot_id: limosa_os::boot_id(),
         };
-        Self::spawn(guest, config, true, None, None, on_finish)
+        Self::spawn(guest, config, true, request.link, None, on_finish)
     }
 
     fn spawn(

@@ -18,7 +18,7 @@ use crate::guest::Guest;
 use driver::Driver;
 use limosa_engine::handover::{MigrationId, Resolution};
 use limosa_engine::target::TargetOutcome;
-use limosa_engine::wire::{ControlFrame, Preamble, Role, Start};
+use limosa_engine::wire::{ControlFrame, Preamble, Role, Start, clip};
 use serde::Serialize;
 use session::Session;
 use std::collections::{HashMap, VecDeque};
@@ -163,8 +163,7 @@ impl Listener {
     /// Says that the source of a guest that misses pages will never come back; true if there is such
     /// a guest. It is lost, then: it stands at the first page that it misses.
     pub fn source_is_gone(&self, id: MigrationId, reason: &str) -> bool {
-        let session = self.shared.registry().sessions.get(&id).cloned();
-        session.is_some_and(|session| session.source_is_gone(reason))
+        self.shared.source_is_gone(id, reason)
     }
 
     /// Ends an arriving migration unless it is committed; true if there was one.
@@ -187,6 +186,11 @@ impl Drop for Listener {
 impl Shared {
     fn registry(&self) -> MutexGuard<'_, Registry> {
         self.registry.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn source_is_gone(&self, id: MigrationId, reason: &str) -> bool {
+        let session = self.registry().sessions.get(&id).cloned();
+        session.is_some_and(|session| session.source_is_gone(reason))
     }
 
     fn accept(self: &Arc<Self>, listener: &TcpListener) {
@@ -376,8 +380,12 @@ impl Shared {
         if stream.set_read_timeout(Some(DONE_MAX)).is_err() {
             return;
         }
-        if let Ok(ControlFrame::Done) = connection::read_frame(stream) {
-            self.host.confirmed(id);
+        match connection::read_frame(stream) {
+            Ok(ControlFrame::Done) => self.host.confirmed(id),
+            Ok(ControlFrame::Lost { reason }) if resolution == Resolution::Needs => {
+                self.source_is_gone(id, &clip(&reason));
+            }
+            Ok(_) | Err(_) => {}
         }
     }
 
@@ -407,7 +415,7 @@ impl Registry {
 /// Tells a peer why it is not served, as far as it listens.
 fn refuse(stream: &mut TcpStream, reason: &str) {
     let frame = ControlFrame::Refuse {
-        reason: limosa_engine::wire::clip(reason),
+        reason: clip(reason),
     };
     if let Err(error) = stream.write_all(&frame.encode()) {
         tracing::debug!(%error, "a refused peer did not listen");

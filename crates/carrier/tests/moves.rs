@@ -4,7 +4,7 @@
 #[path = "thread_guest/guest.rs"]
 mod thread_guest;
 
-use limosa_carrier::{Guest, Listener, MigrateRequest, Migration, replay_file};
+use limosa_carrier::{Guest, Listener, MigrateRequest, Migration, draw_id, replay_file};
 use limosa_engine::handover::Phase;
 use limosa_engine::policy::{Limits, Mode};
 use limosa_engine::report::{MigrationReport, Outcome};
@@ -32,6 +32,7 @@ fn request(peer: SocketAddr, mode: Mode) -> MigrateRequest {
         ..Limits::default()
     };
     MigrateRequest {
+        id: draw_id().unwrap(),
         peer: peer.to_string(),
         mode,
         limits,
@@ -257,19 +258,14 @@ fn bad_sources_are_dropped() {
 fn a_committed_guest_comes_back_when_the_target_bars_it() {
     let (_host, listener) = listen();
     let guest = ThreadGuest::new(1024, 100, true);
-    let id = limosa_engine::handover::MigrationId(77);
-    let peer = listener.local_addr().to_string();
+    let request = request(listener.local_addr(), Mode::PreCopy);
+    let (id, peer) = (request.id, request.peer.clone());
     guest.record(&Phase::Offered { id }).unwrap();
     guest.pause_and_save(false).unwrap();
-    guest
-        .record(&Phase::Committed {
-            id,
-            peer: peer.clone(),
-        })
-        .unwrap();
+    guest.record(&Phase::Committed { id, peer }).unwrap();
     guest.lose_daemon();
     assert!(!guest.runs() && guest.resume().is_err());
-    let migration = Migration::recover(guest.clone(), id, peer, Box::new(|_| {})).unwrap();
+    let migration = Migration::recover(guest.clone(), request, Box::new(|_| {})).unwrap();
     let report = migration.wait(PATIENCE).unwrap();
     assert!(failure(&report).contains("never took the guest over"));
     assert_runs_on(&guest);

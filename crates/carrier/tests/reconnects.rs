@@ -5,7 +5,7 @@
 #[allow(dead_code, reason = "other tests need it")]
 mod thread_guest;
 
-use limosa_carrier::{Guest, Listener, MigrateRequest, Migration};
+use limosa_carrier::{Guest, Listener, MigrateRequest, Migration, draw_id};
 use limosa_engine::policy::{Limits, Mode};
 use limosa_engine::report::Outcome;
 use limosa_engine::source::Stage;
@@ -89,6 +89,7 @@ fn wait_until(what: &str, condition: impl Fn() -> bool) {
 fn begin(guest: &Arc<ThreadGuest>, peer: SocketAddr, mode: Mode) -> Arc<Migration> {
     let guest: Arc<dyn Guest> = guest.clone();
     let request = MigrateRequest {
+        id: draw_id().unwrap(),
         peer: peer.to_string(),
         mode,
         limits: Limits::default(),

@@ -105,7 +105,7 @@ pub fn serve(options: &Options) -> Result<()> {
         tracing::debug!(%error, "the control socket was gone");
     }
     runtime.shutdown_background();
-    let vms = host.registry().len();
+    let vms = host.registry().alive_count();
     if vms > 0 {
         let run_on = if vms == 1 {
             "1 VM runs on".to_owned()

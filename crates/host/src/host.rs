@@ -7,11 +7,13 @@
 //! Deliberately absent: HTTP (see `http`), and what other hosts ask (see `arrivals`).
 
 mod adoption;
+mod bereft;
 mod moves;
 mod own_process;
 mod vms;
 
 use crate::api::{HostInfo, IncomingInfo};
+use crate::departures::Departures;
 use crate::ledger::Ledger;
 use crate::machine::Machines;
 use crate::migrations::Migrations;
@@ -37,6 +39,7 @@ pub struct Host {
     registry: Mutex<Registry>,
     migrations: Mutex<Migrations>,
     ledger: Mutex<Ledger>,
+    departures: Departures,
     peers: OnceLock<Listener>,
 }
 
@@ -45,6 +48,7 @@ impl Host {
     pub fn new(state: StateDir, machines: Box<dyn Machines>, ledger: Ledger) -> Arc<Self> {
         Arc::new_cyclic(|me| Self {
             me: me.clone(),
+            departures: Departures::new(state.departures()),
             state,
             machines,
             registry: Mutex::default(),

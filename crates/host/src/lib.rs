@@ -14,6 +14,7 @@
 pub mod api;
 pub mod client;
 pub mod daemon;
+mod departures;
 pub mod state_dir;
 
 mod arrivals;

@@ -13,10 +13,11 @@ use crate::state_dir::VmName;
 use limosa_carrier::{Guest, GuestError};
 use limosa_engine::handover::{MigrationId, Phase};
 use limosa_engine::wire::Start;
+use serde::{Deserialize, Serialize};
 use std::sync::Arc;
 
 /// The size of a virtual machine.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Shape {
     /// Guest memory.
     pub memory_bytes: u64,

@@ -183,6 +183,13 @@ impl Registry {
         self.slots.len()
     }
 
+    /// How many of them have a process that has not ended.
+    pub fn alive_count(&self) -> usize {
+        let is_alive =
+            |slot: &&Slot| matches!(slot, Slot::Alive(vm) if vm.machine.ended().is_none());
+        self.slots.values().filter(is_alive).count()
+    }
+
     /// The process of a name, whatever goes on with it.
     ///
     /// # Errors
@@ -354,6 +361,29 @@ impl Registry {
             self.end(name, reason.to_owned());
         }
         is_news
+    }
+
+    /// Lists a virtual machine that ended while no daemon was here, unless its name is taken.
+    pub fn list_ended(&mut self, name: &VmName, shape: Shape, reason: String) {
+        let ended = Slot::Ended { shape, reason };
+        self.slots.entry(name.clone()).or_insert(ended);
+    }
+
+    /// More is known about the end of one that is listed as ended for `former` reason.
+    pub fn end_otherwise(&mut self, name: &VmName, former: &str, now: String) {
+        if let Some(Slot::Ended { reason, .. }) = self.slots.get_mut(name)
+            && reason == former
+        {
+            *reason = now;
+        }
+    }
+
+    /// It did not end, for all that its being listed for `former` reason says: it has moved.
+    pub fn unlist_ended(&mut self, name: &VmName, former: &str) {
+        let is_it = |slot: &Slot| matches!(slot, Slot::Ended { reason, .. } if reason == former);
+        if self.slots.get(name).is_some_and(is_it) {
+            self.slots.remove(name);
+        }
     }
 
     /// Lists it as ended and lets go of its process, descriptors and memory.

@@ -6,6 +6,7 @@
 //!  vms/NAME.sock one VM process each
 //!  logs/NAME.log what a VM process printed
 //!  ledger        migration ids with their outcome
+//!  departures/ID migrations away that are not over
 //!  journals/ID   one engine journal a migration
 //! ```
 //!
@@ -113,7 +114,7 @@ impl StateDir {
         let root =
             fs::canonicalize(root).with_context(|| format!("cannot find {}", root.display()))?;
         let lock = take_lock(&root)?;
-        for part in ["vms", "logs", "journals"] {
+        for part in ["vms", "logs", "journals", "departures"] {
             make_private_dir(&root.join(part))?;
         }
         let longest = root.join("vms/.sock").as_os_str().len() + NAME_BYTES_MAX;
@@ -135,6 +136,11 @@ impl StateDir {
     /// The ledger.
     pub fn ledger(&self) -> PathBuf {
         self.root.join(LEDGER)
+    }
+
+    /// Notes of migrations away that are not over.
+    pub fn departures(&self) -> PathBuf {
+        self.root.join("departures")
     }
 
     /// The control interface.

@@ -5,7 +5,7 @@ use crate::bucket::Bucket;
 use crate::connection::{self, ControlWriter, ReadError};
 use crate::digest;
 use crate::guest::{Guest, GuestError, Saved};
-use crate::{hold, journal_file, pull_server, sender};
+use crate::{hold, journal_file, outcome, pull_server, sender};
 use limosa_engine::Timestamp;
 use limosa_engine::handover::Resolution;
 use limosa_engine::source::{Paused, Piece, SourceAction, SourceConfig, SourceEvent};
@@ -19,7 +19,6 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
 use std::thread;
-use std::time::Duration;
 
 /// An event on its way to the driver.
 #[derive(Debug)]
@@ -611,23 +610,7 @@ impl Driver {
         let link = Arc::clone(&self.link);
         let report = self.reporter();
         self.spawn("resolve", move || {
-            let ask = || -> Result<(Resolution, ControlWriter), String> {
-                let mut stream =
-                    connection::dial(&peer, preamble).map_err(|error| error.to_string())?;
-                stream
-                    .set_read_timeout(Some(Duration::from_secs(10)))
-                    .map_err(|error| error.to_string())?;
-                let writer = stream.try_clone().map_err(|error| error.to_string())?;
-                let writer = ControlWriter::new(writer, link);
-                writer
-                    .send(&ControlFrame::Resolve)
-                    .map_err(|error| error.to_string())?;
-                match connection::read_frame(&mut stream).map_err(|error| error.to_string())? {
-                    ControlFrame::Resolved(resolution) => Ok((resolution, writer)),
-                    frame => Err(format!("the target answered with {}", frame.name())),
-                }
-            };
-            report(match ask() {
+            report(match outcome::ask(&peer, preamble, link) {
                 Ok((resolution, writer)) => News::Answer(resolution, writer),
                 Err(reason) => News::Event(SourceEvent::ResolveFailed { reason }),
             });

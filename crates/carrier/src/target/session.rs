@@ -196,7 +196,8 @@ impl Session {
         self.send(News::Of(generation, TargetEvent::ConnectionLost { reason }));
     }
 
-    /// The source will never come back; true if that matters.
+    /// The source will never come back; true if that matters. A guest that has all its pages, which
+    /// its driver may not know yet, is not lost.
     pub(super) fn source_is_gone(&self, reason: &str) -> bool {
         // Looked at before the driver hears of it: it lets go of everything when it ends.
         let faults = self
@@ -206,8 +207,10 @@ impl Session {
             .and_then(|pages| pages.faults.clone());
         let misses = |faults: &Arc<Faults>| faults.installer().missing_count() > PageCount::ZERO;
         let matters = self.committed.load(Ordering::SeqCst) && faults.as_ref().is_some_and(misses);
-        let reason = reason.to_owned();
-        self.tell(TargetEvent::SourceGone { reason });
+        if matters {
+            let reason = reason.to_owned();
+            self.tell(TargetEvent::SourceGone { reason });
+        }
         matters
     }
 

@@ -4,8 +4,11 @@ use super::Host;
 use crate::machine::{Activity, Machine};
 use crate::registry::{Adoption, Hold, Slot, Vm, adoption};
 use crate::state_dir::VmName;
-use limosa_carrier::{Guest, Listener, Migration};
+use anyhow::Context;
+use limosa_carrier::{Guest, Listener, MigrateRequest, Migration};
 use limosa_engine::handover::{MigrationId, Phase};
+use limosa_engine::policy::{Limits, Mode};
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
 impl Host {
@@ -14,12 +17,15 @@ impl Host {
     /// # Errors
     /// The state directory cannot be read.
     pub fn adopt_all(&self) -> anyhow::Result<()> {
+        let mut silent = BTreeSet::new();
         for name in self.state.vm_names()? {
             if let Err(reason) = self.adopt(&name) {
                 tracing::error!(vm = %name, reason, "a VM that was left here cannot be taken up");
+                silent.insert(name);
             }
         }
-        Ok(())
+        self.take_up_departures(&silent)
+            .context("cannot go through the notes of departures")
     }
 
     fn adopt(&self, name: &VmName) -> Result<(), String> {
@@ -59,8 +65,21 @@ impl Host {
         registry.fill(name, Arc::clone(&machine), hold);
         drop(registry);
         if let Adoption::Resolve { id, peer } = adoption {
+            let request = self.departures.look_up(id).map_or_else(
+                || MigrateRequest {
+                    id,
+                    peer: peer.clone(),
+                    // All that is missing comes: nobody knows who would ask for it.
+                    mode: Mode::PostCopy,
+                    limits: Limits::default(),
+                    streams: 1,
+                    verify: false,
+                    link: None,
+                },
+                |departure| departure.request(id),
+            );
             let on_finish = self.on_finish(name);
-            let migration = Migration::recover(machine.guest(), id, peer.clone(), on_finish)
+            let migration = Migration::recover(machine.guest(), request, on_finish)
                 .map_err(|error| error.to_string())?;
             self.migrations_lock()
                 .insert(migration, name.to_string(), peer);
@@ -125,6 +144,7 @@ impl Host {
 mod tests {
     use crate::api::VmState;
     use crate::arrivals::Arrivals;
+    use crate::departures::{Departure, Departures};
     use crate::host::Host;
     use crate::ledger::Ledger;
     use crate::machine::Machine;
@@ -132,6 +152,7 @@ mod tests {
     use crate::state_dir::StateDir;
     use limosa_carrier::TargetHost;
     use limosa_engine::handover::{MigrationId, Phase, Resolution};
+    use limosa_engine::policy::{Limits, Mode};
     use std::fs;
     use std::path::Path;
     use std::sync::Arc;
@@ -221,6 +242,52 @@ mod tests {
             Resolution::Runs,
             "the answer outlives the guest"
         );
+    }
+
+    #[test]
+    fn a_restarted_host_says_what_became_of_guests_that_were_leaving() {
+        let dir = tempfile::tempdir().unwrap();
+        let state = StateDir::open(dir.path()).unwrap();
+        let departures = Departures::new(state.departures());
+        drop(state);
+        let here = FakeMachine::new(7, Phase::Offered { id: MigrationId(1) });
+        for (id, vm) in [(1, "here"), (2, "gone")] {
+            let departure = Departure {
+                vm: vm.to_owned(),
+                shape: here.shape(),
+                // Nobody listens there.
+                to: "127.0.0.1:1".to_owned(),
+                mode: Mode::Demand,
+                limits: Limits::default(),
+                streams: 1,
+                link: None,
+                is_bereft: false,
+            };
+            departures.note(MigrationId(id), &departure).unwrap();
+        }
+        let noted = || -> Vec<(u128, bool)> {
+            let all = departures.all().unwrap().into_iter();
+            all.map(|(id, departure)| (id.0, departure.is_bereft))
+                .collect()
+        };
+        let host = restarted(dir.path(), "", &[("here", &here)]);
+        assert_eq!(here.phase(), Phase::Running, "its migration had not begun");
+        let gone = host.vm("gone").unwrap();
+        assert_eq!(gone.state, VmState::Ended);
+        let how = gone.ended.unwrap();
+        assert!(how.contains("has not said yet"), "{how}");
+        assert_eq!(noted(), [(2, true)], "the target has to be told");
+
+        // Still so after the next start, whoever has got the name.
+        drop(host);
+        let next = FakeMachine::new(8, Phase::Running);
+        let host = restarted(dir.path(), "", &[("gone", &next)]);
+        assert_eq!(host.vm("gone").unwrap().state, VmState::Running);
+        assert_eq!(noted(), [(2, true)]);
+        drop(host);
+        let host = restarted(dir.path(), "", &[]);
+        host.stop("gone", false).unwrap();
+        assert_eq!(noted(), [], "the operator does not want to know any more");
     }
 
     #[test]

@@ -2,10 +2,11 @@
 
 use super::{Host, parse_name};
 use crate::api::{LimitsPatch, MigrateBody, MigrationInfo, ResolveWord};
+use crate::departures::Departure;
 use crate::refusal::Refusal;
 use crate::registry::{Hold, Vm};
 use crate::state_dir::VmName;
-use limosa_carrier::{MigrateRequest, Migration, StartError};
+use limosa_carrier::{MigrateRequest, Migration, StartError, draw_id};
 use limosa_engine::handover::{MigrationId, Phase};
 use limosa_engine::policy::Limits;
 use limosa_engine::report::{MigrationReport, Outcome};
@@ -69,7 +70,9 @@ impl Host {
         body: &MigrateBody,
         limits: Limits,
     ) -> Result<Arc<Migration>, Refusal> {
+        let id = draw_id().map_err(|error| Refusal::failed(error.to_string()))?;
         let request = MigrateRequest {
+            id,
             peer: body.to.clone(),
             mode: body.mode,
             limits,
@@ -77,6 +80,10 @@ impl Host {
             verify: body.verify,
             link: body.link.map(BytesPerSecond::new),
         };
+        let departure = Departure::new(name, vm.machine.shape(), &request);
+        self.departures.note(id, &departure).map_err(|error| {
+            Refusal::failed(format!("the migration cannot be noted on disk: {error}"))
+        })?;
         let journal = self.state.next_journal(name);
         Migration::start(
             vm.machine.guest(),
@@ -84,6 +91,7 @@ impl Host {
             Some(journal),
             self.on_finish(name),
         )
+        .inspect_err(|_| self.departures.forget(id))
         .map_err(|error| match error {
             StartError::Streams(_) | StartError::TooSlow(_) => {
                 Refusal::bad_request(error.to_string())
@@ -103,6 +111,7 @@ impl Host {
                 drop(fs::remove_file(host.state.vm_socket(&name)));
             }
             host.registry().left(&name, report.id, outcome);
+            host.departures.forget(report.id);
             tracing::info!(migration_id = %report.id, vm = %name, outcome = outcome.name(), "migration over");
         })
     }
@@ -170,6 +179,13 @@ impl Host {
         if limits != before {
             migration.set(limits);
             tracing::info!(migration_id = %id, ?limits, "limits changed");
+        }
+        if let Some(mut departure) = self.departures.look_up(id) {
+            departure.limits = limits;
+            departure.mode = patch.mode.unwrap_or(departure.mode);
+            if let Err(error) = self.departures.note(id, &departure) {
+                tracing::warn!(migration_id = %id, %error, "a restarted daemon would not know of the change");
+            }
         }
         let mut info = self.migrations_lock().info(id)?;
         // The engine takes them up with its next event.

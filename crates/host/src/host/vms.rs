@@ -215,6 +215,7 @@ impl Host {
         let Slot::Alive(vm) = &slot else {
             // A process that died left its socket.
             drop(fs::remove_file(self.state.vm_socket(&name)));
+            self.give_up_asking(&name);
             self.registry().remove(&name);
             return Ok(());
         };

@@ -21,6 +21,7 @@ use limosa_vmm::client::{VmError, VmHandle};
 use limosa_vmm::config::VmConfig;
 use preflight::{ensure_memory, read_program};
 use rustix::event::{PollFd, PollFlags, poll};
+use rustix::io::Errno;
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use std::fs::{self, File, OpenOptions};
 use std::io;
@@ -457,16 +458,23 @@ fn connect_again(socket: &Path) -> Result<Option<VmHandle>, String> {
     loop {
         match VmHandle::connect(socket) {
             Ok(handle) => return Ok(Some(handle)),
-            Err(VmError::Connect { .. }) => return Ok(None),
-            // The last daemon's connection is still there, or the process ends right now.
-            Err(VmError::Busy(_) | VmError::Gone(_) | VmError::Lost(_))
-                if begun.elapsed() < START_MAX =>
-            {
+            Err(VmError::Connect { source, .. }) if is_nobody(&source) => return Ok(None),
+            // The last daemon's connection is still there, the process ends right now, or this
+            // host is short of something.
+            Err(
+                VmError::Busy(_) | VmError::Gone(_) | VmError::Lost(_) | VmError::Connect { .. },
+            ) if begun.elapsed() < START_MAX => {
                 thread::sleep(Duration::from_millis(10));
             }
             Err(error) => return Err(GuestError::from(error).0),
         }
     }
+}
+
+/// True if a failed connection means that there is no process, and not that it could not be reached.
+fn is_nobody(error: &io::Error) -> bool {
+    let is_gone = [io::ErrorKind::ConnectionRefused, io::ErrorKind::NotFound];
+    is_gone.contains(&error.kind()) || error.raw_os_error() == Some(Errno::SRCH.raw_os_error())
 }
 
 /// Ends a child that never became a virtual machine.
@@ -482,7 +490,7 @@ fn wait_for_end(descriptor: &OwnedFd, child: Option<Child>) -> String {
         let mut polled = [PollFd::new(descriptor, PollFlags::IN)];
         match poll(&mut polled, None) {
             Ok(_) => break,
-            Err(rustix::io::Errno::INTR) => {}
+            Err(Errno::INTR) => {}
             Err(error) => {
                 tracing::error!(%error, "a VM process cannot be watched");
                 break;

@@ -1,0 +1,209 @@
+//! Departures: migrations away that are not over, remembered beyond the life of daemon and VM
+//! process.
+//!
+//! Who may run the guest is recorded in its VM process. If that is killed together with the daemon,
+//! the target may run a guest that misses pages which are nowhere any more, and nobody would tell it;
+//! and of a guest that had not moved yet, nobody would say that it has ended. So each migration is
+//! noted in a file of its own before it begins, and the file goes when it is over. A restarted daemon
+//! also finds there by which technique to go on.
+//!
+//! No `fsync`: a crash of the whole host may take the note along, and leaves a target that waits for
+//! a source until its operator decides.
+
+use crate::machine::Shape;
+use crate::state_dir::VmName;
+use limosa_carrier::{MigrateRequest, RATE_MIN};
+use limosa_engine::handover::MigrationId;
+use limosa_engine::policy::{Limits, Mode};
+use limosa_engine::wire::STREAMS_MAX;
+use limosa_pages::BytesPerSecond;
+use serde::{Deserialize, Serialize};
+use std::fs;
+use std::io;
+use std::path::PathBuf;
+
+/// A migration away, as far as it matters when all else about it is gone.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Departure {
+    /// Name of the virtual machine.
+    pub vm: String,
+    /// What it is.
+    pub shape: Shape,
+    /// The target daemon's peer address.
+    pub to: String,
+    /// The technique.
+    pub mode: Mode,
+    /// What is allowed.
+    pub limits: Limits,
+    /// Push streams.
+    pub streams: u8,
+    /// Rate of an emulated link, in bytes a second.
+    pub link: Option<BytesPerSecond>,
+    /// The VM process is gone and with it the guest's memory: the target has to be told.
+    pub is_bereft: bool,
+}
+
+impl Departure {
+    /// Of a virtual machine that `request` moves away.
+    pub fn new(vm: &VmName, shape: Shape, request: &MigrateRequest) -> Self {
+        Self {
+            vm: vm.to_string(),
+            shape,
+            to: request.peer.clone(),
+            mode: request.mode,
+            limits: request.limits,
+            streams: request.streams,
+            link: request.link,
+            is_bereft: false,
+        }
+    }
+
+    /// What a restarted daemon asks for to take it up again.
+    pub fn request(&self, id: MigrationId) -> MigrateRequest {
+        let possible = |rate: &BytesPerSecond| *rate >= RATE_MIN;
+        let mut limits = self.limits;
+        limits.bandwidth_max = limits.bandwidth_max.filter(possible);
+        MigrateRequest {
+            id,
+            peer: self.to.clone(),
+            mode: self.mode,
+            limits,
+            streams: self.streams.clamp(1, STREAMS_MAX),
+            verify: false,
+            link: self.link.filter(possible),
+        }
+    }
+}
+
+/// The notes of one host.
+#[derive(Debug)]
+pub struct Departures {
+    dir: PathBuf,
+}
+
+impl Departures {
+    /// In the directory `dir`, which is there.
+    pub fn new(dir: PathBuf) -> Self {
+        Self { dir }
+    }
+
+    /// Notes a departure, or what has changed about it.
+    ///
+    /// # Errors
+    /// The file cannot be written; what was noted before stays.
+    pub fn note(&self, id: MigrationId, departure: &Departure) -> io::Result<()> {
+        let text = serde_json::to_vec_pretty(departure)?;
+        let next = self.dir.join(format!("{id}.next"));
+        fs::write(&next, text)?;
+        fs::rename(&next, self.file(id))
+    }
+
+    /// What is noted of an attempt.
+    pub fn look_up(&self, id: MigrationId) -> Option<Departure> {
+        let file = self.file(id);
+        let read = fs::read(&file).and_then(|text| Ok(serde_json::from_slice(&text)?));
+        match read {
+            Ok(departure) => Some(departure),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => None,
+            Err(error) => {
+                tracing::warn!(migration_id = %id, %error, "the note of a departure is not understood");
+                None
+            }
+        }
+    }
+
+    /// The attempt is over.
+    pub fn forget(&self, id: MigrationId) {
+        match fs::remove_file(self.file(id)) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                tracing::warn!(migration_id = %id, %error, "the note of a departure stays behind");
+            }
+            Ok(()) | Err(_) => {}
+        }
+    }
+
+    /// All that are noted.
+    ///
+    /// # Errors
+    /// The directory cannot be read.
+    pub fn all(&self) -> io::Result<Vec<(MigrationId, Departure)>> {
+        let mut all = Vec::new();
+        for entry in fs::read_dir(&self.dir)? {
+            let name = entry?.file_name();
+            let id = name.to_str().and_then(|name| name.strip_suffix(".json"));
+            if let Some(id) = id.and_then(crate::api::parse_id)
+                && let Some(departure) = self.look_up(id)
+            {
+                all.push((id, departure));
+            }
+        }
+        all.sort_by_key(|(id, _)| *id);
+        Ok(all)
+    }
+
+    fn file(&self, id: MigrationId) -> PathBuf {
+        self.dir.join(format!("{id}.json"))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn departure() -> Departure {
+        Departure {
+            vm: "web".to_owned(),
+            shape: Shape {
+                memory_bytes: 1 << 30,
+                vcpus: 2,
+                huge_pages: false,
+            },
+            to: "127.0.0.1:1".to_owned(),
+            mode: Mode::Demand,
+            limits: Limits::default(),
+            streams: 2,
+            link: None,
+            is_bereft: false,
+        }
+    }
+
+    #[test]
+    fn what_is_noted_is_found_until_it_is_over() {
+        let dir = tempfile::tempdir().unwrap();
+        let departures = Departures::new(dir.path().to_owned());
+        let [one, two] = [1, 2].map(MigrationId);
+        departures.note(two, &departure()).unwrap();
+        departures.note(one, &departure()).unwrap();
+        let drained = Departure {
+            mode: Mode::PostCopy,
+            ..departure()
+        };
+        departures.note(one, &drained).unwrap();
+        // Neither of them is a note.
+        fs::write(dir.path().join("notes.json"), "{}").unwrap();
+        fs::write(dir.path().join(format!("{}.json", MigrationId(3))), "{}").unwrap();
+        let expect = [(one, drained), (two, departure())];
+        assert_eq!(departures.all().unwrap(), expect);
+        departures.forget(one);
+        departures.forget(one);
+        assert_eq!(departures.look_up(one), None);
+        assert_eq!(departures.look_up(two), Some(departure()));
+    }
+
+    #[test]
+    fn a_note_asks_for_nothing_that_an_operator_could_not() {
+        let rate = Some(BytesPerSecond::new(1));
+        let damaged = Departure {
+            limits: Limits {
+                bandwidth_max: rate,
+                ..Limits::default()
+            },
+            streams: 0,
+            link: rate,
+            ..departure()
+        };
+        let request = damaged.request(MigrationId(1));
+        assert_eq!((request.streams, request.link), (1, None));
+        assert_eq!(request.limits.bandwidth_max, None);
+    }
+}
