@@ -102,4 +102,6 @@ pub enum WorldFault {
     LastFaultDescriptorClosed,
     /// The guest runs at the target without a record of it.
     RunWithoutRecord,
+    /// A restarted daemon tells the target that the memory is lost although its VM process has it.
+    MemoryCalledLost,
 }

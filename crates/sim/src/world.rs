@@ -104,6 +104,12 @@ pub(crate) enum Event {
     HealLink,
     /// A daemon is started again.
     Restart { host: usize },
+    /// A daemon whose VM process is gone tells the target so.
+    Bereft {
+        host: usize,
+        generation: u32,
+        id: MigrationId,
+    },
 }
 
 #[derive(Debug)]
@@ -326,6 +332,11 @@ impl World {
             Event::Fault(index) => self.break_something(index),
             Event::HealLink => self.heal_link(),
             Event::Restart { host } => self.restart(host),
+            Event::Bereft {
+                host,
+                generation,
+                id,
+            } => self.tell_of_loss(host, generation, id),
         }
     }
 

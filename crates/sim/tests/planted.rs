@@ -45,6 +45,12 @@ fn clear_after_copy() {
 }
 
 #[test]
+fn memory_called_lost() {
+    let planted = Planted::World(WorldFault::MemoryCalledLost);
+    check(Mode::PostCopy, planted, 500, &[Rule::TruthfulOutcome]);
+}
+
+#[test]
 fn resume_after_commit() {
     let planted = Planted::Source(SourceFault::ResumeAfterCommit);
     check(

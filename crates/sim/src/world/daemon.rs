@@ -4,7 +4,9 @@
 //! The registry of barred attempts lives in the daemon's memory: it needs no more, since whatever a
 //! late frame could come in on dies with the daemon. That an attempt *arrived* must outlive both the
 //! daemon and the VM process, so it is in a ledger on the host, written by the VM process itself
-//! before the guest's first instruction. A restarted daemon answers nothing before it has asked
+//! before the guest's first instruction. That a migration away began is noted there, too, until it is
+//! over: where its VM process is gone with the daemon, the next daemon tells the target that the
+//! memory is lost. A restarted daemon answers nothing before it has asked
 //! every VM process of its host for its phase, behind whatever waits in that process's socket.
 
 use super::{Event, SourceJob, TargetJob, World};
@@ -35,6 +37,10 @@ pub(crate) struct Host {
     pub(crate) barred: BTreeSet<MigrationId>,
     /// Attempts that arrived here, and whether with all their pages; on disk.
     pub(crate) ledger: BTreeMap<MigrationId, bool>,
+    /// Migrations away whose memory is gone, and of which the target has not been told yet.
+    pub(crate) bereft: BTreeSet<MigrationId>,
+    /// Those of which it has; on disk.
+    told: BTreeSet<MigrationId>,
 }
 
 impl Host {
@@ -48,6 +54,8 @@ impl Host {
             attaching: 0,
             barred: BTreeSet::new(),
             ledger: BTreeMap::new(),
+            bereft: BTreeSet::new(),
+            told: BTreeSet::new(),
         }
     }
 
@@ -68,6 +76,7 @@ impl World {
         self.hosts[host].generation += 1;
         self.hosts[host].attaching = 0;
         self.hosts[host].barred.clear();
+        self.hosts[host].bereft.clear();
         for job in 0..self.sources.len() {
             if self.sources[job].host == host && self.sources[job].is_alive {
                 self.sources[job].is_alive = false;
@@ -104,6 +113,9 @@ impl World {
                 self.deliver_message(vm, Message::Request(caller, Request::Attach));
             }
         }
+        if self.hosts[host].is_ready() {
+            self.recover(host);
+        }
     }
 
     /// A VM process told a daemon, not one of its migrations, something.
@@ -138,6 +150,75 @@ impl World {
                 _ => {}
             }
         }
+        self.find_bereft(host);
+    }
+
+    /// Finds migrations away that are not over and whose VM process is gone.
+    fn find_bereft(&mut self, host: usize) {
+        let is_over = |id: MigrationId| {
+            let mut jobs = self.sources.iter().filter(|job| job.id == id);
+            jobs.any(|job| job.is_alive || job.outcome.is_some())
+        };
+        let is_gone = |job: &&SourceJob| {
+            let is_planted = self.is_planted(WorldFault::MemoryCalledLost);
+            job.host == host && (is_planted || self.vms[job.vm].was_killed)
+        };
+        let gone = self.sources.iter().filter(is_gone).map(|job| job.id);
+        let bereft: BTreeSet<MigrationId> = gone
+            .filter(|id| !self.hosts[host].told.contains(id))
+            .filter(|&id| self.is_planted(WorldFault::MemoryCalledLost) || !is_over(id))
+            .collect();
+        for id in bereft {
+            self.note(|| format!("daemon {host} has lost the memory of {id}"));
+            self.hosts[host].bereft.insert(id);
+            self.tell_of_loss_later(host, id);
+        }
+    }
+
+    fn tell_of_loss_later(&mut self, host: usize, id: MigrationId) {
+        let generation = self.hosts[host].generation;
+        let delay = self.random.micros(50, 2_000_000);
+        let event = Event::Bereft {
+            host,
+            generation,
+            id,
+        };
+        self.schedule(delay, event);
+    }
+
+    /// Tells the target that the memory of an attempt is lost, until nothing is open any more.
+    pub(crate) fn tell_of_loss(&mut self, host: usize, generation: u32, id: MigrationId) {
+        if self.hosts[host].generation != generation {
+            return;
+        }
+        let there = 1 - host;
+        let is_heard = self.link.is_up && self.hosts[there].is_ready();
+        let is_open = !self.hosts[there].is_lost && (!is_heard || self.hear_of_loss(there, id));
+        if is_open {
+            return self.tell_of_loss_later(host, id);
+        }
+        self.hosts[host].bereft.remove(&id);
+        self.hosts[host].told.insert(id);
+    }
+
+    /// The target's host hears that the memory of an attempt is lost; true if it has to be told again.
+    fn hear_of_loss(&mut self, host: usize, id: MigrationId) -> bool {
+        let job = self
+            .targets
+            .iter()
+            .position(|job| job.is_at_work() && job.host == host && job.id == id);
+        let Some(job) = job else {
+            return self.look_up(host, id) == Resolution::Needs;
+        };
+        let vm = self.targets[job].vm;
+        let misses = vm.is_some_and(|vm| self.vms[vm].memory.misses_pages());
+        if !self.targets[job].engine.machine().is_filling() {
+            self.tell_target(job, TargetEvent::Resolve);
+        } else if misses {
+            let reason = String::from("the source has lost its memory");
+            self.tell_target(job, TargetEvent::SourceGone { reason });
+        }
+        true
     }
 
     fn recover_target(&mut self, host: usize, vm: VmIndex, id: MigrationId) {

@@ -54,6 +54,7 @@ impl World {
         self.hosts
             .iter()
             .any(|host| !host.is_ready() && !host.is_lost)
+            || self.hosts.iter().any(|host| !host.bereft.is_empty())
             || self.sources.iter().any(SourceJob::is_at_work)
             || self.targets.iter().any(is_waited_for)
             || self.vms.iter().any(|vm| vm.is_alive && vm.is_busy())
@@ -156,6 +157,12 @@ impl World {
             self.violate(
                 Rule::Progress,
                 format!("at rest {alive} processes live and {running} run: {phases:?}"),
+            );
+        }
+        if self.is_stranded() && !self.hosts[self.vms[self.origin].host].is_lost {
+            self.violate(
+                Rule::Progress,
+                String::from("at rest a guest misses pages that are lost, and was not told so"),
             );
         }
         let held = self

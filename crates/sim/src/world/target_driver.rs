@@ -282,6 +282,9 @@ impl World {
     fn finish_target(&mut self, job: usize, outcome: TargetOutcome) {
         self.note(|| format!("target {job} finished: {outcome:?}"));
         let (host, id) = (self.targets[job].host, self.targets[job].id);
+        if matches!(outcome, TargetOutcome::Lost { .. }) {
+            self.end_lost(job);
+        }
         if matches!(outcome, TargetOutcome::Dropped { .. }) {
             // The engine's word that it never ran here, and never will.
             self.hosts[host].barred.insert(id);
@@ -295,6 +298,21 @@ impl World {
             let answer = self.look_up(host, id);
             self.answer_outcome(source, number, answer);
         }
+    }
+
+    /// Ends what is left of a guest whose pages will never come, if that is the truth.
+    fn end_lost(&mut self, job: usize) {
+        let Some(vm) = self.targets[job].vm.filter(|&vm| self.vms[vm].is_alive) else {
+            return;
+        };
+        if !self.is_stranded() {
+            self.violate(
+                Rule::TruthfulOutcome,
+                String::from("a guest was given up although its pages were there"),
+            );
+        }
+        self.catch_up(vm);
+        self.end_vm(vm, true);
     }
 
     pub(crate) fn target_timer(&mut self, job: usize, number: u64) {
