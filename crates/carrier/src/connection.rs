@@ -5,6 +5,7 @@
 
 use crate::bucket::Bucket;
 use limosa_engine::wire::{ControlFrame, PREAMBLE_BYTES, Preamble, WireError};
+use limosa_os::socket;
 use std::io::{self, Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpStream, ToSocketAddrs};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -14,6 +15,10 @@ use std::time::Duration;
 pub(crate) const HANDSHAKE_MAX: Duration = Duration::from_secs(5);
 /// How long one control frame may take to be written: longer, and the peer has stopped reading.
 const WRITE_MAX: Duration = Duration::from_secs(10);
+/// How long the kernel may wait for an acknowledgement: a stream that a middlebox has forgotten is
+/// noticed even when nothing but a request for one page was sent on it. Longer than the engine waits
+/// for pages to move, so that it decides where it can.
+const UNACKNOWLEDGED_MAX: Duration = Duration::from_secs(40);
 /// Longest frame that does not wait for its turn on an emulated link: all but states.
 const SMALL_FRAME_BYTES: usize = 4 << 10;
 /// Step by which the buffer for a frame grows, so that memory follows what arrived and not what
@@ -85,10 +90,7 @@ pub(crate) fn dial(peer: &str, preamble: Preamble) -> Result<TcpStream, Dial> {
     for address in addresses {
         match TcpStream::connect_timeout(&address, HANDSHAKE_MAX) {
             Ok(mut stream) => {
-                stream.set_nodelay(true).map_err(unreachable)?;
-                stream
-                    .set_write_timeout(Some(WRITE_MAX))
-                    .map_err(unreachable)?;
+                prepare(&stream).map_err(unreachable)?;
                 stream.write_all(&preamble.encode()).map_err(unreachable)?;
                 return Ok(stream);
             }
@@ -98,11 +100,16 @@ pub(crate) fn dial(peer: &str, preamble: Preamble) -> Result<TcpStream, Dial> {
     Err(unreachable(last))
 }
 
+fn prepare(stream: &TcpStream) -> io::Result<()> {
+    stream.set_nodelay(true)?;
+    stream.set_write_timeout(Some(WRITE_MAX))?;
+    socket::set_unacknowledged_max(stream, UNACKNOWLEDGED_MAX)
+}
+
 /// Reads the preamble of a connection that was accepted.
 pub(crate) fn read_preamble(stream: &mut TcpStream) -> Result<Preamble, ReadError> {
-    stream.set_nodelay(true)?;
+    prepare(stream)?;
     stream.set_read_timeout(Some(HANDSHAKE_MAX))?;
-    stream.set_write_timeout(Some(WRITE_MAX))?;
     let mut bytes = [0; PREAMBLE_BYTES];
     stream.read_exact(&mut bytes)?;
     Ok(Preamble::decode(&bytes)?)

@@ -120,9 +120,9 @@ impl PullServer {
         self.shared.limit.take_first(bytes);
         self.shared.link.take_first(bytes);
         self.shared.memory.send_parts(&self.socket, &parts)?;
-        self.shared
-            .pages_out
-            .fetch_add(range.count.get(), Ordering::Relaxed);
+        let pages = range.count.get();
+        self.shared.pages_out.fetch_add(pages, Ordering::Relaxed);
+        self.shared.pulled_out.fetch_add(pages, Ordering::Release);
         Ok(())
     }
 }

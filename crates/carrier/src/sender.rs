@@ -74,6 +74,8 @@ pub(crate) struct Shared {
     pub(crate) is_serving: AtomicBool,
     /// Pages handed to the kernel so far, in all rounds: progress within a piece.
     pub(crate) pages_out: AtomicU64,
+    /// Those of them that were asked for.
+    pub(crate) pulled_out: AtomicU64,
     pub(crate) limit: Arc<Bucket>,
     pub(crate) link: Arc<Bucket>,
 }
@@ -312,9 +314,17 @@ impl Shared {
             unsent: Mutex::new(Arc::new(Unsent::new(pages))),
             is_serving: AtomicBool::new(is_serving),
             pages_out: AtomicU64::new(0),
+            pulled_out: AtomicU64::new(0),
             limit,
             link,
         }
+    }
+
+    /// Pages that went out without being asked for.
+    pub(crate) fn pushed_out(&self) -> u64 {
+        // Counted among the others first, so that the difference is none below zero.
+        let pulled = self.pulled_out.load(Ordering::Acquire);
+        self.pages_out.load(Ordering::Relaxed) - pulled
     }
 
     /// What to send for pages of frozen memory: content, or that they are zero; and how many of them

@@ -52,7 +52,8 @@ use serde::{Deserialize, Serialize};
 pub const SILENCE_MAX: Duration = Duration::from_secs(10);
 /// How often each side says that it is still here: many times within [`SILENCE_MAX`].
 pub const KEEPALIVE_EVERY: Duration = Duration::from_secs(1);
-/// Time without a sent piece or an acknowledged round after which a link counts as dead.
+/// Time without a sent piece or an acknowledged round after which a link counts as dead, and longest
+/// wait for the word that all pages that were pushed have arrived.
 pub const STALL_MAX: Duration = Duration::from_secs(30);
 /// Probes of the peer's clock; the fastest counts, so a few are enough to find a quiet moment.
 pub const CLOCK_PROBES: u32 = 8;
@@ -443,7 +444,7 @@ impl Source {
                 | State::Telling { .. }
                 | State::LastRound { .. }
                 | State::Verifying { .. }
-        ) || (self.state == State::Serving && self.is_pushing());
+        ) || (self.state == State::Serving && self.config.mode.pushes());
         if now.since(self.heard) > SILENCE_MAX {
             actions.extend(self.lost(now, String::from("the target has been silent for 10 s")));
         } else if is_moving && now.since(self.moved) > STALL_MAX {

@@ -6,6 +6,7 @@ use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
+use std::time::Duration;
 
 /// Asks for a send buffer of about `bytes`. A small one keeps what is queued behind it young.
 ///
@@ -23,13 +24,38 @@ pub fn set_receive_buffer(socket: &impl AsFd, bytes: usize) -> io::Result<()> {
     set_buffer(socket, libc::SO_RCVBUF, bytes)
 }
 
+/// Gives a TCP connection up when what was sent has not been acknowledged for `limit`, or the peer has
+/// not read for so long. Without it the kernel tries for a quarter of an hour (`TCP_USER_TIMEOUT`,
+/// RFC 5482).
+///
+/// # Errors
+/// It is no TCP socket.
+pub fn set_unacknowledged_max(socket: &impl AsFd, limit: Duration) -> io::Result<()> {
+    let milliseconds = limit.as_millis().try_into().unwrap_or(usize::MAX);
+    set_number(
+        socket,
+        libc::IPPROTO_TCP,
+        libc::TCP_USER_TIMEOUT,
+        milliseconds,
+    )
+}
+
 fn set_buffer(socket: &impl AsFd, option: libc::c_int, bytes: usize) -> io::Result<()> {
-    let value = libc::c_int::try_from(bytes).unwrap_or(libc::c_int::MAX);
+    set_number(socket, libc::SOL_SOCKET, option, bytes)
+}
+
+fn set_number(
+    socket: &impl AsFd,
+    level: libc::c_int,
+    option: libc::c_int,
+    value: usize,
+) -> io::Result<()> {
+    let value = libc::c_int::try_from(value).unwrap_or(libc::c_int::MAX);
     // SAFETY: the option takes a number, whose address and size are given.
     let failed = unsafe {
         libc::setsockopt(
             socket.as_fd().as_raw_fd(),
-            libc::SOL_SOCKET,
+            level,
             option,
             (&raw const value).cast(),
             size_of_val(&value) as libc::socklen_t,

@@ -146,8 +146,8 @@ impl Driver {
                 Ok(event) => self.receive(event),
                 Err(RecvTimeoutError::Timeout) => {
                     self.timer = None;
-                    let pages_out = self.pages.pages_out.load(Ordering::Relaxed);
-                    if std::mem::replace(&mut self.pages_seen, pages_out) != pages_out {
+                    let pushed = self.pages.pushed_out();
+                    if std::mem::replace(&mut self.pages_seen, pushed) != pushed {
                         self.handle(SourceEvent::Moved);
                     }
                     self.look_after_guest();

@@ -160,7 +160,8 @@ pub enum SourceEvent {
         /// What it took.
         sent: SentPiece,
     },
-    /// Pages have gone out since the timer last ran out, though no piece may have been finished.
+    /// Pages have gone out since the timer last ran out, though no piece may have been finished. Pages
+    /// that were asked for do not count: a stream of pushes may stand meanwhile.
     Moved,
     /// The guest is paused, its last dirty pages are known, its state is saved.
     Paused(Paused),

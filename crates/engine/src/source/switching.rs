@@ -105,11 +105,6 @@ impl Source {
         self.next_pieces()
     }
 
-    /// True while pages go out without being asked for.
-    pub(super) fn is_pushing(&self) -> bool {
-        self.round.as_ref().is_some_and(|round| !round.all_sent())
-    }
-
     /// The target is there again.
     pub(super) fn reattach(&mut self, now: Timestamp) -> Vec<SourceAction> {
         self.state = State::Reattaching { reconciled: false };

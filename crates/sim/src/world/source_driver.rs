@@ -322,8 +322,8 @@ impl World {
         if source.timers != number {
             return;
         }
-        let pages = source.pages_carried + source.serving.pages;
-        if core::mem::replace(&mut source.pages_seen, pages) != pages {
+        let pushed = source.pages_carried;
+        if core::mem::replace(&mut source.pages_seen, pushed) != pushed {
             self.tell_source(job, SourceEvent::Moved);
         }
         self.tell_source(job, SourceEvent::Timer);
