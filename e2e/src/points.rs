@@ -9,6 +9,10 @@ use std::fmt;
 /// A rate at which the few megabytes of a guest take a fifth of a second.
 const SLOW: u64 = 50_000_000;
 
+/// Less than the bulk round of the guest that makes auto switch takes at this rate, so that it does
+/// however little of the machine the guest gets to write with.
+const SHORT_MS: f64 = 300.0;
+
 /// How a guest is moved: a technique, and a guest that makes it do what it is there for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Manner {
@@ -64,6 +68,9 @@ impl Manner {
             // At full speed nothing would be left to switch for.
             body.bandwidth_max = Some(SLOW);
             body.downtime_max_ms = Some(0.01);
+        }
+        if self == Self::AutoThatSwitches {
+            body.deadline_ms = Some(SHORT_MS);
         }
         body
     }

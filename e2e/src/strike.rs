@@ -247,6 +247,21 @@ impl Held {
         self.assert_can_begin_anew();
     }
 
+    /// The source has heard from the target what became of the guest, says it in these words, and
+    /// forgets it.
+    ///
+    /// # Panics
+    /// If it is otherwise.
+    #[track_caller]
+    pub fn until_told(&self, words: &str) {
+        let how = wait::until("the source says what became of the guest", || {
+            let vm = self.pair.a.client().vm(VM).ok()?;
+            vm.ended.filter(|how| how.contains(words))
+        });
+        assert!(how.contains(self.pair.b.peer_address()), "{how}");
+        remove_ended(&self.pair.a);
+    }
+
     /// The source's host is lost with the guest's memory: the guest stands at the target, which tells
     /// what it misses and gives it up when it is told to.
     ///

@@ -128,6 +128,7 @@ fn source_host_killed_before_the_commit() {
         assert_gone(VM, &held.pair.b);
         held.pair.a.restart();
         assert_knows_no_migration(&held);
+        held.until_told("where it never ran");
         held.assert_can_begin_anew();
     });
 }

@@ -14,7 +14,7 @@ use limosa_e2e::cases::run_all;
 use limosa_e2e::pair::{assert_back_home, assert_failed, assert_is_at};
 use limosa_e2e::points::{Manner, is_complete};
 use limosa_e2e::strike::{COMING_BACK, Held, SERVING, Victim, assert_lost, kill_vm, remove_ended};
-use limosa_e2e::{VM, guest, has_kvm, process, wait};
+use limosa_e2e::{VM, guest, has_kvm, process};
 use limosa_engine::policy::Mode;
 use limosa_host::api::VmState;
 use std::fmt;
@@ -236,9 +236,7 @@ fn run_after(mut held: Held, case: &After) {
         }
         // It never ran at the target, and its only process was killed.
         (Winner::Nobody, None) => {
-            let vm = remove_ended(&held.pair.a);
-            let how = vm.ended.unwrap_or_default();
-            assert!(how.contains("where it never ran"), "{how}");
+            held.until_told("where it never ran");
             held.assert_can_begin_anew();
         }
         (Winner::Source, None) => unreachable!("its process was killed"),
@@ -334,12 +332,7 @@ fn a_guest_without_its_source_stands_until_it_is_given_up() {
             held.assert_stands_until_given_up();
             // Should it come back after all, it hears what was decided.
             held.pair.a.restart();
-            let vm = wait::until("it is told that the guest is lost", || {
-                let vm = held.pair.a.client().vm(VM).ok()?;
-                vm.ended.filter(|how| how.contains("the guest is lost"))
-            });
-            assert!(vm.contains(held.pair.b.peer_address()), "{vm}");
-            remove_ended(&held.pair.a);
+            held.until_told("the guest is lost");
             held.assert_can_begin_anew();
         });
     }

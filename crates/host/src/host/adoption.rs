@@ -156,6 +156,7 @@ mod tests {
     use std::fs;
     use std::path::Path;
     use std::sync::Arc;
+    use std::thread;
     use std::time::Duration;
 
     /// Starts a host on a directory in which an earlier one left this ledger, these machines, and a
@@ -178,6 +179,15 @@ mod tests {
         let host = Host::new(state, Box::new(machines), ledger);
         host.adopt_all().unwrap();
         host
+    }
+
+    /// Lets go of the state directory, which whoever tells a target of a loss looks into now and then.
+    fn end(host: Arc<Host>) {
+        let rest = Arc::downgrade(&host);
+        drop(host);
+        while rest.strong_count() > 0 {
+            thread::yield_now();
+        }
     }
 
     #[test]
@@ -279,12 +289,12 @@ mod tests {
         assert_eq!(noted(), [(2, true)], "the target has to be told");
 
         // Still so after the next start, whoever has got the name.
-        drop(host);
+        end(host);
         let next = FakeMachine::new(8, Phase::Running);
         let host = restarted(dir.path(), "", &[("gone", &next)]);
         assert_eq!(host.vm("gone").unwrap().state, VmState::Running);
         assert_eq!(noted(), [(2, true)]);
-        drop(host);
+        end(host);
         let host = restarted(dir.path(), "", &[]);
         host.stop("gone", false).unwrap();
         assert_eq!(noted(), [], "the operator does not want to know any more");
