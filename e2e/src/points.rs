@@ -53,7 +53,7 @@ impl Manner {
             VM,
             match self {
                 // Something is to be left to switch for, however little of the machine it gets.
-                Self::Of(Mode::Hybrid) => "ws=8M rate=max touch=2M",
+                Self::Of(Mode::Hybrid) => "ws=24M rate=max touch=2M",
                 Self::AutoThatSwitches => "ws=24M rate=max",
                 Self::Of(_) => "ws=8M rate=5000 touch=2M",
             },

@@ -176,7 +176,12 @@ fn a_link_that_passes_nothing_for_a_while_delays_everything_by_that() {
         let report = held.end();
         assert_eq!(report.outcome.as_deref(), Some("completed"), "{report:?}");
         assert_eq!(report.digest_equal, Some(true), "{report:?}");
-        assert_is_at(VM, &held.pair.b, &held.pair.a);
+        if NEARLY_OVER.contains(&case.point) {
+            // A source that is done does not wait until its last word has been heard.
+            guest::assert_works(&held.pair.b, VM);
+        } else {
+            assert_is_at(VM, &held.pair.b, &held.pair.a);
+        }
         held.assert_has_moved();
     });
 }
