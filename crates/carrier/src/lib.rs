@@ -9,6 +9,7 @@
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
 mod bucket;
+mod coding;
 mod connection;
 mod digest;
 mod faults;
@@ -23,6 +24,7 @@ mod sender;
 mod source;
 mod target;
 
+pub use coding::Compression;
 pub use connection::Dial;
 pub use guest::{CommitError, Guest, GuestError, Running, Saved};
 pub use journal_file::{JournalError, replay_file};

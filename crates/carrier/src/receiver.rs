@@ -9,9 +9,13 @@
 use crate::digest::PageHashes;
 use crate::faults::{Faults, Way};
 use crate::missing;
-use limosa_engine::wire::{PUSH_HEADER_BYTES, PushHeader, WireError, bits_bytes};
+use limosa_engine::wire::{
+    CODED_LENGTH_BYTES, Coding, PUSH_HEADER_BYTES, PushHeader, WireError, bits_bytes,
+    check_coded_length,
+};
 use limosa_os::SharedMemory;
 use limosa_os::userfault::InstallError;
+use limosa_pages::codec::{CodecError, delta, lz4};
 use limosa_pages::{PAGE_SIZE_USIZE, PageCount, PageRange, PageSet};
 use std::io::{self, Read};
 use std::net::TcpStream;
@@ -170,6 +174,7 @@ pub(crate) fn start(
                 shared,
                 buffer: vec![0; BUFFER_BYTES],
                 content: Vec::new(),
+                coded: Vec::new(),
                 start: 0,
                 end: 0,
             };
@@ -198,8 +203,30 @@ enum ReceiveError {
     Late,
     #[error("the source spoke of missing pages, but page faults cannot be served here")]
     NoFaults,
+    #[error("the source sent a difference to a page that is not here any more")]
+    DeltaOfNothing,
+    #[error(transparent)]
+    Codec(#[from] CodecError),
     #[error(transparent)]
     Install(#[from] InstallError),
+}
+
+/// Applies one difference after the other, each behind its length in two bytes.
+pub(crate) fn decode_deltas(mut coded: &[u8], content: &mut [u8]) -> Result<(), CodecError> {
+    for page in content.chunks_mut(PAGE_SIZE_USIZE) {
+        let [low, high, rest @ ..] = coded else {
+            return Err(CodecError::Malformed);
+        };
+        let length = usize::from(u16::from_le_bytes([*low, *high]));
+        let (difference, after) = rest.split_at_checked(length).ok_or(CodecError::Malformed)?;
+        delta::decode(difference, page)?;
+        coded = after;
+    }
+    if coded.is_empty() {
+        Ok(())
+    } else {
+        Err(CodecError::OtherLength)
+    }
 }
 
 #[derive(Debug)]
@@ -210,6 +237,8 @@ struct PushStream {
     buffer: Vec<u8>,
     /// Pages on their way to the installer.
     content: Vec<u8>,
+    /// The same before they were decoded.
+    coded: Vec<u8>,
     start: usize,
     end: usize,
 }
@@ -234,6 +263,12 @@ impl PushStream {
                     stream: self.index,
                     round,
                 }),
+                (
+                    owner @ (Owner::Streams | Owner::Filling),
+                    PushHeader::Coded { range, coding },
+                ) => {
+                    self.take_coded(owner, range, coding)?;
+                }
                 (Owner::Filling, PushHeader::Pages(range)) => self.put_in(range)?,
                 (Owner::Filling, PushHeader::Zeros(range)) => {
                     self.shared
@@ -253,6 +288,57 @@ impl PushStream {
 
     fn mark_missing(&self, range: PageRange) -> Result<(), ReceiveError> {
         self.faults()?.installer().mark_missing(range)?;
+        Ok(())
+    }
+
+    /// Decodes pages into a buffer, and puts them where pages go now.
+    fn take_coded(
+        &mut self,
+        owner: Owner,
+        range: PageRange,
+        coding: Coding,
+    ) -> Result<(), ReceiveError> {
+        let mut length = [0; CODED_LENGTH_BYTES];
+        self.read(&mut length)?;
+        let length = check_coded_length(length, range)?;
+        let mut coded = std::mem::take(&mut self.coded);
+        coded.resize(length, 0);
+        self.read(&mut coded)?;
+        let mut content = std::mem::take(&mut self.content);
+        content.resize(
+            usize::try_from(range.bytes().get()).expect("limited by the header"),
+            0,
+        );
+        match coding {
+            Coding::Lz4 => lz4::decode(&coded, &mut content)?,
+            Coding::Delta if owner == Owner::Streams => {
+                let offset = range.first.file_offset();
+                self.shared.memory.read_at(offset, &mut content)?;
+                decode_deltas(&coded, &mut content)?;
+            }
+            Coding::Delta => return Err(ReceiveError::DeltaOfNothing),
+        }
+        if owner == Owner::Streams {
+            self.install_content(range, &content)?;
+            self.shared.count(range.count, length as u64);
+        } else {
+            self.shared
+                .put_in(self.faults()?, range, &content, Way::Pushed)?;
+        }
+        (self.coded, self.content) = (coded, content);
+        Ok(())
+    }
+
+    fn install_content(&self, range: PageRange, content: &[u8]) -> Result<(), ReceiveError> {
+        let offset = range.first.file_offset();
+        self.shared.memory.write_at(offset, content)?;
+        self.shared.filled().insert_range(range);
+        self.arrived_in_place(range)?;
+        if let Some(hashes) = &self.shared.hashes {
+            for (page, content) in range.iter().zip(content.chunks(PAGE_SIZE_USIZE)) {
+                hashes.set_content(page, content);
+            }
+        }
         Ok(())
     }
 

@@ -4,11 +4,15 @@
 //! pages that belong to the round; zero pages go as ranges without content. Holes of the memory
 //! file are never read: a page that was never touched is zero at the target anyway.
 //!
+//! Where that is quicker, pages go in a coding ([`coding`]); otherwise the kernel is given their place
+//! in the guest's memory, and they are copied nowhere else.
+//!
 //! For a guest that runs at the target it sends what is not sent yet: a page is taken out of that
 //! set, which the pull stream shares, just before it is read, so that it goes once. These batches
 //! are small, and so is the socket's buffer: what somebody waits for comes through between them.
 
 use crate::bucket::Bucket;
+use crate::coding::{self, Coder};
 use crate::missing;
 use limosa_engine::source::{Piece, SentPiece};
 use limosa_engine::wire::{PUSH_HEADER_BYTES, PUSH_PAGES_MAX, PushHeader};
@@ -21,6 +25,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
+use std::time::Instant;
 
 /// Pages pushed at once while others may be waited for: 128 KiB pass a link of 10 Gbit/s in a tenth
 /// of a millisecond.
@@ -28,6 +33,9 @@ const PUSH_PAGES: u64 = 32;
 /// The socket's buffer then: what is in it goes before any page that is asked for meanwhile. Less than
 /// a few segments of the loopback (64 KiB) would wait for delayed acknowledgements.
 const PUSH_BUFFER_BYTES: usize = 384 << 10;
+
+/// Coded bytes that wait to be written, at most about so many.
+const CODED_BYTES_MAX: usize = 256 << 10;
 
 /// What a stream is told to do, in order.
 #[derive(Debug)]
@@ -78,6 +86,7 @@ pub(crate) struct Shared {
     pub(crate) pulled_out: AtomicU64,
     pub(crate) limit: Arc<Bucket>,
     pub(crate) link: Arc<Bucket>,
+    pub(crate) coding: coding::Shared,
 }
 
 /// With a guest that runs at the target: pages that it misses and that were not sent since. The
@@ -104,6 +113,7 @@ pub(crate) fn start(
                 socket,
                 shared,
                 unsent,
+                coder: Coder::new(),
             };
             if let Err(error) = stream.run(&inbox, &report) {
                 report(Report::Broken {
@@ -121,6 +131,7 @@ struct PushStream {
     socket: TcpStream,
     shared: Arc<Shared>,
     unsent: Arc<Unsent>,
+    coder: Coder,
 }
 
 impl PushStream {
@@ -173,18 +184,23 @@ impl PushStream {
         Ok(())
     }
 
-    fn send_piece(&self, piece: Piece, set: &PageSet, skip_holes: bool) -> io::Result<SentPiece> {
+    fn send_piece(
+        &mut self,
+        piece: Piece,
+        set: &PageSet,
+        skip_holes: bool,
+    ) -> io::Result<SentPiece> {
         let runs = self.runs(piece.range, set, skip_holes)?;
         let mut sent = SentPiece {
             resent: self.mark(&runs),
             ..SentPiece::default()
         };
         let mut batch = Batch::default();
+        let memory = Arc::clone(&self.shared.memory);
         for run in runs {
-            for part in split_by_content(run, |page| self.shared.memory.is_zero(page)) {
-                sent.count(part);
-                batch.push(part);
-                if batch.is_full() {
+            for part in split_by_content(run, |page| memory.is_zero(page)) {
+                self.put(part, piece.round > 0, &mut batch, &mut sent)?;
+                if batch.is_full() || self.coder.out.len() >= CODED_BYTES_MAX {
                     self.flush(&mut batch, &mut sent)?;
                 }
             }
@@ -193,8 +209,49 @@ impl PushStream {
         Ok(sent)
     }
 
+    /// Adds a part as it is, or coded. With `is_again`, its pages may have been sent before.
+    fn put(
+        &mut self,
+        part: PushHeader,
+        is_again: bool,
+        batch: &mut Batch,
+        sent: &mut SentPiece,
+    ) -> io::Result<()> {
+        sent.count(part);
+        let shared = &self.shared;
+        let PushHeader::Pages(range) = part else {
+            if let PushHeader::Zeros(range) = part {
+                shared.coding.forget(range);
+            }
+            batch.push(part);
+            return Ok(());
+        };
+        let coded = self.coder.wanted(&shared.coding, range);
+        if coded > PageCount::ZERO {
+            let front = PageRange::new(range.first, coded);
+            let outcome = self
+                .coder
+                .encode(&shared.coding, &shared.memory, front, is_again)?;
+            sent.lz4.add(outcome.lz4);
+            sent.delta.add(outcome.delta);
+            batch.pages += coded.get();
+        }
+        let rest = PageRange::new(
+            range.first.advance(coded),
+            range.count.saturating_sub(coded),
+        );
+        if rest.count > PageCount::ZERO {
+            shared.coding.forget(rest);
+            batch.push(PushHeader::Pages(rest));
+        }
+        Ok(())
+    }
+
     fn send_stale(&mut self, piece: Piece, set: &PageSet) -> io::Result<SentPiece> {
         let mut bytes = Vec::new();
+        // What the target has in their place it has no more.
+        set.runs_in(piece.range)
+            .for_each(|run| self.shared.coding.forget(run));
         for (header, bits) in missing::encode(set, piece.range) {
             bytes.extend_from_slice(&header.stale().encode());
             bytes.extend_from_slice(&bits);
@@ -209,7 +266,7 @@ impl PushStream {
         })
     }
 
-    fn send_first(&self, pages: &[Pfn]) -> io::Result<SentPiece> {
+    fn send_first(&mut self, pages: &[Pfn]) -> io::Result<SentPiece> {
         let mut sent = SentPiece::default();
         let mut batch = Batch::default();
         for &page in pages {
@@ -225,7 +282,7 @@ impl PushStream {
         Ok(sent)
     }
 
-    fn push(&self, piece: Piece) -> io::Result<SentPiece> {
+    fn push(&mut self, piece: Piece) -> io::Result<SentPiece> {
         let mut sent = SentPiece::default();
         let mut batch = Batch::default();
         while let Some(runs) = self.unsent.take(piece.range) {
@@ -240,11 +297,11 @@ impl PushStream {
     }
 
     /// Adds frozen pages to a batch. Pages that never existed are told, but do not count as sent.
-    fn add(&self, range: PageRange, batch: &mut Batch, sent: &mut SentPiece) -> io::Result<()> {
+    fn add(&mut self, range: PageRange, batch: &mut Batch, sent: &mut SentPiece) -> io::Result<()> {
         let (parts, holes) = self.shared.parts(range)?;
         for part in parts {
-            sent.count(part);
-            batch.push(part);
+            // What the target has of them, if anything, it was told to forget.
+            self.put(part, false, batch, sent)?;
         }
         sent.pages = sent.pages.saturating_sub(holes);
         sent.zero_pages = sent.zero_pages.saturating_sub(holes);
@@ -284,14 +341,19 @@ impl PushStream {
         again
     }
 
-    fn flush(&self, batch: &mut Batch, sent: &mut SentPiece) -> io::Result<()> {
-        if batch.parts.is_empty() {
+    fn flush(&mut self, batch: &mut Batch, sent: &mut SentPiece) -> io::Result<()> {
+        let bytes = batch.bytes + self.coder.out.len() as u64;
+        if bytes == 0 {
             return Ok(());
         }
-        self.shared.limit.take(batch.bytes);
-        self.shared.link.take(batch.bytes);
+        let began = Instant::now();
+        self.shared.limit.take(bytes);
+        self.shared.link.take(bytes);
         self.shared.memory.send_parts(&self.socket, &batch.parts)?;
-        sent.bytes = sent.bytes.saturating_add(ByteCount::new(batch.bytes));
+        self.socket.write_all(&self.coder.out)?;
+        self.coder.out.clear();
+        self.coder.sent(bytes, began.elapsed());
+        sent.bytes = sent.bytes.saturating_add(ByteCount::new(bytes));
         self.shared
             .pages_out
             .fetch_add(batch.pages, Ordering::Relaxed);
@@ -306,6 +368,7 @@ impl Shared {
         is_serving: bool,
         limit: Arc<Bucket>,
         link: Arc<Bucket>,
+        compression: coding::Compression,
     ) -> Self {
         let pages = memory.page_count();
         Self {
@@ -317,6 +380,7 @@ impl Shared {
             pulled_out: AtomicU64::new(0),
             limit,
             link,
+            coding: coding::Shared::new(compression),
         }
     }
 

@@ -17,6 +17,7 @@ mod status;
 pub use status::MigrationStatus;
 
 use crate::bucket::Bucket;
+use crate::coding::Compression;
 use crate::guest::{Guest, GuestError};
 use crate::sender;
 use driver::{Driver, Inbox};
@@ -71,6 +72,8 @@ pub struct MigrateRequest {
     pub verify: bool,
     /// Emulates a link of this rate: everything that is sent passes a token bucket.
     pub link: Option<BytesPerSecond>,
+    /// Whether pages are coded to take fewer bytes.
+    pub compression: Compression,
 }
 
 /// Why a migration did not start. The guest was not touched.
@@ -105,6 +108,14 @@ pub struct Migration {
     shared: Arc<Shared>,
     pages: Arc<sender::Shared>,
     events: Sender<Inbox>,
+}
+
+/// How the engine's decisions are carried out.
+struct Carriage {
+    is_recovery: bool,
+    link: Option<BytesPerSecond>,
+    compression: Compression,
+    journal: Option<PathBuf>,
 }
 
 /// What the driver and the handles share.
@@ -148,7 +159,13 @@ impl Migration {
             vm,
             boot_id: limosa_os::boot_id(),
         };
-        Self::spawn(guest, config, false, request.link, journal, on_finish)
+        let carriage = Carriage {
+            is_recovery: false,
+            link: request.link,
+            compression: request.compression,
+            journal,
+        };
+        Self::spawn(guest, config, carriage, on_finish)
     }
 
     /// Takes up a migration whose commit was recorded before the daemon was restarted: asks the
@@ -174,20 +191,24 @@ impl Migration {
             vm: Vec::new(),
             boot_id: limosa_os::boot_id(),
         };
-        Self::spawn(guest, config, true, request.link, None, on_finish)
+        let carriage = Carriage {
+            is_recovery: true,
+            link: request.link,
+            compression: request.compression,
+            journal: None,
+        };
+        Self::spawn(guest, config, carriage, on_finish)
     }
 
     fn spawn(
         guest: Arc<dyn Guest>,
         config: SourceConfig,
-        is_recovery: bool,
-        link: Option<BytesPerSecond>,
-        journal: Option<PathBuf>,
+        carriage: Carriage,
         on_finish: OnFinish,
     ) -> Result<Arc<Self>, StartError> {
         let (events, inbox) = channel();
         let id = config.id;
-        let source = if is_recovery {
+        let source = if carriage.is_recovery {
             Source::recover(config.clone())
         } else {
             Source::new(config.clone())
@@ -199,14 +220,15 @@ impl Migration {
             finished: Mutex::new(false),
             finishing: Condvar::new(),
         });
-        let link = Arc::new(Bucket::new(link));
+        let link = Arc::new(Bucket::new(carriage.link));
         let mut driver = Driver::new(
             guest,
             config,
-            is_recovery,
+            carriage.is_recovery,
             Arc::clone(&shared),
             events.clone(),
             link,
+            carriage.compression,
         );
         let pages = driver.pages();
         let done = Arc::clone(&shared);
@@ -214,7 +236,7 @@ impl Migration {
             .name("migrate".to_owned())
             .spawn(move || {
                 driver.run(&inbox);
-                driver.write_journal(journal.as_deref());
+                driver.write_journal(carriage.journal.as_deref());
                 drop(driver);
                 let report = lock(&done.engine).machine().report().clone();
                 on_finish(&report);
@@ -252,6 +274,16 @@ impl Migration {
     /// Changes what is allowed from now on.
     pub fn set(&self, limits: Limits) {
         self.tell(SourceEvent::Set(limits));
+    }
+
+    /// Changes whether pages are coded from now on.
+    pub fn set_compression(&self, compression: Compression) {
+        self.pages.coding.set(compression);
+    }
+
+    /// Whether pages are coded.
+    pub fn compression(&self) -> Compression {
+        self.pages.coding.compression()
     }
 
     /// Changes the technique from now on.

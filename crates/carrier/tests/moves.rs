@@ -4,10 +4,12 @@
 #[path = "thread_guest/guest.rs"]
 mod thread_guest;
 
-use limosa_carrier::{Guest, Listener, MigrateRequest, Migration, draw_id, replay_file};
+use limosa_carrier::{
+    Compression, Guest, Listener, MigrateRequest, Migration, draw_id, replay_file,
+};
 use limosa_engine::handover::Phase;
 use limosa_engine::policy::{Limits, Mode};
-use limosa_engine::report::{MigrationReport, Outcome};
+use limosa_engine::report::{Coded, MigrationReport, Outcome, RoundReport};
 use limosa_engine::source::Stage;
 use limosa_engine::wire::ControlFrame;
 use limosa_pages::BytesPerSecond;
@@ -39,6 +41,7 @@ fn request(peer: SocketAddr, mode: Mode) -> MigrateRequest {
         streams: 2,
         verify: true,
         link: None,
+        compression: Compression::default(),
     }
 }
 
@@ -77,10 +80,17 @@ fn failure(report: &MigrationReport) -> &str {
 
 #[test]
 fn every_mode_moves_a_busy_guest_whole() {
-    for mode in Mode::ALL {
+    for (mode, compression) in Mode::ALL
+        .into_iter()
+        .flat_map(|mode| [Compression::Off, Compression::On].map(|compression| (mode, compression)))
+    {
         let (host, listener) = listen();
         let guest = ThreadGuest::new(8192, 3000, true);
-        let migration = start(&guest, request(listener.local_addr(), mode));
+        let request = MigrateRequest {
+            compression,
+            ..request(listener.local_addr(), mode)
+        };
+        let migration = start(&guest, request);
         if mode == Mode::Demand {
             wait_until("the guest runs at the target", || {
                 migration.status().stage == Stage::Serving
@@ -97,11 +107,21 @@ fn every_mode_moves_a_busy_guest_whole() {
         assert_eq!(arrived.sweep(), 0, "{mode}");
         wait_until("the source said done", || arrived.phase() == Phase::Running);
         // Holes were never sent, and everything else was.
-        assert!(
-            (3000..7000).contains(&report.pages_sent().get()),
-            "{report:?}"
-        );
-        assert!(report.wire_bytes().get() < 7000 * 4200 + 100_000);
+        let sent = report.pages_sent().get();
+        let rounds = report.rounds.len() as u64;
+        assert!((3000..3000 * (rounds + 1)).contains(&sent), "{report:?}");
+        assert!(report.wire_bytes().get() < sent * 4200 + 100_000);
+        let coded = |of: fn(&RoundReport) -> Coded| -> u64 {
+            report
+                .rounds
+                .iter()
+                .map(|round| of(round).pages.get())
+                .sum()
+        };
+        let (packed, deltas) = (coded(|round| round.lz4), coded(|round| round.delta));
+        println!("{mode}, {compression:?}: {packed} compressed, {deltas} as differences");
+        assert_eq!(packed > 0, compression == Compression::On, "{mode}");
+        assert!(deltas == 0 || (mode.copies_live() && packed > 0), "{mode}");
         wait_until("the session is closed", || listener.incoming().is_empty());
     }
 }

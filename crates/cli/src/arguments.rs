@@ -1,10 +1,11 @@
 //! What can be typed: commands, options, examples.
 
 use crate::demo;
-use crate::values::{Milliseconds, OrNone, Rate, Size, mode};
+use crate::values::{Milliseconds, OrNone, Rate, Size, compression, mode};
 use clap::{Args, Parser, Subcommand};
 use clap_complete::Shell;
 use limosa_engine::policy::Mode;
+use limosa_host::api::Compression;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 
@@ -217,6 +218,9 @@ pub(crate) struct Migrate {
     /// Rounds while the guest runs [default: 30]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     pub rounds_max: Option<u32>,
+    /// Code pages to take fewer bytes: auto (where that is quicker), on (whatever shrinks), off
+    #[arg(long, value_name = "auto|on|off", default_value = "auto", value_parser = compression)]
+    pub compress: Compression,
     /// Push streams, 1 to 16 [default: 2]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u8).range(1..=16))]
     pub streams: Option<u8>,
@@ -286,6 +290,9 @@ pub(crate) struct Set {
     /// Rounds while the guest runs
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     pub rounds_max: Option<u32>,
+    /// Code pages to take fewer bytes
+    #[arg(long, value_name = "auto|on|off", value_parser = compression)]
+    pub compress: Option<Compression>,
     #[command(flatten)]
     pub format: Format,
 }

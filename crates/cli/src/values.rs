@@ -4,6 +4,7 @@
 //! look. Prefixes are powers of 1024 throughout: a size that is shown can be typed back.
 
 use limosa_engine::policy::Mode;
+use limosa_host::api::Compression;
 use std::fmt;
 use std::str::FromStr;
 
@@ -156,6 +157,18 @@ pub(crate) fn mode(text: &str) -> Result<Mode, String> {
             let known: Vec<&str> = Mode::ALL.iter().map(|mode| mode.name()).collect();
             format!("known modes are {}", known.join(", "))
         })
+}
+
+/// Reads whether pages are coded.
+///
+/// # Errors
+/// The known words.
+pub(crate) fn compression(text: &str) -> Result<Compression, String> {
+    let known = Compression::ALL.into_iter();
+    known
+        .into_iter()
+        .find(|compression| compression.name() == text)
+        .ok_or_else(|| "it is auto, on or off".to_owned())
 }
 
 /// Bytes of `4096`, `512K`, `1.5G`, `1GiB`.

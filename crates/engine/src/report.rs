@@ -58,6 +58,35 @@ pub struct RoundReport {
     pub time: Duration,
     /// Pages found dirty when it was over; for the last round none are looked for.
     pub dirty_after: PageCount,
+    /// Pages that were compressed.
+    pub lz4: Coded,
+    /// Pages that went as differences to what was sent before.
+    pub delta: Coded,
+}
+
+impl RoundReport {
+    /// Bytes of the pages as the guest has them; zero pages count for nothing. `bytes` without a
+    /// coding, but for the headers.
+    pub const fn content(&self) -> ByteCount {
+        self.pages.saturating_sub(self.zero_pages).bytes()
+    }
+}
+
+/// Pages that went in a coding.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Coded {
+    /// How many.
+    pub pages: PageCount,
+    /// Bytes on the wire, headers left out.
+    pub bytes: ByteCount,
+}
+
+impl Coded {
+    /// Adds more of the same coding.
+    pub const fn add(&mut self, more: Self) {
+        self.pages = self.pages.saturating_add(more.pages);
+        self.bytes = self.bytes.saturating_add(more.bytes);
+    }
 }
 
 /// The downtime by parts, in the order in which they happen. Their sum is the downtime: from the

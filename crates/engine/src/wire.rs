@@ -16,7 +16,7 @@ use limosa_pages::{PageCount, PageRange, Pfn};
 use serde::{Deserialize, Serialize};
 
 /// Version of everything in this file. Peers with another version are refused by name.
-pub const PROTOCOL_VERSION: u16 = 2;
+pub const PROTOCOL_VERSION: u16 = 3;
 /// First bytes of every connection.
 pub const MAGIC: [u8; 8] = *b"LIMOSA\r\n";
 /// Bytes of an encoded [`Preamble`].
@@ -381,7 +381,18 @@ pub fn clip(text: &str) -> String {
     text[..end].replace(char::is_control, " ")
 }
 
-/// What follows on a push stream. Only [`PushHeader::Pages`] has bytes behind it: its pages.
+/// How pages are written on the wire when that is shorter than they are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Coding {
+    /// All of them as one block, `limosa_pages::codec::lz4`.
+    Lz4,
+    /// Each as the difference to what was sent before of the same page, behind its length in two
+    /// bytes, `limosa_pages::codec::delta`.
+    Delta,
+}
+
+/// What follows on a push stream. Behind [`PushHeader::Pages`] come its pages, behind
+/// [`PushHeader::Coded`] a length of [`CODED_LENGTH_BYTES`] and so many bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum PushHeader {
     /// The content of these pages follows.
@@ -397,6 +408,31 @@ pub enum PushHeader {
     Stale(PageRange),
     /// The same for the pages of this range whose bits are set in the words that follow.
     StaleBits(PageRange),
+    /// The content of these pages follows in a coding.
+    Coded {
+        /// The pages.
+        range: PageRange,
+        /// How they are written.
+        coding: Coding,
+    },
+}
+
+/// Bytes of the length that follows a [`PushHeader::Coded`], little endian.
+pub const CODED_LENGTH_BYTES: usize = 4;
+
+/// Checks the length of coded pages.
+///
+/// # Errors
+/// It is none, or more than the pages take as they are.
+pub fn check_coded_length(
+    bytes: [u8; CODED_LENGTH_BYTES],
+    range: PageRange,
+) -> Result<usize, WireError> {
+    let length = u32::from_le_bytes(bytes);
+    if length == 0 || u64::from(length) > range.bytes().get() {
+        return Err(WireError::MalformedPush("coded pages of no such length"));
+    }
+    usize::try_from(length).map_err(|_| WireError::MalformedPush("coded pages of no such length"))
 }
 
 /// What comes on a pull stream from the target. Answers are [`PushHeader::Pages`] and
@@ -450,6 +486,13 @@ impl PushHeader {
             Self::Barrier { round } => encode_header(3, 0, u64::from(round)),
             Self::Stale(range) => encode_header(4, range.count.get(), range.first.get()),
             Self::StaleBits(range) => encode_header(5, range.count.get(), range.first.get()),
+            Self::Coded { range, coding } => {
+                let kind = match coding {
+                    Coding::Lz4 => 6,
+                    Coding::Delta => 7,
+                };
+                encode_header(kind, range.count.get(), range.first.get())
+            }
         }
     }
 
@@ -460,7 +503,9 @@ impl PushHeader {
     pub fn decode(bytes: &[u8; PUSH_HEADER_BYTES], memory: PageCount) -> Result<Self, WireError> {
         let (kind, count, value) = decode_header(bytes)?;
         match kind {
-            1 if count > PUSH_PAGES_MAX => Err(WireError::MalformedPush("too many pages at once")),
+            1 | 6 | 7 if count > PUSH_PAGES_MAX => {
+                Err(WireError::MalformedPush("too many pages at once"))
+            }
             1 => Ok(Self::Pages(checked_range(value, count, memory)?)),
             2 => Ok(Self::Zeros(checked_range(value, count, memory)?)),
             3 if count == 0 => match u32::try_from(value) {
@@ -469,6 +514,14 @@ impl PushHeader {
             },
             4 => Ok(Self::Stale(checked_range(value, count, memory)?)),
             5 => Ok(Self::StaleBits(checked_bits(value, count, memory)?)),
+            6 | 7 => Ok(Self::Coded {
+                range: checked_range(value, count, memory)?,
+                coding: if kind == 6 {
+                    Coding::Lz4
+                } else {
+                    Coding::Delta
+                },
+            }),
             _ => Err(WireError::MalformedPush("unknown kind")),
         }
     }
@@ -635,7 +688,7 @@ mod tests {
         fn foreign_push_headers_stay_inside_the_memory(bytes in any::<[u8; 16]>(), small in any::<bool>(), pages in 1..5000u64) {
             let mut bytes = bytes;
             if small {
-                bytes[0] %= 7;
+                bytes[0] %= 9;
                 bytes[1..4].fill(0);
                 bytes[6..8].fill(0);
                 bytes[10..].fill(0);

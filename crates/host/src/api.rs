@@ -10,6 +10,7 @@
 mod machine;
 mod migration;
 
+pub use limosa_carrier::Compression;
 pub use machine::{
     CommandBody, CommandKind, FirstError, GuestReport, SectionInfo, Stall, VcpuReport, VmInfo,
     VmSpec, VmState,

@@ -12,7 +12,7 @@
 
 use crate::machine::Shape;
 use crate::state_dir::VmName;
-use limosa_carrier::{MigrateRequest, RATE_MIN};
+use limosa_carrier::{Compression, MigrateRequest, RATE_MIN};
 use limosa_engine::handover::MigrationId;
 use limosa_engine::policy::{Limits, Mode};
 use limosa_engine::wire::STREAMS_MAX;
@@ -71,6 +71,7 @@ impl Departure {
             streams: self.streams.clamp(1, STREAMS_MAX),
             verify: false,
             link: self.link.filter(possible),
+            compression: Compression::Auto,
         }
     }
 }

@@ -1,4 +1,4 @@
-//! Units and sets of guest pages.
+//! Units, sets and codecs of guest pages.
 //!
 //! Everything that counts, names or groups pages without touching one: the newtypes that keep an
 //! index, a count and a size apart, and the dense page set that dirty tracking fills and a round
@@ -8,6 +8,7 @@
 
 extern crate alloc;
 
+pub mod codec;
 mod set;
 mod units;
 

@@ -2,6 +2,7 @@
 
 use super::{Shared, lock};
 use crate::bucket::Bucket;
+use crate::coding::Compression;
 use crate::connection::{self, ControlWriter, ReadError};
 use crate::digest;
 use crate::guest::{Guest, GuestError, Saved};
@@ -98,12 +99,19 @@ impl Driver {
         shared: Arc<Shared>,
         events: Sender<Inbox>,
         link: Arc<Bucket>,
+        compression: Compression,
     ) -> Self {
         let memory = guest.memory();
         let limit = Arc::new(Bucket::new(None));
         // After a restart the guest is long gone: its memory is as it left it.
         let is_serving = is_recovery;
-        let pages = sender::Shared::new(memory, is_serving, Arc::clone(&limit), Arc::clone(&link));
+        let pages = sender::Shared::new(
+            memory,
+            is_serving,
+            Arc::clone(&limit),
+            Arc::clone(&link),
+            compression,
+        );
         let pages = Arc::new(pages);
         let set = Arc::new(PageSet::empty(config.memory));
         let told = PageSet::empty(config.memory);

@@ -34,6 +34,7 @@ pub(super) fn migrate(follower: &Follower, migrate: &Migrate) -> Result<()> {
         deadline_ms: migrate.deadline.map(Milliseconds::get),
         rounds_max: migrate.rounds_max,
         streams: migrate.streams,
+        compress: migrate.compress,
         verify: migrate.verify,
         link: migrate.link.map(Rate::get),
         insecure: migrate.insecure,
@@ -85,6 +86,7 @@ pub(super) fn set(client: &Client, set: &Set, output: Output) -> Result<()> {
             OrNone::None => 0.0,
         }),
         rounds_max: set.rounds_max,
+        compress: set.compress,
     };
     let found = select(client, &set.which)?;
     let changed = client.set(&found.id, &patch)?;

@@ -1,10 +1,11 @@
 //! What can be asked of the demo.
 
 use crate::demo::record::Setup;
-use crate::values::{Milliseconds, PageRate, Rate, Size, mode};
+use crate::values::{Milliseconds, PageRate, Rate, Size, compression, mode};
 use anyhow::bail;
 use clap::{Args, ValueEnum};
 use limosa_engine::policy::Mode;
+use limosa_host::api::Compression;
 use std::path::PathBuf;
 
 /// Move a running virtual machine there and back between two hosts, and measure what it notices.
@@ -55,6 +56,9 @@ pub(crate) struct Arguments {
     /// Seed of the guest's choices, of --moves and of the simulator
     #[arg(long, value_name = "N", default_value_t = 1)]
     pub seed: u64,
+    /// Code pages to take fewer bytes: auto (where that is quicker), on (whatever shrinks), off
+    #[arg(long, value_name = "auto|on|off", default_value = "auto", value_parser = compression)]
+    pub compress: Compression,
     /// Push streams, 1 to 16
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u8).range(1..=16))]
     pub streams: Option<u8>,
@@ -173,6 +177,7 @@ impl Arguments {
             huge_pages: self.huge_pages,
             link: self.link.map(Rate::get),
             streams: self.streams,
+            compress: self.compress,
             downtime_max_ms: self.downtime_max.get(),
             verify: self.verifies(),
             seed: self.seed,

@@ -200,6 +200,7 @@ impl Loopback {
         let mut body = MigrateBody::new(self.hosts.hosts[to].peer_address.clone(), mode);
         body.downtime_max_ms = Some(self.setup.downtime_max_ms);
         body.streams = self.setup.streams;
+        body.compress = self.setup.compress;
         body.verify = self.setup.verify;
         body.link = self.setup.link;
         let client = &self.host().client;

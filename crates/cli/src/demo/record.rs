@@ -7,7 +7,7 @@
 use crate::demo::machine::Machine;
 use crate::demo::summary::Summary;
 use limosa_engine::policy::{Mode, PauseReason};
-use limosa_host::api::{Downtime, FaultLatency, ModeChange, Report, Round};
+use limosa_host::api::{Compression, Downtime, FaultLatency, ModeChange, Report, Round};
 use serde::Serialize;
 
 /// The file.
@@ -46,6 +46,8 @@ pub(crate) struct Setup {
     pub link: Option<u64>,
     /// Push streams, if not the default.
     pub streams: Option<u8>,
+    /// Whether pages were coded.
+    pub compress: Compression,
     /// The downtime that pre-copy aimed at.
     pub downtime_max_ms: f64,
     /// Whether digests were compared.

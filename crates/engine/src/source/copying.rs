@@ -214,7 +214,9 @@ impl Source {
             return planned;
         }
         if report.bytes >= BANDWIDTH_SAMPLE_MIN.min(self.bandwidth_sample)
-            && let Some(measured) = BytesPerSecond::measured(report.bytes, report.time)
+            // What coding saves comes on top: what remains is counted in pages, too.
+            && let Some(measured) =
+                BytesPerSecond::measured(report.bytes.max(report.content()), report.time)
         {
             self.bandwidth_sample = report.bytes;
             self.progress.bandwidth = Some(measured);

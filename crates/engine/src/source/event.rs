@@ -2,7 +2,7 @@
 
 use crate::handover::{MigrationId, Phase, Resolution};
 use crate::policy::{Limits, Mode};
-use crate::report::Outcome;
+use crate::report::{Coded, Outcome};
 use crate::time::Timestamp;
 use crate::wire::{ControlFrame, Digest, STREAMS_MAX};
 use alloc::string::String;
@@ -91,6 +91,10 @@ pub struct SentPiece {
     pub resent: PageCount,
     /// Bytes on the wire, headers included.
     pub bytes: ByteCount,
+    /// Pages that were compressed.
+    pub lz4: Coded,
+    /// Pages that went as differences to what was sent before.
+    pub delta: Coded,
 }
 
 /// The guest, stopped and saved.

@@ -230,6 +230,8 @@ impl Round {
         self.done.zero_pages = self.done.zero_pages.saturating_add(sent.zero_pages);
         self.done.resent = self.done.resent.saturating_add(sent.resent);
         self.done.bytes = self.done.bytes.saturating_add(sent.bytes);
+        self.done.lz4.add(sent.lz4);
+        self.done.delta.add(sent.delta);
         if self.clear_late {
             self.late.push_back(piece);
         }

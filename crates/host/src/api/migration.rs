@@ -1,7 +1,7 @@
 //! Migrations as the control interface tells them, and how they follow from the engine's report.
 
 use super::{duration, milliseconds};
-use limosa_carrier::RATE_MIN;
+use limosa_carrier::{Compression, RATE_MIN};
 use limosa_engine::handover::MigrationId;
 use limosa_engine::policy::{Limits, Mode, PauseReason};
 use limosa_engine::report::{self, FaultReport, MigrationReport, Outcome};
@@ -40,6 +40,11 @@ pub struct MigrateBody {
     /// Hash memory and state on both sides at the switch and compare.
     #[serde(default)]
     pub verify: bool,
+    /// Whether pages are coded to take fewer bytes: `auto` where that is quicker, `on` whatever
+    /// shrinks, `off` nothing.
+    #[serde(default)]
+    #[schema(value_type = String, example = "auto")]
+    pub compress: Compression,
     /// Behave as over a link of so many bytes a second.
     #[serde(default)]
     pub link: Option<u64>,
@@ -60,6 +65,7 @@ impl MigrateBody {
             rounds_max: None,
             streams: None,
             verify: false,
+            compress: Compression::default(),
             link: None,
             insecure: false,
         }
@@ -75,6 +81,7 @@ impl MigrateBody {
             bandwidth_max: self.bandwidth_max,
             deadline_ms: self.deadline_ms,
             rounds_max: self.rounds_max,
+            compress: None,
             mode: None,
         }
         .apply(Limits::default())
@@ -109,6 +116,10 @@ pub struct LimitsPatch {
     /// Rounds while the guest runs.
     #[serde(default)]
     pub rounds_max: Option<u32>,
+    /// Whether pages are coded.
+    #[serde(default)]
+    #[schema(value_type = Option<String>, example = "off")]
+    pub compress: Option<Compression>,
 }
 
 impl LimitsPatch {
@@ -340,6 +351,18 @@ pub struct Round {
     pub time_ms: f64,
     /// Pages found dirty when it was over.
     pub dirty_after_pages: u64,
+    /// Pages that were compressed.
+    #[serde(default)]
+    pub lz4_pages: u64,
+    /// Bytes that they took.
+    #[serde(default)]
+    pub lz4_bytes: u64,
+    /// Pages that went as differences to what was sent before.
+    #[serde(default)]
+    pub delta_pages: u64,
+    /// Bytes that they took.
+    #[serde(default)]
+    pub delta_bytes: u64,
 }
 
 /// The technique was changed on the way.
@@ -529,6 +552,10 @@ impl From<&report::RoundReport> for Round {
             bytes: round.bytes.get(),
             time_ms: milliseconds(round.time),
             dirty_after_pages: round.dirty_after.get(),
+            lz4_pages: round.lz4.pages.get(),
+            lz4_bytes: round.lz4.bytes.get(),
+            delta_pages: round.delta.pages.get(),
+            delta_bytes: round.delta.bytes.get(),
         }
     }
 }

@@ -5,7 +5,7 @@ use crate::machine::{Activity, Machine};
 use crate::registry::{Adoption, Hold, Slot, Vm, adoption};
 use crate::state_dir::VmName;
 use anyhow::Context;
-use limosa_carrier::{Guest, Listener, MigrateRequest, Migration};
+use limosa_carrier::{Compression, Guest, Listener, MigrateRequest, Migration};
 use limosa_engine::handover::{MigrationId, Phase};
 use limosa_engine::policy::{Limits, Mode};
 use std::collections::BTreeSet;
@@ -75,6 +75,7 @@ impl Host {
                     streams: 1,
                     verify: false,
                     link: None,
+                    compression: Compression::Auto,
                 },
                 |departure| departure.request(id),
             );

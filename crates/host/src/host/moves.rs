@@ -79,6 +79,7 @@ impl Host {
             streams: body.streams.unwrap_or(STREAMS),
             verify: body.verify,
             link: body.link.map(BytesPerSecond::new),
+            compression: body.compress,
         };
         let departure = Departure::new(name, vm.machine.shape(), &request);
         self.departures.note(id, &departure).map_err(|error| {
@@ -175,6 +176,10 @@ impl Host {
                 Refusal::conflict(format!("the mode cannot become {mode} now: {why}"))
             })?;
             tracing::info!(migration_id = %id, %mode, "mode changed");
+        }
+        if let Some(compression) = patch.compress {
+            migration.set_compression(compression);
+            tracing::info!(migration_id = %id, compression = compression.name(), "compression changed");
         }
         if limits != before {
             migration.set(limits);

@@ -1,0 +1,565 @@
+//! What pages take on the wire: raw, compressed, or as the difference to what was sent before.
+//!
+//! ```text
+//!  run of pages ─▶ worth coding? ─ no ─▶ raw, from the guest's memory, without a copy
+//!                      │ yes
+//!                      ▼ private copy
+//!                  delta ─▶ lz4 ─▶ raw, from the copy: for each page the first that is shorter
+//! ```
+//!
+//! Coding costs processor time and saves bytes. Each stream measures what a byte costs it on the wire,
+//! waiting included, and what a byte costs it in each coding, and codes where that comes cheaper
+//! together: on a fast link nothing is coded, on a slow one all that shrinks is. What is not in use is
+//! tried on a few pages now and then, so that a link that becomes slower, or content that becomes
+//! simpler, is noticed.
+//!
+//! Invariant: the version of a page that [`Versions`] keeps is what the target has in its place. A
+//! page that goes any other way is taken out.
+
+use limosa_engine::report::Coded;
+use limosa_engine::wire::{CODED_LENGTH_BYTES, Coding, PUSH_HEADER_BYTES, PushHeader};
+use limosa_os::SharedMemory;
+use limosa_pages::codec::{delta, lz4};
+use limosa_pages::{ByteCount, PAGE_SIZE_USIZE, PageCount, PageRange, Pfn};
+use serde::{Deserialize, Serialize};
+use std::collections::HashMap;
+use std::io;
+use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+/// Whether pages are coded.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Compression {
+    /// Where it is quicker.
+    #[default]
+    Auto,
+    /// Whatever shrinks.
+    On,
+    /// Nothing.
+    Off,
+}
+
+impl Compression {
+    /// All of them.
+    pub const ALL: [Self; 3] = [Self::Auto, Self::On, Self::Off];
+
+    /// As it is written in commands and files.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Auto => "auto",
+            Self::On => "on",
+            Self::Off => "off",
+        }
+    }
+}
+
+/// Memory that versions of pages may take at the source. `[Cully08]` keeps as many, 8192.
+const VERSIONS_BYTES: usize = 32 << 20;
+/// Parts of the versions with a lock each, so that streams seldom meet.
+const SHARDS: usize = 16;
+/// A difference of this many bytes or more is no gain over compressing the page: three quarters of
+/// it. `[Deshpande11]`
+const DELTA_BYTES_MAX: usize = PAGE_SIZE_USIZE / 4 * 3;
+/// Pages that are coded to see what that costs.
+const PROBE_PAGES: u64 = 8;
+/// Pages that go raw between two probes: less than a percent of the work.
+const PROBE_EVERY: u64 = 8192;
+/// What coding has to win to be worth its noise.
+const WORTH: f64 = 0.9;
+
+/// What all streams of a migration share about coding.
+#[derive(Debug)]
+pub(crate) struct Shared {
+    compression: AtomicU8,
+    versions: Versions,
+}
+
+impl Shared {
+    pub(crate) fn new(compression: Compression) -> Self {
+        Self {
+            compression: AtomicU8::new(compression as u8),
+            versions: Versions::new(VERSIONS_BYTES / PAGE_SIZE_USIZE),
+        }
+    }
+
+    /// Changes what is coded from now on.
+    pub(crate) fn set(&self, compression: Compression) {
+        self.compression.store(compression as u8, Ordering::Relaxed);
+    }
+
+    pub(crate) fn compression(&self) -> Compression {
+        match self.compression.load(Ordering::Relaxed) {
+            0 => Compression::Auto,
+            1 => Compression::On,
+            _ => Compression::Off,
+        }
+    }
+
+    /// These pages are sent raw, or are not at the target any more.
+    pub(crate) fn forget(&self, range: PageRange) {
+        self.versions.forget(range);
+    }
+}
+
+/// What one stream knows about costs, and its buffers.
+#[derive(Debug)]
+pub(crate) struct Coder {
+    costs: Costs,
+    content: Vec<u8>,
+    raw_since_probe: u64,
+    /// Headers and coded pages that wait to be written.
+    pub(crate) out: Vec<u8>,
+}
+
+/// Seconds a byte, and what codings make of one; moving averages.
+#[derive(Clone, Copy, Debug)]
+struct Costs {
+    wire: Option<f64>,
+    coding: f64,
+    ratio: f64,
+}
+
+/// What of a run of pages was coded.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Outcome {
+    pub(crate) lz4: Coded,
+    pub(crate) delta: Coded,
+}
+
+impl Coder {
+    pub(crate) fn new() -> Self {
+        Self {
+            costs: Costs {
+                wire: None,
+                // Until the first probe: what LZ4 does on common machines, and on common pages.
+                coding: 1.0 / 1e9,
+                ratio: 0.6,
+            },
+            content: Vec::new(),
+            raw_since_probe: PROBE_EVERY,
+            out: Vec::new(),
+        }
+    }
+
+    /// How many pages of the run, from its first on, are to be coded. The rest of it goes raw.
+    pub(crate) fn wanted(&mut self, shared: &Shared, range: PageRange) -> PageCount {
+        let is_wanted = match shared.compression() {
+            Compression::Off => false,
+            Compression::On => true,
+            Compression::Auto => self.costs.is_worth(),
+        };
+        if is_wanted {
+            return range.count;
+        }
+        self.raw_since_probe = self.raw_since_probe.saturating_add(range.count.get());
+        let is_probe = shared.compression() == Compression::Auto
+            && self.costs.wire.is_some()
+            && self.raw_since_probe > PROBE_EVERY;
+        if !is_probe {
+            return PageCount::ZERO;
+        }
+        self.raw_since_probe = 0;
+        PageCount::new(PROBE_PAGES.min(range.count.get()))
+    }
+
+    /// `bytes` took so long to be handed to the kernel.
+    pub(crate) fn sent(&mut self, bytes: u64, took: Duration) {
+        if bytes > 0 {
+            let cost = took.as_secs_f64() / bytes as f64;
+            let wire = self.costs.wire.unwrap_or(cost);
+            // By how much was sent: a small message says little.
+            let weight = (bytes as f64 / (1 << 20) as f64).min(0.5);
+            self.costs.wire = Some(wire + (cost - wire) * weight);
+        }
+    }
+
+    /// Appends a run of pages to [`Coder::out`], each in the shortest form. With `is_again`, they were
+    /// sent before, and may be sent once more.
+    pub(crate) fn encode(
+        &mut self,
+        shared: &Shared,
+        memory: &SharedMemory,
+        range: PageRange,
+        is_again: bool,
+    ) -> io::Result<Outcome> {
+        let began = Instant::now();
+        let bytes = range.bytes().get();
+        let mut content = std::mem::take(&mut self.content);
+        content.resize(usize::try_from(bytes).map_err(io::Error::other)?, 0);
+        memory.read_at(range.first.file_offset(), &mut content)?;
+        let before = self.out.len();
+        let mut outcome = Outcome::default();
+        let mut rest = range;
+        while rest.count > PageCount::ZERO {
+            let at = (rest.first.get() - range.first.get()) as usize * PAGE_SIZE_USIZE;
+            let pages = &content[at..];
+            let deltas = self.encode_deltas(shared, rest, pages, is_again);
+            if deltas.pages > PageCount::ZERO {
+                rest = after(rest, deltas.pages);
+                outcome.delta.add(deltas);
+                continue;
+            }
+            let (count, packed) = self.encode_others(shared, rest, pages, is_again);
+            outcome.lz4.add(packed);
+            rest = after(rest, count);
+        }
+        self.content = content;
+        let ratio = (self.out.len() - before) as f64 / bytes as f64;
+        self.costs.coded(bytes, ratio, began.elapsed());
+        Ok(outcome)
+    }
+
+    /// The pages at the front of the run of which the target has a version that is like them.
+    fn encode_deltas(
+        &mut self,
+        shared: &Shared,
+        range: PageRange,
+        pages: &[u8],
+        is_again: bool,
+    ) -> Coded {
+        let mut done = Coded::default();
+        if !is_again {
+            return done;
+        }
+        let header_at = self.out.len();
+        self.out
+            .resize(header_at + PUSH_HEADER_BYTES + CODED_LENGTH_BYTES, 0);
+        let body_at = self.out.len();
+        for (page, content) in range.iter().zip(pages.chunks_exact(PAGE_SIZE_USIZE)) {
+            if !shared.versions.encode_delta(page, content, &mut self.out) {
+                break;
+            }
+            done.pages = done.pages.saturating_add(PageCount::new(1));
+        }
+        if done.pages == PageCount::ZERO {
+            self.out.truncate(header_at);
+            return done;
+        }
+        done.bytes = ByteCount::new((self.out.len() - body_at) as u64);
+        self.finish(
+            header_at,
+            PageRange::new(range.first, done.pages),
+            Coding::Delta,
+        );
+        done
+    }
+
+    /// The pages before the next one of which the target has a version: compressed if that is
+    /// shorter. How many these are, and what they took if they were.
+    fn encode_others(
+        &mut self,
+        shared: &Shared,
+        range: PageRange,
+        pages: &[u8],
+        is_again: bool,
+    ) -> (PageCount, Coded) {
+        let mut count = 0;
+        for (page, content) in range.iter().zip(pages.chunks_exact(PAGE_SIZE_USIZE)) {
+            // The first one has been found to have none that is like it.
+            if count > 0 && is_again && shared.versions.has(page) {
+                break;
+            }
+            if is_again {
+                shared.versions.keep(page, content);
+            }
+            count += 1;
+        }
+        let range = PageRange::new(range.first, PageCount::new(count));
+        let pages = &pages[..count as usize * PAGE_SIZE_USIZE];
+        let header_at = self.out.len();
+        self.out
+            .resize(header_at + PUSH_HEADER_BYTES + CODED_LENGTH_BYTES, 0);
+        let body_at = self.out.len();
+        if lz4::encode(pages, &mut self.out) {
+            let bytes = ByteCount::new((self.out.len() - body_at) as u64);
+            self.finish(header_at, range, Coding::Lz4);
+            let pages = range.count;
+            return (range.count, Coded { pages, bytes });
+        }
+        self.out.truncate(header_at);
+        self.out
+            .extend_from_slice(&PushHeader::Pages(range).encode());
+        self.out.extend_from_slice(pages);
+        (range.count, Coded::default())
+    }
+
+    /// Fills in the header and the length of what was appended behind them.
+    fn finish(&mut self, header_at: usize, range: PageRange, coding: Coding) {
+        let length_at = header_at + PUSH_HEADER_BYTES;
+        let length = self.out.len() - length_at - CODED_LENGTH_BYTES;
+        let length = u32::try_from(length).expect("shorter than its pages");
+        self.out[header_at..length_at]
+            .copy_from_slice(&PushHeader::Coded { range, coding }.encode());
+        self.out[length_at..length_at + CODED_LENGTH_BYTES].copy_from_slice(&length.to_le_bytes());
+    }
+}
+
+impl Costs {
+    fn is_worth(&self) -> bool {
+        self.wire
+            .is_some_and(|wire| self.coding + self.ratio * wire < WORTH * wire)
+    }
+
+    fn coded(&mut self, bytes: u64, ratio: f64, took: Duration) {
+        let weight = (bytes as f64 / (256 << 10) as f64).clamp(0.05, 0.5);
+        let cost = took.as_secs_f64() / bytes as f64;
+        self.coding += (cost - self.coding) * weight;
+        self.ratio += (ratio - self.ratio) * weight;
+    }
+}
+
+fn after(range: PageRange, count: PageCount) -> PageRange {
+    PageRange::new(
+        range.first.advance(count),
+        range.count.saturating_sub(count),
+    )
+}
+
+/// Versions of pages as the target has them.
+#[derive(Debug)]
+struct Versions {
+    shards: Vec<Mutex<Shard>>,
+    /// So that a migration that keeps none pays nothing for it.
+    kept: AtomicU64,
+    pages_max: usize,
+}
+
+#[derive(Debug, Default)]
+struct Shard {
+    pages: HashMap<Pfn, Box<[u8; PAGE_SIZE_USIZE]>>,
+    turned_away: u32,
+}
+
+impl Versions {
+    fn new(pages_max: usize) -> Self {
+        Self {
+            shards: (0..SHARDS).map(|_| Mutex::default()).collect(),
+            kept: AtomicU64::new(0),
+            pages_max: pages_max / SHARDS,
+        }
+    }
+
+    fn shard(&self, page: Pfn) -> MutexGuard<'_, Shard> {
+        // Neighbours together: a run is looked up under one lock after the other.
+        let shard = (page.get() / 64) as usize % SHARDS;
+        self.shards[shard]
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn has(&self, page: Pfn) -> bool {
+        self.kept.load(Ordering::Relaxed) > 0 && self.shard(page).pages.contains_key(&page)
+    }
+
+    /// Appends the length of the difference and the difference itself, if there is a version that is
+    /// like this one, which takes its place.
+    fn encode_delta(&self, page: Pfn, content: &[u8], out: &mut Vec<u8>) -> bool {
+        if self.kept.load(Ordering::Relaxed) == 0 {
+            return false;
+        }
+        let mut shard = self.shard(page);
+        let Some(version) = shard.pages.get_mut(&page) else {
+            return false;
+        };
+        let length_at = out.len();
+        out.extend_from_slice(&[0; 2]);
+        if !delta::encode(version.as_slice(), content, DELTA_BYTES_MAX, out) {
+            out.truncate(length_at);
+            return false;
+        }
+        let length = (out.len() - length_at - 2) as u16;
+        out[length_at..length_at + 2].copy_from_slice(&length.to_le_bytes());
+        version.copy_from_slice(content);
+        true
+    }
+
+    /// Keeps a version. Where there is no room, one of eight takes the place of another: a working set
+    /// larger than that keeps most of what it has, instead of losing each page before it comes again.
+    fn keep(&self, page: Pfn, content: &[u8]) {
+        let mut shard = self.shard(page);
+        if let Some(version) = shard.pages.get_mut(&page) {
+            version.copy_from_slice(content);
+            return;
+        }
+        if shard.pages.len() >= self.pages_max {
+            shard.turned_away += 1;
+            if !shard.turned_away.is_multiple_of(8) {
+                return;
+            }
+            let Some(other) = shard.pages.keys().next().copied() else {
+                return;
+            };
+            let mut place = shard.pages.remove(&other).expect("it was found just now");
+            place.copy_from_slice(content);
+            shard.pages.insert(page, place);
+            return;
+        }
+        let mut version = Box::new([0; PAGE_SIZE_USIZE]);
+        version.copy_from_slice(content);
+        shard.pages.insert(page, version);
+        self.kept.fetch_add(1, Ordering::Relaxed);
+    }
+
+    fn forget(&self, range: PageRange) {
+        if self.kept.load(Ordering::Relaxed) == 0 {
+            return;
+        }
+        for page in range.iter() {
+            if self.shard(page).pages.remove(&page).is_some() {
+                self.kept.fetch_sub(1, Ordering::Relaxed);
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use limosa_engine::wire::check_coded_length;
+    use limosa_os::PageKind;
+
+    const PAGES: u64 = 512;
+
+    fn memory() -> SharedMemory {
+        SharedMemory::create(PageCount::new(PAGES).bytes(), PageKind::Small).unwrap()
+    }
+
+    fn range(first: u64, count: u64) -> PageRange {
+        PageRange::new(Pfn::new(first), PageCount::new(count))
+    }
+
+    /// Bytes that shrink, to `noise` places the same as before, and otherwise not.
+    fn write(memory: &SharedMemory, page: u64, text: u8, noise: usize) {
+        let mut content = [text; PAGE_SIZE_USIZE];
+        let mut state = page + 1;
+        for place in content.iter_mut().take(noise) {
+            state = state
+                .wrapping_mul(6_364_136_223_846_793_005)
+                .wrapping_add(1);
+            *place = (state >> 56) as u8;
+        }
+        memory
+            .write_at(Pfn::new(page).file_offset(), &content)
+            .unwrap();
+    }
+
+    /// What a target makes of it: the forms in which pages came.
+    fn apply(mut out: &[u8], memory: &SharedMemory) -> String {
+        let mut forms = Vec::new();
+        while !out.is_empty() {
+            let header = out[..PUSH_HEADER_BYTES].try_into().unwrap();
+            out = &out[PUSH_HEADER_BYTES..];
+            let header = PushHeader::decode(&header, memory.page_count()).unwrap();
+            let (range, coding) = match header {
+                PushHeader::Pages(range) => (range, None),
+                PushHeader::Coded { range, coding } => (range, Some(coding)),
+                other => panic!("{other:?}"),
+            };
+            let mut content = vec![0; range.bytes().get() as usize];
+            let offset = range.first.file_offset();
+            let length = match coding {
+                None => content.len(),
+                Some(_) => {
+                    let length = out[..CODED_LENGTH_BYTES].try_into().unwrap();
+                    out = &out[CODED_LENGTH_BYTES..];
+                    check_coded_length(length, range).unwrap()
+                }
+            };
+            let (bytes, rest) = out.split_at(length);
+            match coding {
+                None => content.copy_from_slice(bytes),
+                Some(Coding::Lz4) => lz4::decode(bytes, &mut content).unwrap(),
+                Some(Coding::Delta) => {
+                    memory.read_at(offset, &mut content).unwrap();
+                    crate::receiver::decode_deltas(bytes, &mut content).unwrap();
+                }
+            }
+            memory.write_at(offset, &content).unwrap();
+            out = rest;
+            let form = coding.map_or("raw".to_owned(), |coding| format!("{coding:?}"));
+            forms.push(format!(
+                "{form} {}+{}",
+                range.first.get(),
+                range.count.get()
+            ));
+        }
+        forms.join(", ").to_lowercase()
+    }
+
+    #[test]
+    fn pages_go_in_the_shortest_form_and_arrive_as_they_were() {
+        let (source, target) = (memory(), memory());
+        let shared = Shared::new(Compression::On);
+        let mut coder = Coder::new();
+        let mut check = |range: PageRange, is_again: bool, expect: &str| {
+            coder.out.clear();
+            let outcome = coder.encode(&shared, &source, range, is_again).unwrap();
+            let pages = outcome.lz4.pages.saturating_add(outcome.delta.pages);
+            assert!(pages <= range.count);
+            let most = range.bytes().get() + range.count.get() * PUSH_HEADER_BYTES as u64;
+            assert!(coder.out.len() as u64 <= most);
+            assert_eq!(apply(&coder.out, &target), expect);
+            for page in range.iter() {
+                assert_eq!(source.hash(page), target.hash(page), "{page:?}");
+            }
+        };
+        (0..8).for_each(|page| write(&source, page, 1, 0));
+        (8..12).for_each(|page| write(&source, page, 0, PAGE_SIZE_USIZE));
+        check(range(0, 8), false, "lz4 0+8");
+        check(range(8, 4), false, "raw 8+4");
+        // The second time they are kept, from the third time on they can be told by differences.
+        check(range(0, 12), true, "lz4 0+12");
+        write(&source, 3, 1, 40);
+        write(&source, 9, 7, 100);
+        check(range(0, 12), true, "delta 0+9, lz4 9+1, delta 10+2");
+        write(&source, 9, 7, 120);
+        check(range(9, 1), true, "delta 9+1");
+        // What went another way is not there any more.
+        shared.forget(range(0, 4));
+        check(range(0, 6), true, "lz4 0+4, delta 4+2");
+    }
+
+    #[test]
+    fn a_fast_wire_takes_pages_as_they_are() {
+        let shared = Shared::new(Compression::Auto);
+        let mut coder = Coder::new();
+        let all = range(0, 128);
+        let wanted = |coder: &mut Coder| coder.wanted(&shared, all).get();
+        assert_eq!(wanted(&mut coder), 0, "nothing is known of the wire");
+        coder.sent(1 << 20, Duration::from_micros(300));
+        assert_eq!(wanted(&mut coder), PROBE_PAGES, "the first look");
+        let probes = (0..2 * PROBE_EVERY / 128)
+            .map(|_| wanted(&mut coder))
+            .sum::<u64>();
+        assert!(
+            (PROBE_PAGES..=2 * PROBE_PAGES).contains(&probes),
+            "{probes}"
+        );
+        // 100 MB a second.
+        (0..40).for_each(|_| coder.sent(1 << 20, Duration::from_millis(10)));
+        assert_eq!(wanted(&mut coder), 128);
+        // What does not shrink is not coded on any wire.
+        (0..40).for_each(|_| coder.costs.coded(1 << 20, 1.0, Duration::from_millis(1)));
+        assert!(wanted(&mut coder) <= PROBE_PAGES);
+        shared.set(Compression::On);
+        assert_eq!(wanted(&mut coder), 128);
+        shared.set(Compression::Off);
+        assert_eq!(wanted(&mut coder), 0);
+    }
+
+    #[test]
+    fn versions_take_no_more_than_their_share() {
+        let versions = Versions::new(SHARDS * 2);
+        let content = [1; PAGE_SIZE_USIZE];
+        (0..PAGES * 64).for_each(|page| versions.keep(Pfn::new(page), &content));
+        let kept: usize = (0..SHARDS as u64)
+            .map(|shard| versions.shard(Pfn::new(shard * 64)).pages.len())
+            .sum();
+        assert_eq!(kept, SHARDS * 2);
+        assert_eq!(versions.kept.load(Ordering::Relaxed), kept as u64);
+        versions.forget(range(0, PAGES * 64));
+        assert_eq!(versions.kept.load(Ordering::Relaxed), 0);
+    }
+}
