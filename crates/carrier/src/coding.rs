@@ -65,9 +65,12 @@ const DELTA_BYTES_MAX: usize = PAGE_SIZE_USIZE / 4 * 3;
 /// Pages that are coded to see what that costs.
 const PROBE_PAGES: u64 = 8;
 /// Pages that go raw between two probes: less than a percent of the work.
-const PROBE_EVERY: u64 = 8192;
+const PROBE_EVERY: u64 = 2048;
 /// What coding has to win to be worth its noise.
 const WORTH: f64 = 0.9;
+/// A sample counts as at most so many times what was expected: a thread that lost its processor in a
+/// probe of some microseconds says nothing about coding.
+const SURPRISE_MAX: f64 = 2.0;
 
 /// What all streams of a migration share about coding.
 #[derive(Debug)]
@@ -304,7 +307,7 @@ impl Costs {
 
     fn coded(&mut self, bytes: u64, ratio: f64, took: Duration) {
         let weight = (bytes as f64 / (256 << 10) as f64).clamp(0.05, 0.5);
-        let cost = took.as_secs_f64() / bytes as f64;
+        let cost = (took.as_secs_f64() / bytes as f64).min(self.coding * SURPRISE_MAX);
         self.coding += (cost - self.coding) * weight;
         self.ratio += (ratio - self.ratio) * weight;
     }

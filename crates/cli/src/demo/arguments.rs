@@ -40,6 +40,9 @@ pub(crate) struct Arguments {
     /// The order in which the writer takes its pages
     #[arg(long, value_enum, default_value_t = Pattern::Uniform)]
     pub pattern: Pattern,
+    /// What fills the writer's pages
+    #[arg(long, value_enum, default_value_t = Content::Noise)]
+    pub content: Content,
     /// Behave as over a link of so many bytes a second
     #[arg(long, value_name = "RATE")]
     pub link: Option<Rate>,
@@ -88,6 +91,7 @@ Examples:
   limosa demo --modes pre-copy --repeat 5 --json moves.json
   limosa demo --memory 4G --working-set 256M --touch 768M
   limosa demo --rate max --link 500M --modes pre-copy,hybrid,auto
+  limosa demo --content text --rate 40000 --link 125M --modes pre-copy --compress auto
   limosa demo --vcpus 2 --moves 200 --seed 7
 
 The columns of the table and the names in the file are explained in docs/demo.md.";
@@ -128,6 +132,15 @@ pub(crate) enum Pattern {
     Phases,
 }
 
+/// What fills a page.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Content {
+    /// Nothing that could be written shorter
+    Noise,
+    /// Words of few kinds, of which a rewrite changes an eighth
+    Text,
+}
+
 impl Pattern {
     const fn name(self) -> &'static str {
         match self {
@@ -150,8 +163,12 @@ impl Arguments {
     /// # Errors
     /// One that the program does not have was given.
     pub(crate) fn guest_arguments(&self) -> anyhow::Result<String> {
-        if self.guest != GuestProgram::Writer && self.touch.bytes() > 0 {
+        let is_writer = self.guest == GuestProgram::Writer;
+        if !is_writer && self.touch.bytes() > 0 {
             bail!("--touch needs --guest writer");
+        }
+        if !is_writer && self.content != Content::Noise {
+            bail!("--content needs --guest writer");
         }
         let (set, rate, seed) = (self.working_set.bytes(), self.rate, self.seed);
         Ok(match self.guest {
@@ -159,7 +176,12 @@ impl Arguments {
             GuestProgram::Compute => format!("ws={set} rate={rate} seed={seed}"),
             GuestProgram::Writer => {
                 let (pattern, touch) = (self.pattern.name(), self.touch.bytes());
-                format!("ws={set} rate={rate} pattern={pattern} seed={seed} touch={touch}")
+                let usual =
+                    format!("ws={set} rate={rate} pattern={pattern} seed={seed} touch={touch}");
+                match self.content {
+                    Content::Noise => usual,
+                    Content::Text => usual + " content=text",
+                }
             }
         })
     }

@@ -9,6 +9,7 @@ use core::fmt;
 use limosa_micro_abi::PAGE_BYTES;
 
 use crate::limiter::Rate;
+use crate::page::Content;
 use crate::pattern::Pattern;
 
 /// Why arguments were refused.
@@ -41,6 +42,8 @@ pub struct WriterArguments {
     pub seed: u64,
     /// `touch`: bytes that are filled once.
     pub touched_bytes: u64,
+    /// `content`: what fills the pages.
+    pub content: Content,
 }
 
 /// Arguments of the compute program.
@@ -67,6 +70,7 @@ impl WriterArguments {
             reads_percent: 0,
             seed: 1,
             touched_bytes: 0,
+            content: Content::Noise,
         };
         for argument in arguments(text) {
             let Argument { whole, key, value } = argument?;
@@ -81,7 +85,12 @@ impl WriterArguments {
                 "reads" => this.reads_percent = percent(value).ok_or(refuse(WANT_PERCENT))?,
                 "seed" => this.seed = number(value).ok_or(refuse(WANT_NUMBER))?,
                 "touch" => this.touched_bytes = pages(value, 0).ok_or(refuse(WANT_TOUCH))?,
-                _ => return Err(refuse("known are ws, rate, pattern, reads, seed, touch")),
+                "content" => this.content = content(value).ok_or(refuse(WANT_CONTENT))?,
+                _ => {
+                    return Err(refuse(
+                        "known are ws, rate, pattern, reads, seed, touch, content",
+                    ));
+                }
             }
         }
         Ok(this)
@@ -133,6 +142,7 @@ pub fn parse_none(text: &str) -> Result<(), BadArgument<'_>> {
 const WANT_PAGES: &str = "a size of at least one page, such as 4096, 64M or 1G";
 const WANT_TOUCH: &str = "a size, such as 0, 64M or 1G";
 const WANT_RATE: &str = "operations a second from 1 to 1000000000, or max";
+const WANT_CONTENT: &str = "one of noise, text";
 const WANT_PATTERN: &str = "one of seq, uniform, zipf, phases";
 const WANT_PERCENT: &str = "a percentage from 0 to 100";
 const WANT_NUMBER: &str = "a whole number";
@@ -208,6 +218,14 @@ fn pattern(value: &str) -> Option<Pattern> {
     }
 }
 
+fn content(value: &str) -> Option<Content> {
+    match value {
+        "noise" => Some(Content::Noise),
+        "text" => Some(Content::Text),
+        _ => None,
+    }
+}
+
 fn percent(value: &str) -> Option<u64> {
     number(value).filter(|&percent| percent <= 100)
 }
@@ -219,7 +237,7 @@ mod tests {
 
     #[test]
     fn all_arguments_are_read() {
-        let text = "ws=256M rate=max  pattern=zipf reads=20 seed=9 touch=1G";
+        let text = "ws=256M rate=max  pattern=zipf reads=20 seed=9 touch=1G content=text";
         let expected = WriterArguments {
             working_set_bytes: 256 << 20,
             rate: Rate::Max,
@@ -227,6 +245,7 @@ mod tests {
             reads_percent: 20,
             seed: 9,
             touched_bytes: 1 << 30,
+            content: Content::Text,
         };
         assert_eq!(WriterArguments::parse(text), Ok(expected));
         let expected = ComputeArguments {
@@ -254,7 +273,7 @@ mod tests {
         );
         check(
             "size=1M",
-            "bad argument 'size=1M': known are ws, rate, pattern, reads, seed, touch",
+            "bad argument 'size=1M': known are ws, rate, pattern, reads, seed, touch, content",
         );
         check(
             "pattern=random",

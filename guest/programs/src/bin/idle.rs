@@ -9,7 +9,7 @@ use limosa_micro_abi::{BootInfo, PAGE_BYTES};
 use limosa_micro_logic::arguments;
 use limosa_micro_logic::layout::{Share, Wanted};
 use limosa_micro_logic::limiter::{Limiter, Rate};
-use limosa_micro_logic::page::Page;
+use limosa_micro_logic::page::{Content, Page};
 use limosa_micro_runtime::{Program, Refusal, Sound, Swept, Vcpu, claim};
 
 limosa_micro_runtime::program!(Idle);
@@ -49,7 +49,7 @@ impl Program for Idle {
         let pages = unsafe { claim::<Page>(&share.working_set) };
         let first_number = share.working_set.start / PAGE_BYTES;
         for (index, page) in pages.iter_mut().enumerate() {
-            page.write(first_number + index as u64, VERSION);
+            page.write(first_number + index as u64, VERSION, Content::Noise);
         }
         let rate = Rate::PerSecond(CHECKS_PER_SECOND);
         let now = vcpu.look();

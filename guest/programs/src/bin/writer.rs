@@ -14,7 +14,7 @@ use limosa_micro_abi::{BootInfo, ErrorKind, PAGE_BYTES};
 use limosa_micro_logic::arguments::WriterArguments;
 use limosa_micro_logic::layout::{Share, Wanted};
 use limosa_micro_logic::limiter::Limiter;
-use limosa_micro_logic::page::{Fault, Page};
+use limosa_micro_logic::page::{Content, Fault, Page};
 use limosa_micro_logic::pattern::Chooser;
 use limosa_micro_logic::random::Random;
 use limosa_micro_runtime::{Program, Refusal, Sound, Swept, Vcpu, claim};
@@ -39,6 +39,7 @@ struct Writer {
     random: Random,
     limiter: Limiter,
     reads_percent: u64,
+    content: Content,
     /// What all versions add up to, modulo 2^32; kept apart from the table.
     versions_sum: u32,
 }
@@ -74,8 +75,8 @@ impl Program for Writer {
         versions.fill(FIRST_VERSION);
         let pages_number = share.working_set.start / PAGE_BYTES;
         let touched_number = share.touched.start / PAGE_BYTES;
-        write_all(vcpu, pages, pages_number);
-        write_all(vcpu, touched, touched_number);
+        write_all(vcpu, pages, pages_number, arguments.content);
+        write_all(vcpu, touched, touched_number, arguments.content);
         let now = vcpu.look();
         Ok(Self {
             versions_sum: FIRST_VERSION.wrapping_mul(pages.len() as u32),
@@ -83,6 +84,7 @@ impl Program for Writer {
             random: Random::new(arguments.seed, vcpu.index),
             limiter: Limiter::new(arguments.rate, vcpu.count, vcpu.ticks, now),
             reads_percent: arguments.reads_percent,
+            content: arguments.content,
             versions,
             pages,
             touched,
@@ -141,7 +143,7 @@ impl Writer {
     fn rewrite(&mut self, index: usize) {
         let number = self.pages_number + index as u64;
         let version = self.versions[index].wrapping_add(1);
-        self.pages[index].write(number, u64::from(version));
+        self.pages[index].write(number, u64::from(version), self.content);
         self.versions[index] = version;
         self.versions_sum = self.versions_sum.wrapping_add(1);
     }
@@ -167,9 +169,13 @@ impl Writer {
     }
 }
 
-fn write_all(vcpu: &mut Vcpu, pages: &mut [Page], first_number: u64) {
+fn write_all(vcpu: &mut Vcpu, pages: &mut [Page], first_number: u64, content: Content) {
     for (index, page) in pages.iter_mut().enumerate() {
-        page.write(first_number + index as u64, u64::from(FIRST_VERSION));
+        page.write(
+            first_number + index as u64,
+            u64::from(FIRST_VERSION),
+            content,
+        );
         vcpu.look();
     }
 }
