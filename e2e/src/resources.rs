@@ -7,9 +7,9 @@ use std::time::Duration;
 /// How long a daemon may take to give back what it used: connections that say nothing end after
 /// five seconds, lost peers count as lost after ten.
 const SETTLE_MAX: Duration = Duration::from_secs(20);
-/// Anonymous memory that a daemon may keep: the allocator's arenas of threads that have ended,
-/// reports of past migrations.
-const MEMORY_SLACK: u64 = 6 << 20;
+/// Anonymous memory that a daemon may keep: the allocator's arenas of threads that have ended, eight a
+/// processor with up to half a megabyte each, and reports of past migrations.
+const MEMORY_SLACK: u64 = 9 << 20;
 
 /// Begin of the names of threads that answer requests: a pool with a limit, whose threads end when
 /// they have had nothing to do for ten seconds, which they have while somebody looks.

@@ -17,7 +17,7 @@ use limosa_engine::handover::{MigrationId, Resolution};
 use limosa_engine::policy::Mode;
 use limosa_engine::source::Stage;
 use limosa_engine::wire::{
-    CONTROL_FRAME_BYTES_MAX, ControlFrame, Preamble, PushHeader, Role, STREAMS_MAX, Start,
+    CONTROL_FRAME_BYTES_MAX, Coding, ControlFrame, Preamble, PushHeader, Role, STREAMS_MAX, Start,
 };
 use limosa_host::api::{LimitsPatch, MigrateBody};
 use limosa_pages::{PageCount, PageRange, Pfn};
@@ -270,6 +270,26 @@ fn deeds_inside() -> Vec<Deed> {
                 &PushHeader::Zeros(PageRange::new(Pfn::new(0), PageCount::new(0))).encode(),
             )
         }),
+        deed("coded pages of no length", "no such length", |scene| {
+            push(scene, &coded(Coding::Lz4, 0, &[]))
+        }),
+        deed("coded pages longer than pages", "no such length", |scene| {
+            push(scene, &coded(Coding::Lz4, 4097, &[]))
+        }),
+        deed("a block that is none", "cannot be read", |scene| {
+            push(scene, &coded(Coding::Lz4, 100, &[0xff; 100]))
+        }),
+        deed("a block of half a page", "another length", |scene| {
+            // A token of fifteen literals and 241 more of them, and nothing to copy.
+            let block = [&[0xf0, 226][..], &[3; 241]].concat();
+            push(scene, &coded(Coding::Lz4, 243, &block))
+        }),
+        deed("a difference beyond the page", "another length", |scene| {
+            push(scene, &coded(Coding::Delta, 7, &[5, 0, 0xff, 31, 2, 1, 1]))
+        }),
+        deed("a difference cut short", "cannot be read", |scene| {
+            push(scene, &coded(Coding::Delta, 4, &[9, 0, 0, 7]))
+        }),
         deed("a header of unknown kind", "unknown kind", |scene| {
             let mut header = PushHeader::Barrier { round: 0 }.encode();
             header[0] = 9;
@@ -376,6 +396,13 @@ fn deeds_inside() -> Vec<Deed> {
             String::new()
         }),
     ]
+}
+
+/// The first page in a coding, said to take `length` bytes.
+fn coded(coding: Coding, length: u32, bytes: &[u8]) -> Vec<u8> {
+    let range = PageRange::new(Pfn::new(0), PageCount::new(1));
+    let header = PushHeader::Coded { range, coding }.encode();
+    [&header[..], &length.to_le_bytes(), bytes].concat()
 }
 
 /// Writes to the first push stream of an accepted migration and waits for the end.

@@ -8,7 +8,8 @@ use crate::wait;
 use limosa_engine::Timestamp;
 use limosa_engine::handover::MigrationId;
 use limosa_engine::wire::{
-    ControlFrame, PREAMBLE_BYTES, PUSH_HEADER_BYTES, Preamble, PushHeader, Role, Start, bits_bytes,
+    CODED_LENGTH_BYTES, ControlFrame, PREAMBLE_BYTES, PUSH_HEADER_BYTES, Preamble, PushHeader,
+    Role, Start, bits_bytes, check_coded_length,
 };
 use limosa_pages::PageCount;
 use std::io::{self, Read};
@@ -314,6 +315,16 @@ fn take_header(
         PushHeader::Pages(range) => {
             let from = bytes.len();
             let length = usize::try_from(range.bytes().get()).expect("limited by the header");
+            bytes.resize(from + length, 0);
+            stream.read_exact(&mut bytes[from..])?;
+            Ok(None)
+        }
+        PushHeader::Coded { range, .. } => {
+            let mut length = [0; CODED_LENGTH_BYTES];
+            stream.read_exact(&mut length)?;
+            bytes.extend_from_slice(&length);
+            let from = bytes.len();
+            let length = check_coded_length(length, range).expect("a sound length");
             bytes.resize(from + length, 0);
             stream.read_exact(&mut bytes[from..])?;
             Ok(None)
