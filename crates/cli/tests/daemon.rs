@@ -450,6 +450,11 @@ fn a_killed_source_daemon_brings_the_pages_when_it_is_back() {
     wait_until("the guest works", || source.work("web") > 0);
     source.migrate_on_demand(&target);
     source.kill_and_restart();
+    // On demand it was, and on demand it stays until somebody says otherwise.
+    let is_serving = || source.json(&["status", "web"])["stage"] == "serving";
+    wait_until("the source is back", is_serving);
+    assert!(target.json(&["list"])[0]["missing_pages"].as_u64() > Some(0));
+    source.json(&["drain", "web"]);
     let is_empty = || source.json(&["list"]) == Value::Array(Vec::new());
     wait_until("all pages have gone", is_empty);
     let vm = &target.json(&["list"])[0];
