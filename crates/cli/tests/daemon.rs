@@ -454,7 +454,8 @@ fn a_killed_source_daemon_brings_the_pages_when_it_is_back() {
     let is_serving = || source.json(&["status", "web"])["stage"] == "serving";
     wait_until("the source is back", is_serving);
     assert!(target.json(&["list"])[0]["missing_pages"].as_u64() > Some(0));
-    source.json(&["drain", "web"]);
+    let drained = source.limosa(&["drain", "web"]);
+    assert!(drained.status.success(), "{}", errors(&drained));
     let is_empty = || source.json(&["list"]) == Value::Array(Vec::new());
     wait_until("all pages have gone", is_empty);
     let vm = &target.json(&["list"])[0];
