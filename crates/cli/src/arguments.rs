@@ -1,11 +1,11 @@
 //! What can be typed: commands, options, examples.
 
-use crate::demo;
-use crate::values::{Milliseconds, OrNone, Rate, Size, compression, mode};
+use crate::{demo, lab};
 use clap::{Args, Parser, Subcommand};
 use clap_complete::Shell;
 use limosa_engine::policy::Mode;
 use limosa_host::api::Compression;
+use limosa_lab::values::{Milliseconds, OrNone, Rate, Size, compression, mode};
 use std::net::SocketAddr;
 use std::path::PathBuf;
 
@@ -86,6 +86,8 @@ pub(crate) enum Command {
     Stop(Stop),
     /// Move a virtual machine there and back on this machine, and measure it
     Demo(Box<demo::Arguments>),
+    /// Run experiments that are described by a plan, and report on them
+    Lab(lab::Arguments),
     /// Replay the journal of a migration and check that the engine decides the same
     Replay(Replay),
     /// Print the description of the daemon's control interface

@@ -7,9 +7,9 @@ mod migrations;
 pub(crate) use migrations::tests;
 
 use crate::arguments::{Arguments, Command, Host, Replay};
-use crate::demo;
 use crate::follow::Follower;
 use crate::output::{Output, count, print};
+use crate::{demo, lab};
 use anyhow::{Context, Result};
 use clap::CommandFactory;
 use limosa_host::client::Client;
@@ -55,6 +55,7 @@ pub(crate) fn run(arguments: Arguments) -> Result<()> {
             migrations::abort(&place.client()?, &which.which, output(which.format.json))
         }
         Command::Demo(arguments) => demo::run(&arguments),
+        Command::Lab(arguments) => lab::run(&arguments, output),
         Command::Replay(arguments) => replay(&arguments, output(arguments.format.json)),
         Command::Openapi => print(&serde_json::to_string_pretty(&limosa_host::openapi())?),
         Command::Completions { shell } => {

@@ -7,44 +7,28 @@
 //!
 //! Invariants: nothing outlives the command, however it ends; status 0 means that every move was
 //! completed, that no check of the guest failed and that digests were equal.
-//!
-//! Deliberately absent: any way into the daemons but their control interface, and any measurement
-//! that only the daemons could make.
 
 mod arguments;
-mod beats;
-mod guest_clock;
-mod hosts;
-mod interrupt;
-mod loopback;
-mod machine;
-mod observation;
-mod observer;
-mod progress;
-mod record;
+#[cfg(test)]
+mod sample;
 mod schedule;
-mod simulated;
-mod stalls;
-mod statistics;
 mod summary;
 mod table;
 
 pub(crate) use arguments::Arguments;
 
-use crate::output::{count, print};
-use anyhow::{Context, bail};
-use interrupt::{Interrupt, Interrupted};
+use crate::bed::{self, Bed, Interrupt, Interrupted};
+use crate::output::{self, count, print};
+use anyhow::Context;
 use limosa_engine::policy::Mode;
+use limosa_lab::machine::Machine;
+use limosa_lab::record::Setup;
 use limosa_pages::ByteCount;
-use loopback::Loopback;
-use machine::Machine;
-use record::{MoveRecord, Record, Setup};
-use simulated::Simulated;
 use std::fs::{File, OpenOptions};
-use std::io::{self, BufWriter, Write};
+use std::io::{BufWriter, Write};
 use std::path::Path;
 use std::time::Instant;
-use summary::{Growth, Summary};
+use summary::{Record, Summary};
 
 /// Runs the demo.
 ///
@@ -63,7 +47,7 @@ pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<()> {
     let mut failure = None;
     for (number, mode) in (1..).zip(&modes) {
         interrupt.check()?;
-        match bed.make_move(number, *mode) {
+        match bed.make_move(number, *mode, "     ") {
             Ok(record) => {
                 print(&table::move_line(&record))?;
                 let is_bad = record.problem(setup.verify).is_some();
@@ -88,7 +72,7 @@ pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<()> {
     let seconds = begun.elapsed().as_secs_f64();
     let summary = Summary::new(&moves, failure, setup.verify, growth, seconds);
     print(&format!("\n{}", table::table(&summary, setup.verify)))?;
-    let verdict = verdict(&summary);
+    let verdict = output::verdict(&summary.problems);
     if let Some(file) = file {
         let record = Record {
             command: std::env::args().collect::<Vec<_>>().join(" "),
@@ -104,28 +88,6 @@ pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<()> {
     verdict
 }
 
-/// Where the moves happen.
-enum Bed {
-    Loopback(Box<Loopback>),
-    Simulated(Box<Simulated>),
-}
-
-impl Bed {
-    fn make_move(&mut self, number: u32, mode: Mode) -> anyhow::Result<MoveRecord> {
-        match self {
-            Self::Loopback(loopback) => loopback.make_move(number, mode),
-            Self::Simulated(simulated) => Ok(simulated.make_move(number, mode)),
-        }
-    }
-
-    fn growth(&self) -> anyhow::Result<Option<Growth>> {
-        match self {
-            Self::Loopback(loopback) => loopback.growth().map(Some),
-            Self::Simulated(_) => Ok(None),
-        }
-    }
-}
-
 fn planned(arguments: &Arguments) -> Vec<Mode> {
     match arguments.moves {
         Some(moves) => schedule::mixed(&arguments.modes, moves, arguments.seed),
@@ -138,21 +100,21 @@ fn bed(arguments: &Arguments, setup: &Setup, interrupt: &Interrupt) -> anyhow::R
     let without_kvm = if arguments.simulate {
         Some("--simulate was given".to_owned())
     } else {
-        kvm_problem(Path::new("/dev/kvm"))
+        bed::kvm_problem()
     };
     if let Some(why) = without_kvm {
         print(&format!("simulated: {why}\n{}", describe(setup)))?;
-        let simulated = Simulated::new(arguments)?;
-        return Ok((Bed::Simulated(Box::new(simulated)), true));
+        return Ok((Bed::simulated(setup, &arguments.workload()?)?, true));
     }
     print(&format!("two hosts on the loopback, {}", describe(setup)))?;
-    let loopback = Loopback::start(setup, interrupt)?;
-    let speed = loopback.speed()?;
-    let speed = count(speed.round() as u64);
-    print(&format!(
-        "the guest is ready on host a and does {speed} units of work a second"
-    ))?;
-    Ok((Bed::Loopback(Box::new(loopback)), false))
+    let bed = Bed::real(setup, interrupt)?;
+    if let Some(speed) = bed.speed()? {
+        let speed = count(speed.round() as u64);
+        print(&format!(
+            "the guest is ready on host a and does {speed} units of work a second"
+        ))?;
+    }
+    Ok((bed, false))
 }
 
 fn describe(setup: &Setup) -> String {
@@ -167,41 +129,6 @@ fn describe(setup: &Setup) -> String {
         ByteCount::new(setup.memory_bytes),
         setup.vcpus,
     )
-}
-
-/// Why KVM cannot be used, and what to do; `None` if it can.
-fn kvm_problem(device: &Path) -> Option<String> {
-    let error = OpenOptions::new()
-        .read(true)
-        .write(true)
-        .open(device)
-        .err()?;
-    let device = device.display();
-    Some(match error.kind() {
-        io::ErrorKind::NotFound => format!(
-            "there is no {device}: load a module (modprobe kvm_intel or kvm_amd), switch \
-             virtualisation on in the firmware, or allow nested virtualisation for this machine"
-        ),
-        io::ErrorKind::PermissionDenied => format!(
-            "{device} may not be opened: add yourself to its group (usermod -aG kvm USER) and log \
-             in again"
-        ),
-        _ => format!("{device} cannot be opened ({error})"),
-    })
-}
-
-fn verdict(summary: &Summary) -> anyhow::Result<()> {
-    match summary.problems.as_slice() {
-        [] => Ok(()),
-        [only] => bail!("{only}"),
-        [first, rest @ ..] => {
-            let more = rest.len();
-            for problem in &summary.problems {
-                eprintln!("problem: {problem}");
-            }
-            bail!("{first} (and {more} more)")
-        }
-    }
 }
 
 /// Opens the file and leaves what is in it: results replace it once there are some.
@@ -236,12 +163,5 @@ mod tests {
         drop(open(&path).unwrap());
         assert_eq!(std::fs::read_to_string(&path).unwrap(), "earlier results");
         assert!(open(directory.path()).is_err());
-    }
-
-    #[test]
-    fn a_missing_device_is_explained() {
-        let why = kvm_problem(Path::new("/nonexistent/kvm")).unwrap();
-        assert!(why.contains("modprobe kvm_intel"), "{why}");
-        assert_eq!(kvm_problem(Path::new("/dev/null")), None);
     }
 }

@@ -5,11 +5,12 @@
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
 mod arguments;
+mod bed;
 mod commands;
 mod demo;
 mod follow;
+mod lab;
 mod output;
-mod values;
 
 use arguments::{Arguments, Command};
 use clap::Parser;

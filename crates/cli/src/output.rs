@@ -1,5 +1,6 @@
 //! What a command prints: tables and numbers for people, JSON for programs.
 
+use anyhow::bail;
 use serde::Serialize;
 use std::io::{self, ErrorKind, Write};
 
@@ -36,6 +37,22 @@ pub(crate) fn print(text: &str) -> anyhow::Result<()> {
     match writeln!(stdout, "{}", text.trim_end()).and_then(|()| stdout.flush()) {
         Err(error) if error.kind() == ErrorKind::BrokenPipe => Ok(()),
         printed => Ok(printed?),
+    }
+}
+
+/// The end of a command that found these problems: all of them a line each, unless there is only one,
+/// which is the error then.
+pub(crate) fn verdict(problems: &[String]) -> anyhow::Result<()> {
+    match problems {
+        [] => Ok(()),
+        [only] => bail!("{only}"),
+        [first, rest @ ..] => {
+            let more = rest.len();
+            for problem in problems {
+                eprintln!("problem: {problem}");
+            }
+            bail!("{first} (and {more} more)")
+        }
     }
 }
 

@@ -18,7 +18,7 @@ struct Row {
 /// Guest programs to run in tests, and how they talk.
 const GUESTS: &[&str] = &["limosa-micro", "limosa-micro-abi"];
 
-const ALLOWED: [Row; 13] = [
+const ALLOWED: [Row; 14] = [
     Row {
         package: "limosa-pages",
         uses: &[],
@@ -68,9 +68,15 @@ const ALLOWED: [Row; 13] = [
         tests_use: &[],
     },
     Row {
+        package: "limosa-lab",
+        uses: &["limosa-host", "limosa-engine", "limosa-pages"],
+        tests_use: &[],
+    },
+    Row {
         package: "limosa-cli",
         uses: &[
             "limosa-host",
+            "limosa-lab",
             "limosa-carrier",
             "limosa-sim",
             "limosa-vmm",

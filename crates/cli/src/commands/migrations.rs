@@ -4,7 +4,6 @@ use super::machines::short;
 use crate::arguments::{Migrate, Resolve, Set, Status};
 use crate::follow::{Follower, headline, numbers, outcome_line, stage_name};
 use crate::output::{Align, Output, count, table, time};
-use crate::values::{Milliseconds, OrNone, Rate};
 use anyhow::{Result, anyhow, bail};
 use limosa_engine::policy::Mode;
 use limosa_engine::source::Stage;
@@ -13,6 +12,7 @@ use limosa_host::api::{
     VmInfo,
 };
 use limosa_host::client::Client;
+use limosa_lab::values::{Milliseconds, OrNone, Rate};
 use limosa_pages::{ByteCount, BytesPerSecond};
 use serde::Serialize;
 use std::fmt::Write as _;

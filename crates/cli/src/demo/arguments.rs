@@ -1,11 +1,13 @@
 //! What can be asked of the demo.
 
-use crate::demo::record::Setup;
-use crate::values::{Milliseconds, PageRate, Rate, Size, compression, mode};
 use anyhow::bail;
-use clap::{Args, ValueEnum};
+use clap::Args;
+use clap::builder::{PossibleValue, PossibleValuesParser, TypedValueParser};
 use limosa_engine::policy::Mode;
 use limosa_host::api::Compression;
+use limosa_lab::record::Setup;
+use limosa_lab::values::{Milliseconds, PageRate, Rate, Size, compression, mode};
+use limosa_lab::workload::{Content, GuestProgram, Pattern, Workload};
 use std::path::PathBuf;
 
 /// Move a running virtual machine there and back between two hosts, and measure what it notices.
@@ -26,7 +28,7 @@ pub(crate) struct Arguments {
     #[arg(long)]
     pub huge_pages: bool,
     /// The guest program
-    #[arg(long, value_enum, default_value_t = GuestProgram::Writer)]
+    #[arg(long, default_value = "writer", value_parser = guest_programs())]
     pub guest: GuestProgram,
     /// Memory that the guest rewrites (writer) or reads (compute)
     #[arg(long, value_name = "SIZE", default_value = "256M")]
@@ -38,10 +40,10 @@ pub(crate) struct Arguments {
     #[arg(long, value_name = "PAGES|max", default_value = "50000")]
     pub rate: PageRate,
     /// The order in which the writer takes its pages
-    #[arg(long, value_enum, default_value_t = Pattern::Uniform)]
+    #[arg(long, default_value = "uniform", value_parser = patterns())]
     pub pattern: Pattern,
     /// What fills the writer's pages
-    #[arg(long, value_enum, default_value_t = Content::Noise)]
+    #[arg(long, default_value = "noise", value_parser = contents())]
     pub content: Content,
     /// Behave as over a link of so many bytes a second
     #[arg(long, value_name = "RATE")]
@@ -96,73 +98,17 @@ Examples:
 
 The columns of the table and the names in the file are explained in docs/demo.md.";
 
-/// Programs that come with limosa.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub(crate) enum GuestProgram {
-    /// Rewrites pages that prove themselves
-    Writer,
-    /// Does nothing but live
-    Idle,
-    /// Reads much, writes little, checks its results
-    Compute,
-}
-
-impl GuestProgram {
-    /// Its name for the daemon.
-    pub(crate) const fn name(self) -> &'static str {
-        match self {
-            Self::Writer => "writer",
-            Self::Idle => "idle",
-            Self::Compute => "compute",
-        }
-    }
-}
-
-/// Which page is next.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub(crate) enum Pattern {
-    /// One after the other
-    #[value(alias = "seq")]
-    Sequential,
-    /// Any, with equal chances
-    Uniform,
-    /// Few pages often, many seldom
-    Zipf,
-    /// One part of the working set after the other
-    Phases,
-}
-
-/// What fills a page.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub(crate) enum Content {
-    /// Nothing that could be written shorter
-    Noise,
-    /// Words of few kinds, of which a rewrite changes an eighth
-    Text,
-}
-
-impl Pattern {
-    const fn name(self) -> &'static str {
-        match self {
-            Self::Sequential => "seq",
-            Self::Uniform => "uniform",
-            Self::Zipf => "zipf",
-            Self::Phases => "phases",
-        }
-    }
-}
-
 impl Arguments {
     /// Whether digests are compared.
     pub(crate) const fn verifies(&self) -> bool {
         !self.no_verify
     }
 
-    /// The arguments of the guest program.
+    /// What the guest does.
     ///
     /// # Errors
-    /// One that the program does not have was given.
-    pub(crate) fn guest_arguments(&self) -> anyhow::Result<String> {
+    /// It was given what its program does not have.
+    pub(crate) fn workload(&self) -> anyhow::Result<Workload> {
         let is_writer = self.guest == GuestProgram::Writer;
         if !is_writer && self.touch.bytes() > 0 {
             bail!("--touch needs --guest writer");
@@ -170,30 +116,24 @@ impl Arguments {
         if !is_writer && self.content != Content::Noise {
             bail!("--content needs --guest writer");
         }
-        let (set, rate, seed) = (self.working_set.bytes(), self.rate, self.seed);
-        Ok(match self.guest {
-            GuestProgram::Idle => String::new(),
-            GuestProgram::Compute => format!("ws={set} rate={rate} seed={seed}"),
-            GuestProgram::Writer => {
-                let (pattern, touch) = (self.pattern.name(), self.touch.bytes());
-                let usual =
-                    format!("ws={set} rate={rate} pattern={pattern} seed={seed} touch={touch}");
-                match self.content {
-                    Content::Noise => usual,
-                    Content::Text => usual + " content=text",
-                }
-            }
+        Ok(Workload {
+            guest: self.guest,
+            working_set: self.working_set,
+            touch: self.touch,
+            rate: self.rate,
+            pattern: self.pattern,
+            content: self.content,
         })
     }
 
     /// The same as it stands in the file.
     ///
     /// # Errors
-    /// As [`Arguments::guest_arguments`].
+    /// As [`Arguments::workload`].
     pub(crate) fn setup(&self) -> anyhow::Result<Setup> {
         Ok(Setup {
             guest: self.guest.name().to_owned(),
-            arguments: self.guest_arguments()?,
+            arguments: self.workload()?.arguments(self.seed),
             memory_bytes: self.memory.bytes(),
             vcpus: self.vcpus,
             huge_pages: self.huge_pages,
@@ -205,4 +145,25 @@ impl Arguments {
             seed: self.seed,
         })
     }
+}
+
+fn guest_programs() -> impl TypedValueParser<Value = GuestProgram> {
+    let known = GuestProgram::ALL.map(|one| PossibleValue::new(one.name()).help(one.explain()));
+    PossibleValuesParser::new(known).try_map(|name| name.parse::<GuestProgram>())
+}
+
+fn contents() -> impl TypedValueParser<Value = Content> {
+    let known = Content::ALL.map(|one| PossibleValue::new(one.name()).help(one.explain()));
+    PossibleValuesParser::new(known).try_map(|name| name.parse::<Content>())
+}
+
+fn patterns() -> impl TypedValueParser<Value = Pattern> {
+    let known = Pattern::ALL.map(|one| {
+        let value = PossibleValue::new(one.name()).help(one.explain());
+        match one {
+            Pattern::Sequential => value.alias("seq"),
+            _ => value,
+        }
+    });
+    PossibleValuesParser::new(known).try_map(|name| name.parse::<Pattern>())
 }

@@ -1,6 +1,7 @@
 //! Which moves the demo makes, in which order.
 
 use limosa_engine::policy::Mode;
+use limosa_lab::schedule::next_random;
 
 /// The modes of all moves: each mode there and back, in turn, `repeat` times over.
 pub(crate) fn in_turn(modes: &[Mode], repeat: u32) -> Vec<Mode> {
@@ -18,15 +19,6 @@ pub(crate) fn mixed(modes: &[Mode], moves: u32, seed: u64) -> Vec<Mode> {
             modes.get(index as usize).copied()
         })
         .collect()
-}
-
-/// SplitMix64 [Steele14]: the same on every machine, and a seed of zero is as good as any.
-fn next_random(state: &mut u64) -> u64 {
-    *state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
-    let mut mixed = *state;
-    mixed = (mixed ^ mixed >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-    mixed = (mixed ^ mixed >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
-    mixed ^ mixed >> 31
 }
 
 #[cfg(test)]

@@ -1,8 +1,9 @@
 //! What the demo prints: a line as each move ends, a table with a column for each mode at the end.
 
-use crate::demo::record::MoveRecord;
-use crate::demo::summary::{Figures, Spread, Summary};
+use crate::demo::summary::{Figures, Summary};
 use crate::output::count;
+use limosa_lab::record::MoveRecord;
+use limosa_lab::statistics::Spread;
 use limosa_pages::ByteCount;
 use std::fmt::Write as _;
 
@@ -202,7 +203,7 @@ fn columns(rows: &[Vec<String>]) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::demo::record::tests::record;
+    use crate::demo::sample::record;
     use limosa_engine::policy::Mode;
     use limosa_host::api::ModeChange;
 

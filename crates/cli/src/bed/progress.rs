@@ -11,15 +11,17 @@ const BAR_WIDTH: u64 = 24;
 
 /// The line; nothing if standard error is not a terminal.
 #[derive(Debug)]
-pub(crate) struct Progress {
+pub(crate) struct Progress<'a> {
+    title: &'a str,
     is_terminal: bool,
     is_shown: bool,
 }
 
-impl Progress {
-    /// Nothing is shown yet.
-    pub(crate) fn new() -> Self {
+impl<'a> Progress<'a> {
+    /// Nothing is shown yet; `title` will stand before the bar.
+    pub(crate) fn new(title: &'a str) -> Self {
         Self {
+            title,
             is_terminal: io::stderr().is_terminal(),
             is_shown: false,
         }
@@ -34,7 +36,7 @@ impl Progress {
     pub(crate) fn show(&mut self, info: &MigrationInfo) {
         if self.is_terminal {
             self.is_shown = true;
-            print(&format!("\r{}\x1b[K", line(info)));
+            print(&format!("\r{} {}\x1b[K", self.title, line(info)));
         }
     }
 
@@ -47,7 +49,7 @@ impl Progress {
     }
 }
 
-impl Drop for Progress {
+impl Drop for Progress<'_> {
     fn drop(&mut self) {
         self.clear();
     }
@@ -73,7 +75,7 @@ fn line(info: &MigrationInfo) -> String {
         format!("round {}", info.round)
     };
     let mut text = format!(
-        "      [{bar}] {} {what}: {sent} of {pages} pages",
+        "[{bar}] {} {what}: {sent} of {pages} pages",
         info.mode.name(),
     );
     if info.stage == Stage::Serving {

@@ -4,16 +4,16 @@
 //! how the techniques differ and not how fast this machine is. There is no observer and no sweep:
 //! the simulator compares memory itself.
 
-use crate::demo::arguments::{Arguments, GuestProgram, Pattern};
-use crate::demo::hosts::NAMES;
-use crate::demo::observation::milliseconds;
-use crate::demo::record::{Checked, MoveRecord, Observed, WriteRates};
-use crate::values::PageRate;
+use crate::bed::hosts::NAMES;
+use crate::bed::observation::milliseconds;
 use anyhow::bail;
 use limosa_engine::policy::{Limits, Mode};
 use limosa_host::api::Report;
+use limosa_lab::record::{Checked, MoveRecord, Observed, Setup, WriteRates};
+use limosa_lab::values::PageRate;
+use limosa_lab::workload::{GuestProgram, Pattern, Workload};
 use limosa_pages::{ByteCount, BytesPerSecond, PageCount};
-use limosa_sim::{LinkProfile, Scenario, Workload};
+use limosa_sim::{LinkProfile, Scenario};
 use std::time::Duration;
 
 /// A guest that writes as fast as it can while its writes are tracked: the first write to a page
@@ -29,40 +29,41 @@ pub(crate) struct Simulated {
 }
 
 impl Simulated {
-    /// The scenario that the arguments describe.
+    /// The scenario that these describe.
     ///
     /// # Errors
     /// The simulator has no model of the guest.
-    pub(crate) fn new(arguments: &Arguments) -> anyhow::Result<Self> {
-        let working_set = ByteCount::new(arguments.working_set.bytes()).pages_ceil();
-        let touch = ByteCount::new(arguments.touch.bytes()).pages_ceil();
-        let memory = ByteCount::new(arguments.memory.bytes()).pages_ceil();
-        let (workload, touched) = match (arguments.guest, arguments.pattern) {
+    pub(crate) fn new(setup: &Setup, workload: &Workload) -> anyhow::Result<Self> {
+        let working_set = ByteCount::new(workload.working_set.bytes()).pages_ceil();
+        let touch = ByteCount::new(workload.touch.bytes()).pages_ceil();
+        let memory = ByteCount::new(setup.memory_bytes).pages_ceil();
+        let (model, touched) = match (workload.guest, workload.pattern) {
             (GuestProgram::Compute, _) => {
                 bail!("the simulator has no model of the compute guest: use writer or idle")
             }
-            (GuestProgram::Idle, _) => (Workload::Idle, PageCount::new(64)),
+            (GuestProgram::Idle, _) => (limosa_sim::Workload::Idle, PageCount::new(64)),
             (GuestProgram::Writer, pattern) => {
-                let workload = match pattern {
-                    Pattern::Sequential => Workload::Sequential { working_set },
-                    Pattern::Uniform => Workload::Uniform { working_set },
-                    Pattern::Zipf => Workload::Zipf { working_set },
-                    Pattern::Phases => Workload::Phases { working_set },
+                use limosa_sim::Workload as Model;
+                let model = match pattern {
+                    Pattern::Sequential => Model::Sequential { working_set },
+                    Pattern::Uniform => Model::Uniform { working_set },
+                    Pattern::Zipf => Model::Zipf { working_set },
+                    Pattern::Phases => Model::Phases { working_set },
                 };
-                (workload, working_set.saturating_add(touch))
+                (model, working_set.saturating_add(touch))
             }
         };
         if touched > memory {
             bail!("the working set does not fit into the guest's memory");
         }
         let usual = Scenario::default();
-        let rate = arguments.link.map(|link| BytesPerSecond::new(link.get()));
+        let rate = setup.link.map(BytesPerSecond::new);
         Ok(Self {
             scenario: Scenario {
                 memory,
                 touched,
-                workload,
-                rate: match arguments.rate {
+                workload: model,
+                rate: match workload.rate {
                     PageRate::PerSecond(pages) => pages,
                     PageRate::Max => RATE_MAX,
                 },
@@ -70,15 +71,15 @@ impl Simulated {
                     rate: rate.unwrap_or(usual.link.rate),
                     ..usual.link
                 },
-                streams: arguments.streams.unwrap_or(usual.streams),
+                streams: setup.streams.unwrap_or(usual.streams),
                 limits: Limits {
-                    downtime_max: Duration::from_secs_f64(arguments.downtime_max.get() / 1000.0),
+                    downtime_max: Duration::from_secs_f64(setup.downtime_max_ms / 1000.0),
                     ..Limits::default()
                 },
-                verify: arguments.verifies(),
+                verify: setup.verify,
                 ..usual
             },
-            seed: arguments.seed,
+            seed: setup.seed,
             at: 0,
         })
     }

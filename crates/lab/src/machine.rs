@@ -1,11 +1,11 @@
 //! On what machine a measurement was made, since it means little without.
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use std::fs;
 
 /// Facts about this machine.
-#[derive(Clone, Debug, Default, Serialize)]
-pub(crate) struct Machine {
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Machine {
     /// Release of the kernel.
     pub kernel: String,
     /// Model of the processor.
@@ -16,13 +16,13 @@ pub(crate) struct Machine {
     pub memory_bytes: u64,
     /// Which modules stand behind `/dev/kvm`, such as `kvm_intel`; empty if that is not known.
     pub kvm_modules: Vec<String>,
-    /// Processes that were ready to run, averaged over a minute, when the demo began.
+    /// Processes that were ready to run, averaged over a minute, when it began.
     pub load: f64,
 }
 
 impl Machine {
     /// This one, as far as it can be read.
-    pub(crate) fn here() -> Self {
+    pub fn here() -> Self {
         let read = |path: &str| fs::read_to_string(path).unwrap_or_default();
         Self {
             kernel: read("/proc/sys/kernel/osrelease").trim().to_owned(),

@@ -1,4 +1,5 @@
-//! Values with units as they are typed: sizes, rates, times, techniques.
+//! Values with units as they are typed, on a command line or in a plan: sizes, rates, times,
+//! techniques.
 //!
 //! Each parser accepts a small set of forms and its error names them all, so that a typo costs one
 //! look. Prefixes are powers of 1024 throughout: a size that is shown can be typed back.
@@ -10,11 +11,11 @@ use std::str::FromStr;
 
 /// A number of bytes: `4096`, `512K`, `64M`, `1.5G`, `1T`, also with `iB` behind.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Size(u64);
+pub struct Size(u64);
 
 impl Size {
     /// In bytes.
-    pub(crate) const fn bytes(self) -> u64 {
+    pub const fn bytes(self) -> u64 {
         self.0
     }
 }
@@ -32,11 +33,11 @@ impl FromStr for Size {
 
 /// Bytes a second: like a size, also with `/s` behind; more than none.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Rate(u64);
+pub struct Rate(u64);
 
 impl Rate {
     /// In bytes a second.
-    pub(crate) const fn get(self) -> u64 {
+    pub const fn get(self) -> u64 {
         self.0
     }
 }
@@ -55,11 +56,11 @@ impl FromStr for Rate {
 
 /// A time: `500us`, `5ms`, `2s`, `1.5s`, `10m`, `1h`, or `0`.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub(crate) struct Milliseconds(f64);
+pub struct Milliseconds(f64);
 
 impl Milliseconds {
     /// In milliseconds.
-    pub(crate) const fn get(self) -> f64 {
+    pub const fn get(self) -> f64 {
         self.0
     }
 }
@@ -94,7 +95,7 @@ impl FromStr for Milliseconds {
 
 /// A value, or `none` to lift a limit.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub(crate) enum OrNone<T> {
+pub enum OrNone<T> {
     /// The limit.
     Some(T),
     /// No limit.
@@ -116,7 +117,7 @@ impl<T: FromStr<Err = String>> FromStr for OrNone<T> {
 
 /// Page writes a second of a guest: a number or `max`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum PageRate {
+pub enum PageRate {
     /// So many.
     PerSecond(u64),
     /// As many as it can.
@@ -149,7 +150,7 @@ impl fmt::Display for PageRate {
 ///
 /// # Errors
 /// The known ones.
-pub(crate) fn mode(text: &str) -> Result<Mode, String> {
+pub fn mode(text: &str) -> Result<Mode, String> {
     Mode::ALL
         .into_iter()
         .find(|mode| mode.name() == text)
@@ -163,7 +164,7 @@ pub(crate) fn mode(text: &str) -> Result<Mode, String> {
 ///
 /// # Errors
 /// The known words.
-pub(crate) fn compression(text: &str) -> Result<Compression, String> {
+pub fn compression(text: &str) -> Result<Compression, String> {
     let known = Compression::ALL.into_iter();
     known
         .into_iter()

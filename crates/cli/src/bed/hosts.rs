@@ -2,11 +2,11 @@
 //!
 //! Whatever happens, nothing is left behind: the destructor stops the guest, ends the daemons and
 //! looks for VM processes that outlived them, which is what VM processes are made for. The children
-//! are no members of the terminal's process group, so that Ctrl-C reaches the demo alone and it
+//! are no members of the terminal's process group, so that Ctrl-C reaches this program alone and it
 //! can take them down in order.
 
-use crate::demo::interrupt::Interrupt;
-use crate::demo::summary::Resources;
+use crate::bed::growth::Resources;
+use crate::bed::interrupt::Interrupt;
 use anyhow::{Context, bail};
 use limosa_host::client::Client;
 use rustix::process::{Pid, Signal, kill_process};
@@ -21,7 +21,7 @@ use tempfile::TempDir;
 /// Names of the two hosts.
 pub(crate) const NAMES: [&str; 2] = ["a", "b"];
 /// Name of the virtual machine.
-pub(crate) const VM: &str = "demo";
+pub(crate) const VM: &str = "guest";
 
 /// A daemon listens within milliseconds; a busy machine takes longer.
 const START_MAX: Duration = Duration::from_secs(20);
@@ -54,7 +54,7 @@ impl Hosts {
     /// Starts both.
     pub(crate) fn start(interrupt: &Interrupt) -> anyhow::Result<Self> {
         let directory = tempfile::Builder::new()
-            .prefix("limosa-demo-")
+            .prefix("limosa-")
             .tempdir()
             .context("cannot make a temporary directory")?;
         let start = |name: &str| Host::start(&directory.path().join(name), interrupt);

@@ -1,37 +1,16 @@
-//! What the demo writes to its JSON file about each move.
+//! What is written to files about each move.
 //!
 //! One object a move, with the engine's report and what the guest and an observer saw side by
 //! side. A value that could not be measured is `null`, never a made-up zero. The names are part of
 //! the program's interface: `docs/demo.md` explains each of them.
 
-use crate::demo::machine::Machine;
-use crate::demo::summary::Summary;
 use limosa_engine::policy::{Mode, PauseReason};
 use limosa_host::api::{Compression, Downtime, FaultLatency, ModeChange, Report, Round};
-use serde::Serialize;
-
-/// The file.
-#[derive(Clone, Debug, Serialize)]
-pub(crate) struct Record {
-    /// The command line.
-    pub command: String,
-    /// Version of the program.
-    pub version: &'static str,
-    /// What it ran on.
-    pub machine: Machine,
-    /// Whether the moves happened in the simulator.
-    pub simulated: bool,
-    /// The guest and how it was moved.
-    pub setup: Setup,
-    /// The moves in order.
-    pub moves: Vec<MoveRecord>,
-    /// What they come to.
-    pub summary: Summary,
-}
+use serde::{Deserialize, Serialize};
 
 /// The guest and how it was moved, as asked for.
 #[derive(Clone, Debug, Serialize)]
-pub(crate) struct Setup {
+pub struct Setup {
     /// The guest program.
     pub guest: String,
     /// Its arguments.
@@ -58,7 +37,7 @@ pub(crate) struct Setup {
 
 /// What the guest and the observer saw of a move.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
-pub(crate) struct Observed {
+pub struct Observed {
     /// Longest stall that the guest recorded around the switch.
     pub guest_gap_ms: Option<f64>,
     /// Longest silence of its heartbeats around the switch.
@@ -72,8 +51,8 @@ pub(crate) struct Observed {
 }
 
 /// Pages that the guest wrote a second.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
-pub(crate) struct WriteRates {
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct WriteRates {
     /// In the second before the move.
     pub before: Option<f64>,
     /// From the start of the move until the guest stopped for the switch.
@@ -84,7 +63,7 @@ pub(crate) struct WriteRates {
 
 /// What the check of all memory found after a move.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(crate) struct Checked {
+pub struct Checked {
     /// Failed checks since before the move, the sweep's included.
     pub errors: u64,
     /// Pages that the sweep looked at.
@@ -92,14 +71,14 @@ pub(crate) struct Checked {
 }
 
 /// One move.
-#[derive(Clone, Debug, Serialize)]
-pub(crate) struct MoveRecord {
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct MoveRecord {
     /// Counted from 1.
     pub number: u32,
     /// The host that it left.
-    pub from: &'static str,
+    pub from: String,
     /// The host that it went to.
-    pub to: &'static str,
+    pub to: String,
     /// The technique.
     pub mode: Mode,
     /// How it ended.
@@ -168,9 +147,9 @@ pub(crate) struct MoveRecord {
 
 impl MoveRecord {
     /// Lays what was seen beside what was reported.
-    pub(crate) fn new(
+    pub fn new(
         number: u32,
-        (from, to): (&'static str, &'static str),
+        (from, to): (&str, &str),
         mode: Mode,
         report: Report,
         observed: Observed,
@@ -178,8 +157,8 @@ impl MoveRecord {
     ) -> Self {
         Self {
             number,
-            from,
-            to,
+            from: from.to_owned(),
+            to: to.to_owned(),
             mode,
             outcome: report.outcome.unwrap_or_else(|| "unfinished".to_owned()),
             reason: report.reason,
@@ -216,17 +195,17 @@ impl MoveRecord {
     }
 
     /// Whether the guest is at the target now.
-    pub(crate) fn is_completed(&self) -> bool {
+    pub fn is_completed(&self) -> bool {
         self.outcome == "completed"
     }
 
     /// What the guest saw beyond what the hosts measured.
-    pub(crate) fn gap_minus_downtime_ms(&self) -> Option<f64> {
+    pub fn gap_minus_downtime_ms(&self) -> Option<f64> {
         Some(self.guest_gap_ms? - self.downtime_ms?.total)
     }
 
     /// What is wrong with this move, in one line; `None` if it went as it should.
-    pub(crate) fn problem(&self, verify: bool) -> Option<String> {
+    pub fn problem(&self, verify: bool) -> Option<String> {
         let number = self.number;
         if !self.is_completed() {
             let reason = self.reason.as_deref().unwrap_or("no reason was given");
@@ -254,7 +233,7 @@ pub(crate) mod tests {
     use super::*;
 
     /// A move that went well, with these gaps.
-    pub(crate) fn record(mode: Mode, guest_gap_ms: f64, downtime_ms: f64) -> MoveRecord {
+    pub fn record(mode: Mode, guest_gap_ms: f64, downtime_ms: f64) -> MoveRecord {
         let report = Report {
             outcome: Some("completed".to_owned()),
             reason: None,

@@ -6,7 +6,7 @@
 //! quickest ones: an edge of their lower convex hull. [Moon99 §4] finds the skew of two clocks so.
 //! The edge below the points' middle is taken, which is the line with the least sum of distances.
 
-use crate::demo::beats::Beat;
+use crate::bed::beats::Beat;
 use limosa_engine::Timestamp;
 use std::time::Duration;
 

@@ -8,14 +8,13 @@
 //! being hashed for the processors, so that the stall of the switch may soon not be among the last or
 //! the longest ones any more: the stalls are read as soon as the guest runs at the target, too.
 
-use crate::demo::hosts::{Host, Hosts, NAMES, VM};
-use crate::demo::interrupt::{Interrupt, Interrupted};
-use crate::demo::observation::{MARGIN, Moments, earlier, observe};
-use crate::demo::observer::{self, Observer};
-use crate::demo::progress::Progress;
-use crate::demo::record::{Checked, MoveRecord, Observed, Setup};
-use crate::demo::stalls::Stall;
-use crate::demo::summary::{Growth, Resources};
+use crate::bed::growth::{Growth, Resources};
+use crate::bed::hosts::{Host, Hosts, NAMES, VM};
+use crate::bed::interrupt::{Interrupt, Interrupted};
+use crate::bed::observation::{MARGIN, Moments, earlier, observe};
+use crate::bed::observer::{self, Observer};
+use crate::bed::progress::Progress;
+use crate::bed::stalls::Stall;
 use anyhow::{Context, bail};
 use limosa_engine::Timestamp;
 use limosa_engine::policy::Mode;
@@ -23,6 +22,7 @@ use limosa_engine::source::Stage;
 use limosa_host::api::{
     CommandKind, ErrorKind, GuestReport, LimitsPatch, MigrateBody, Report, VmSpec, VmState,
 };
+use limosa_lab::record::{Checked, MoveRecord, Observed, Setup};
 use std::time::{Duration, Instant};
 
 /// A guest's own work never takes longer than at this many bytes a second, whatever else the
@@ -89,8 +89,13 @@ impl Loopback {
     }
 
     /// Moves the guest to the other host, then has all of its memory checked.
-    pub(crate) fn make_move(&mut self, number: u32, mode: Mode) -> anyhow::Result<MoveRecord> {
-        let made = self.measure(number, mode);
+    pub(crate) fn make_move(
+        &mut self,
+        number: u32,
+        mode: Mode,
+        title: &str,
+    ) -> anyhow::Result<MoveRecord> {
+        let made = self.measure(number, mode, title);
         made.inspect_err(|error| self.explain(error))
     }
 
@@ -170,12 +175,12 @@ impl Loopback {
         PATIENCE + Duration::from_secs(seconds)
     }
 
-    fn measure(&mut self, number: u32, mode: Mode) -> anyhow::Result<MoveRecord> {
+    fn measure(&mut self, number: u32, mode: Mode, title: &str) -> anyhow::Result<MoveRecord> {
         let (from, to) = (self.at, 1 - self.at);
         self.interrupt.sleep(MARGIN + ARRIVAL)?;
         let before = self.command(CommandKind::ClearStalls, PATIENCE)?;
         let begun = observer::now();
-        let (report, mut stalls) = self.migrate(to, mode)?;
+        let (report, mut stalls) = self.migrate(to, mode, title)?;
         let ended = begun.after(Duration::from_secs_f64(report.eviction_ms / 1000.0));
         if report.outcome.as_deref() == Some("completed") {
             self.at = to;
@@ -196,7 +201,7 @@ impl Loopback {
 
     /// Makes the move; its report, and the stalls that the guest had recorded when it had just been
     /// seen running at the target.
-    fn migrate(&self, to: usize, mode: Mode) -> anyhow::Result<(Report, Vec<Stall>)> {
+    fn migrate(&self, to: usize, mode: Mode, title: &str) -> anyhow::Result<(Report, Vec<Stall>)> {
         let mut body = MigrateBody::new(self.hosts.hosts[to].peer_address.clone(), mode);
         body.downtime_max_ms = Some(self.setup.downtime_max_ms);
         body.streams = self.setup.streams;
@@ -207,7 +212,7 @@ impl Loopback {
         let id = client.migrate(VM, &body)?;
         let patience = self.patience(MEMORY_SENT_MAX);
         let give_up = Instant::now() + patience;
-        let mut progress = Progress::new();
+        let mut progress = Progress::new(title);
         let mut stalls = None;
         // A question is work for the daemon that is being measured: ask seldom if nobody watches,
         // and no guest has to be seen soon whose stalls push each other out of its tables.

@@ -4,7 +4,7 @@
 //! longest one of a move is among them however many short ones came after it. A vCPU that was
 //! never away for as long as it takes to count as a stall has none.
 
-use crate::demo::guest_clock::GuestClock;
+use crate::bed::guest_clock::GuestClock;
 use limosa_engine::Timestamp;
 use std::time::Duration;
 
@@ -58,7 +58,7 @@ impl TscWindow {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::demo::beats::tests::{at, beats};
+    use crate::bed::beats::tests::{at, beats};
 
     /// Microseconds of start and length of each stall; the counter runs at 2.6 GHz.
     fn check(stalls: &[(u64, u64)], from: u64, to: u64, expect: &str) {

@@ -12,11 +12,11 @@
 //! help. The guest's stalls are on its own counter, which is laid beside the host's clock with the
 //! beats of the source for what happened before the switch, with those of the target after it.
 
-use crate::demo::beats::Beats;
-use crate::demo::guest_clock::GuestClock;
-use crate::demo::record::{Observed, WriteRates};
-use crate::demo::stalls::{Stall, TscWindow};
+use crate::bed::beats::Beats;
+use crate::bed::guest_clock::GuestClock;
+use crate::bed::stalls::{Stall, TscWindow};
 use limosa_engine::Timestamp;
+use limosa_lab::record::{Observed, WriteRates};
 use std::time::Duration;
 
 /// How long before a move and after its end the guest is watched.
@@ -102,7 +102,7 @@ fn rate(beats: &Beats, from: Timestamp, to: Timestamp) -> Option<f64> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::demo::beats::tests::{at, beats};
+    use crate::bed::beats::tests::{at, beats};
 
     /// Two seconds of 50 pages a millisecond; a move from 1 s on, with the guest away from 1.3 s to
     /// 1.306 s and slow during the move.

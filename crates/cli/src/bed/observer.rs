@@ -7,7 +7,7 @@
 //! The observer cannot tell a guest that stands still from an observer that was not scheduled, so
 //! its gap is at least the true one. The guest's own clock has the last word.
 
-use crate::demo::beats::{Beat, Beats};
+use crate::bed::beats::{Beat, Beats};
 use anyhow::Context;
 use limosa_engine::Timestamp;
 use limosa_host::Heartbeat;

@@ -1,7 +1,35 @@
 //! Medians and percentiles of small samples, defined so that anyone can repeat them by hand.
 
+use serde::Serialize;
+
+/// Where a set of measurements lies.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct Spread {
+    /// The smallest.
+    pub min: f64,
+    /// The middle one.
+    pub median: f64,
+    /// Nineteen of twenty are not larger.
+    pub p95: f64,
+    /// The largest.
+    pub max: f64,
+}
+
+impl Spread {
+    /// Of the values that were measured; `None` if none was.
+    pub fn of(values: impl IntoIterator<Item = Option<f64>>) -> Option<Self> {
+        let values: Vec<f64> = values.into_iter().flatten().collect();
+        Some(Self {
+            min: values.iter().copied().reduce(f64::min)?,
+            median: median(&values)?,
+            p95: percentile(&values, 95)?,
+            max: values.iter().copied().reduce(f64::max)?,
+        })
+    }
+}
+
 /// The middle value, or the mean of the two middle ones; `None` of nothing.
-pub(crate) fn median(values: &[f64]) -> Option<f64> {
+pub fn median(values: &[f64]) -> Option<f64> {
     let sorted = sorted(values);
     let middle = sorted.len() / 2;
     let upper = *sorted.get(middle)?;
@@ -13,7 +41,7 @@ pub(crate) fn median(values: &[f64]) -> Option<f64> {
 }
 
 /// The smallest value that at least `percent` of all values do not exceed (nearest rank).
-pub(crate) fn percentile(values: &[f64], percent: u32) -> Option<f64> {
+pub fn percentile(values: &[f64], percent: u32) -> Option<f64> {
     assert!((1..=100).contains(&percent), "a percentile is 1 to 100");
     let sorted = sorted(values);
     let rank = (sorted.len() * percent as usize).div_ceil(100);

@@ -1,0 +1,150 @@
+//! What an experiment has come to: its files, its medians, its problems.
+
+use crate::output::{Align, Output, table, time};
+use anyhow::{Context, Result};
+use limosa_lab::statistics::Spread;
+use limosa_lab::store::Results;
+use limosa_lab::summary::{self, CellSummary};
+use limosa_lab::{csv, report};
+use limosa_pages::ByteCount;
+use serde::Serialize;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+/// The answer of the command.
+#[derive(Debug, Serialize)]
+pub(crate) struct Outcome {
+    /// Every run was measured and nothing was wrong.
+    ok: bool,
+    /// What was asked.
+    question: String,
+    /// Whether the moves happened in the simulator.
+    simulated: bool,
+    /// Runs of the plan.
+    planned: usize,
+    /// Of these, how many are measured.
+    measured: usize,
+    /// Of these, how many were made now.
+    made_now: usize,
+    /// Moves that were completed.
+    completed: usize,
+    /// Failed checks of guests.
+    integrity_errors: u64,
+    /// What must not happen, one line each.
+    problems: Vec<String>,
+    /// Moves that were not completed, one line each.
+    unfinished: Vec<String>,
+    /// A row a run.
+    csv: PathBuf,
+    /// For people.
+    report: PathBuf,
+    /// By cell.
+    cells: Vec<CellSummary>,
+}
+
+impl Outcome {
+    /// Writes the files of these results.
+    pub(crate) fn write(directory: &Path, results: &Results, made_now: usize) -> Result<Self> {
+        let csv = directory.join("results.csv");
+        write(&csv, &csv::csv(results))?;
+        let report = directory.join("report.html");
+        write(&report, &report::html(results)?)?;
+        let cells = CellSummary::all(results);
+        let problems = summary::problems(results);
+        let (planned, measured) = (
+            results.plan.runs(),
+            cells.iter().map(|cell| cell.measured).sum(),
+        );
+        Ok(Self {
+            ok: problems.is_empty() && measured == planned,
+            question: results.plan.question.clone(),
+            simulated: results.are_simulated(),
+            planned,
+            measured,
+            made_now,
+            completed: cells.iter().map(|cell| cell.completed).sum(),
+            integrity_errors: cells.iter().map(|cell| cell.integrity_errors).sum(),
+            problems,
+            unfinished: summary::unfinished(results),
+            csv,
+            report,
+            cells,
+        })
+    }
+
+    /// Prints it.
+    pub(crate) fn print(&self, output: Output) -> Result<()> {
+        output.answer(self, Self::text)
+    }
+
+    /// The status of the command.
+    pub(crate) fn verdict(&self) -> Result<()> {
+        crate::output::verdict(&self.problems)
+    }
+
+    fn text(&self) -> String {
+        let head = [
+            ("WORKLOAD", Align::Left),
+            ("LINK", Align::Left),
+            ("MEMORY", Align::Right),
+            ("VCPUS", Align::Right),
+            ("STREAMS", Align::Right),
+            ("COMPRESS", Align::Left),
+            ("TECHNIQUE", Align::Left),
+            ("COMPLETED", Align::Right),
+            ("GUEST GAP", Align::Right),
+            ("DOWNTIME", Align::Right),
+            ("TOTAL", Align::Right),
+            ("ON THE WIRE", Align::Right),
+        ];
+        let rows: Vec<[String; 12]> = self.cells.iter().map(row).collect();
+        let mut text = table(head, &rows);
+        if self.simulated {
+            text.insert_str(0, "SIMULATED: guest, link and hosts are models\n");
+        }
+        for line in &self.unfinished {
+            text.push_str(&format!("{line}\n"));
+        }
+        text.push_str(&format!(
+            "\nmedians; {} of {} runs measured, {} moves completed, {} integrity errors\n{}\n{}\n",
+            self.measured,
+            self.planned,
+            self.completed,
+            self.integrity_errors,
+            self.csv.display(),
+            self.report.display(),
+        ));
+        text
+    }
+}
+
+fn row(summary: &CellSummary) -> [String; 12] {
+    let cell = &summary.cell;
+    let median =
+        |spread: Option<Spread>| spread.map_or_else(|| "-".to_owned(), |one| time(one.median));
+    let wire = summary
+        .wire_bytes
+        .map(|one| ByteCount::new(one.median as u64));
+    [
+        cell.workload.clone(),
+        cell.link_text(),
+        ByteCount::new(cell.memory_bytes).to_string(),
+        cell.vcpus.to_string(),
+        cell.streams.to_string(),
+        cell.compress.name().to_owned(),
+        cell.technique.name().to_owned(),
+        format!("{} of {}", summary.completed, summary.runs),
+        median(summary.guest_gap_ms),
+        median(summary.downtime_ms),
+        median(summary.total_ms),
+        wire.map_or_else(|| "-".to_owned(), |bytes| bytes.to_string()),
+    ]
+}
+
+/// Replaces a file in one step: whoever reads it never sees half of it.
+fn write(path: &Path, text: &str) -> Result<()> {
+    let draft = path.with_extension("new");
+    fs::write(&draft, text)
+        .and_then(|()| fs::rename(&draft, path))
+        .with_context(|| format!("cannot write {}", path.display()))
+}

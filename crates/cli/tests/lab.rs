@@ -1,0 +1,266 @@
+//! Experiments as their user runs them: the program, plans of this repository, directories that are
+//! cut, foreign or interrupted.
+//!
+//! All but one test use the simulator. The one that moves real guests prints `skipped` without
+//! `/dev/kvm`.
+#![allow(clippy::unwrap_used)]
+
+use rustix::process::{Pid, Signal, kill_process};
+use serde_json::Value;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
+
+/// Longest wait for anything.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+const TWO_RUNS: &str = r#"
+question = "Does a real guest arrive?"
+repeats = 1
+
+[workloads.busy]
+guest = "writer"
+working_set = "8M"
+rate = 2000
+
+[[matrix]]
+techniques = ["pre-copy", "post-copy"]
+workloads = ["busy"]
+memory = ["64M"]
+"#;
+
+fn smoke() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../../plans/smoke.toml")
+}
+
+fn lab(arguments: &[&str]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_limosa"));
+    command.arg("lab").args(arguments);
+    command
+}
+
+/// Runs a plan in the simulator.
+fn simulate(plan: &Path, out: &Path) -> Output {
+    let mut command = lab(&["run", "--simulate", "--out"]);
+    command.arg(out).arg(plan).output().unwrap()
+}
+
+fn said(output: &Output) -> String {
+    String::from_utf8_lossy(&output.stderr).into_owned()
+}
+
+fn lines(path: &Path) -> Vec<String> {
+    let text = fs::read_to_string(path).unwrap();
+    text.lines().map(str::to_owned).collect()
+}
+
+/// The measurement that stands in a line.
+fn record(line: &str) -> Value {
+    let run: Value = serde_json::from_str(line).unwrap();
+    run["record"].clone()
+}
+
+/// Checks that a command fails with one line that contains this.
+fn refused(output: &Output, expect: &str) {
+    let text = said(output);
+    assert_eq!(output.status.code(), Some(1), "{text}");
+    let last = text.lines().last().unwrap_or_default();
+    assert!(last.starts_with("error: "), "{text}");
+    assert!(last.contains(expect), "{text}");
+}
+
+#[test]
+fn a_plan_is_run_resumed_and_reported() {
+    let directory = tempfile::tempdir().unwrap();
+    let out = directory.path().join("smoke");
+    let output = simulate(&smoke(), &out);
+    assert!(output.status.success(), "{}", said(&output));
+    let told = said(&output);
+    assert!(
+        told.starts_with("simulated: --simulate was given\n"),
+        "{told}"
+    );
+    assert!(told.contains("4 runs to make, 0 are there"), "{told}");
+    assert!(told.contains("\n4/4  "), "{told}");
+    let stdout = String::from_utf8_lossy(&output.stdout).into_owned();
+    assert!(stdout.starts_with("SIMULATED"), "{stdout}");
+    assert!(
+        stdout.contains("4 of 4 runs measured, 4 moves completed"),
+        "{stdout}"
+    );
+
+    let results = out.join("results.jsonl");
+    let first = lines(&results);
+    assert_eq!(first.len(), 4);
+    assert!(
+        first
+            .iter()
+            .all(|line| record(line)["outcome"] == "completed")
+    );
+    assert_eq!(lines(&out.join("results.csv")).len(), 5);
+    let report = fs::read_to_string(out.join("report.html")).unwrap();
+    assert!(report.contains("<strong>Simulated.</strong>"));
+    assert!(report.contains("<h1>Does the lab work on this machine at all?</h1>"));
+    assert!(!report.contains("http") && !report.contains("<script"));
+    let plan = fs::read_to_string(out.join("plan.toml")).unwrap();
+    assert_eq!(plan, fs::read_to_string(smoke()).unwrap());
+
+    // As a kill leaves it: two results, and half of a third one.
+    let cut = format!("{}\n{}\n{}", first[0], first[1], &first[2][..99]);
+    fs::write(&results, cut).unwrap();
+    let output = simulate(&smoke(), &out);
+    assert!(output.status.success(), "{}", said(&output));
+    assert!(
+        said(&output).contains("2 runs to make, 2 are there"),
+        "{}",
+        said(&output)
+    );
+    let second = lines(&results);
+    assert_eq!(second[..2], first[..2]);
+    let records = |lines: &[String]| lines.iter().map(|line| record(line)).collect::<Vec<_>>();
+    assert_eq!(records(&second), records(&first));
+
+    fs::remove_file(out.join("report.html")).unwrap();
+    let output = lab(&["report", "--json"]).arg(&out).output().unwrap();
+    assert!(output.status.success(), "{}", said(&output));
+    let answer: Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(answer["ok"], true);
+    assert_eq!(answer["simulated"], true);
+    assert_eq!(answer["cells"].as_array().unwrap().len(), 2);
+    assert!(out.join("report.html").is_file());
+}
+
+#[test]
+fn a_directory_of_another_plan_and_of_another_bed_is_refused() {
+    let directory = tempfile::tempdir().unwrap();
+    let out = directory.path().join("smoke");
+    assert!(simulate(&smoke(), &out).status.success());
+    let before = lines(&out.join("results.jsonl"));
+    let plan = directory.path().join("other.toml");
+    fs::write(&plan, TWO_RUNS).unwrap();
+    refused(&simulate(&plan, &out), "holds results of another plan");
+    if has_kvm() {
+        let mut real = lab(&["run", "--out"]);
+        let output = real.arg(&out).arg(smoke()).output().unwrap();
+        refused(
+            &output,
+            "holds simulated results and this would add real ones",
+        );
+    }
+    assert_eq!(lines(&out.join("results.jsonl")), before);
+}
+
+#[test]
+fn mistakes_are_told_in_one_line() {
+    let directory = tempfile::tempdir().unwrap();
+    let plan = directory.path().join("plan.toml");
+    let out = directory.path().join("out");
+    fs::write(&plan, TWO_RUNS.replace("repeats", "repeat")).unwrap();
+    refused(
+        &simulate(&plan, &out),
+        "plan.toml: line 3: unknown field `repeat`, expected one of `question`, `bed`, `seed`",
+    );
+    let compute = TWO_RUNS.replace("writer", "compute");
+    fs::write(&plan, compute).unwrap();
+    refused(
+        &simulate(&plan, &out),
+        "the simulator has no model of the compute guest",
+    );
+    assert!(!out.exists());
+    let output = lab(&["report"]).arg(&out).output().unwrap();
+    refused(&output, "holds no results");
+}
+
+#[test]
+fn an_interrupted_experiment_says_how_to_go_on() {
+    let directory = tempfile::tempdir().unwrap();
+    let plan = directory.path().join("plan.toml");
+    let out = directory.path().join("out");
+    fs::write(&plan, TWO_RUNS.replace("repeats = 1", "repeats = 10000")).unwrap();
+    let mut command = lab(&["run", "--simulate", "--out"]);
+    let child = command
+        .arg(&out)
+        .arg(&plan)
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let give_up = Instant::now() + PATIENCE;
+    let results = out.join("results.jsonl");
+    while fs::read_to_string(&results)
+        .unwrap_or_default()
+        .lines()
+        .count()
+        < 2
+    {
+        assert!(Instant::now() < give_up, "no result after {PATIENCE:?}");
+        thread::sleep(Duration::from_millis(10));
+    }
+    let pid = Pid::from_raw(i32::try_from(child.id()).unwrap()).unwrap();
+    kill_process(pid, Signal::INT).unwrap();
+    let output = child.wait_with_output().unwrap();
+    refused(&output, "the same command goes on from there");
+    let done = lines(&results).len();
+    let told = format!("interrupted with {done} of 20000 runs done");
+    assert!(said(&output).contains(&told), "{}", said(&output));
+}
+
+#[test]
+fn real_guests_are_moved_and_nothing_is_left_behind() {
+    if !has_kvm() {
+        println!("skipped: no /dev/kvm");
+        return;
+    }
+    let directory = tempfile::tempdir().unwrap();
+    let plan = directory.path().join("plan.toml");
+    let out = directory.path().join("out");
+    // Sockets lie below it, whose paths are limited to a hundred bytes.
+    let temporary = tempfile::Builder::new().prefix("lab").tempdir().unwrap();
+    fs::write(&plan, TWO_RUNS).unwrap();
+    let mut command = lab(&["run", "--json", "--out"]);
+    let output = command
+        .arg(&out)
+        .arg(&plan)
+        .env("TMPDIR", temporary.path())
+        .output()
+        .unwrap();
+    assert!(output.status.success(), "{}", said(&output));
+    let answer: Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(
+        (&answer["ok"], &answer["simulated"]),
+        (&true.into(), &false.into())
+    );
+    assert_eq!(
+        (&answer["completed"], &answer["made_now"]),
+        (&2.into(), &2.into())
+    );
+    for line in lines(&out.join("results.jsonl")) {
+        let record = record(&line);
+        assert_eq!((&record["from"], &record["to"]), (&"a".into(), &"b".into()));
+        assert_eq!(record["memory_digest_equal"], true, "{record}");
+        assert!(record["swept_pages"].as_u64().unwrap() >= 2048, "{record}");
+    }
+    let report = fs::read_to_string(out.join("report.html")).unwrap();
+    assert!(!report.contains("Simulated"));
+    assert_eq!(fs::read_dir(temporary.path()).unwrap().count(), 0);
+    let left = processes_that_name(temporary.path());
+    assert!(left.is_empty(), "{left:?}");
+}
+
+fn has_kvm() -> bool {
+    let mut device = fs::File::options();
+    device.read(true).write(true).open("/dev/kvm").is_ok()
+}
+
+/// Command lines of processes in which this path stands.
+fn processes_that_name(path: &Path) -> Vec<String> {
+    let path = path.to_str().unwrap();
+    let entries = fs::read_dir("/proc").unwrap().flatten();
+    let commands = entries.filter_map(|entry| fs::read(entry.path().join("cmdline")).ok());
+    commands
+        .map(|command| String::from_utf8_lossy(&command).replace('\0', " "))
+        .filter(|command| command.contains(path))
+        .collect()
+}

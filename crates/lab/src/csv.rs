@@ -1,0 +1,190 @@
+//! Results as a table for other programs: a row a run, columns as `docs/lab.md` explains them.
+//!
+//! Comma-separated as in RFC 4180, with lines that end in a line feed. A field is empty where
+//! nothing was measured.
+
+use crate::record::MoveRecord;
+use crate::store::{Results, RunResult};
+use serde::Serialize;
+
+/// The whole table.
+pub fn csv(results: &Results) -> String {
+    let names = COLUMNS.iter().map(|(name, _)| (*name).to_owned());
+    let simulated = ("simulated", results.are_simulated().to_string());
+    let mut text = line(names.chain([simulated.0.to_owned()]));
+    for run in &results.runs {
+        let fields = COLUMNS.iter().map(|(_, field)| field(run));
+        text.push_str(&line(fields.chain([simulated.1.clone()])));
+    }
+    text
+}
+
+type Column = (&'static str, fn(&RunResult) -> String);
+
+/// In the order in which they stand in the file.
+const COLUMNS: &[Column] = &[
+    ("number", |run| run.number.to_string()),
+    ("finished", |run| run.finished.clone()),
+    ("start", |run| run.start.to_string()),
+    ("technique", |run| run.cell.technique.name().to_owned()),
+    ("workload", |run| run.cell.workload.clone()),
+    ("memory_bytes", |run| run.cell.memory_bytes.to_string()),
+    ("vcpus", |run| run.cell.vcpus.to_string()),
+    ("link_bytes_per_s", |run| shown(run.cell.link)),
+    ("streams", |run| run.cell.streams.to_string()),
+    ("compress", |run| run.cell.compress.name().to_owned()),
+    ("repeat", |run| run.repeat.to_string()),
+    ("failure", |run| shown(run.failure.as_ref())),
+    ("outcome", |run| of(run, |one| Some(one.outcome.clone()))),
+    ("reason", |run| of(run, |one| one.reason.clone())),
+    ("pause_reason", |run| {
+        of(run, |one| Some(word(&one.pause_reason?)))
+    }),
+    ("preparation_ms", |run| {
+        of(run, |one| Some(one.preparation_ms))
+    }),
+    ("downtime_ms", |run| {
+        of(run, |one| Some(one.downtime_ms?.total))
+    }),
+    ("downtime_pause_ms", |run| {
+        of(run, |one| Some(one.downtime_ms?.pause))
+    }),
+    ("downtime_harvest_ms", |run| {
+        of(run, |one| Some(one.downtime_ms?.harvest))
+    }),
+    ("downtime_save_ms", |run| {
+        of(run, |one| Some(one.downtime_ms?.save))
+    }),
+    ("downtime_transfer_ms", |run| {
+        of(run, |one| Some(one.downtime_ms?.transfer))
+    }),
+    ("downtime_load_ms", |run| {
+        of(run, |one| Some(one.downtime_ms?.load))
+    }),
+    ("downtime_commit_ms", |run| {
+        of(run, |one| Some(one.downtime_ms?.commit))
+    }),
+    ("downtime_start_ms", |run| {
+        of(run, |one| Some(one.downtime_ms?.start))
+    }),
+    ("predicted_downtime_ms", |run| {
+        of(run, |one| one.predicted_downtime_ms)
+    }),
+    ("fixed_cost_ms", |run| {
+        of(run, |one| Some(one.fixed_cost_ms))
+    }),
+    ("rehearsal_stall_ms", |run| {
+        of(run, |one| Some(one.rehearsal_stall_ms))
+    }),
+    ("guest_gap_ms", |run| of(run, |one| one.guest_gap_ms)),
+    ("heartbeat_gap_ms", |run| {
+        of(run, |one| one.heartbeat_gap_ms)
+    }),
+    ("worst_stall_ms", |run| of(run, |one| one.worst_stall_ms)),
+    ("resume_ms", |run| of(run, |one| one.resume_ms)),
+    ("total_ms", |run| of(run, |one| Some(one.total_ms))),
+    ("eviction_ms", |run| of(run, |one| Some(one.eviction_ms))),
+    ("rounds", |run| of(run, |one| Some(one.rounds.len()))),
+    ("mode_changes", |run| {
+        of(run, |one| Some(one.mode_changes.len()))
+    }),
+    ("missing_at_switch", |run| {
+        of(run, |one| Some(one.missing_at_switch))
+    }),
+    ("missing_set_bytes", |run| {
+        of(run, |one| Some(one.missing_set_bytes))
+    }),
+    ("pulled_pages", |run| of(run, |one| one.pulled_pages)),
+    ("pushed_before_need", |run| {
+        of(run, |one| one.pushed_before_need)
+    }),
+    ("network_fault_share", |run| {
+        of(run, |one| one.network_fault_share)
+    }),
+    ("fault_latency_p50_us", |run| {
+        of(run, |one| Some(one.fault_latency_us.as_ref()?.p50))
+    }),
+    ("fault_latency_p99_us", |run| {
+        of(run, |one| Some(one.fault_latency_us.as_ref()?.p99))
+    }),
+    ("fault_latency_max_us", |run| {
+        of(run, |one| Some(one.fault_latency_us.as_ref()?.max))
+    }),
+    ("first_fault_stall_ms", |run| {
+        of(run, |one| one.first_fault_stall_ms)
+    }),
+    ("pages_sent", |run| of(run, |one| Some(one.pages_sent))),
+    ("pages_resent", |run| of(run, |one| Some(one.pages_resent))),
+    ("wire_bytes", |run| of(run, |one| Some(one.wire_bytes))),
+    ("state_bytes", |run| of(run, |one| Some(one.state_bytes))),
+    ("work_per_s_before", |run| {
+        of(run, |one| one.guest_writes_per_s.before)
+    }),
+    ("work_per_s_during", |run| {
+        of(run, |one| one.guest_writes_per_s.during)
+    }),
+    ("work_per_s_after", |run| {
+        of(run, |one| one.guest_writes_per_s.after)
+    }),
+    ("integrity_errors", |run| {
+        of(run, |one| Some(one.integrity_errors))
+    }),
+    ("swept_pages", |run| of(run, |one| one.swept_pages)),
+    ("memory_digest_equal", |run| {
+        of(run, |one| one.memory_digest_equal)
+    }),
+];
+
+/// A value of the measurement, if there is one.
+fn of<T: ToString>(run: &RunResult, value: impl FnOnce(&MoveRecord) -> Option<T>) -> String {
+    shown(run.record.as_ref().and_then(value))
+}
+
+fn shown<T: ToString>(value: Option<T>) -> String {
+    value.map_or_else(String::new, |value| value.to_string())
+}
+
+/// The word by which a value is known in the other files.
+fn word<T: Serialize>(value: &T) -> String {
+    let json = serde_json::to_value(value).unwrap_or_default();
+    json.as_str().unwrap_or_default().to_owned()
+}
+
+fn line(fields: impl Iterator<Item = String>) -> String {
+    let fields: Vec<String> = fields.map(|field| quoted(&field)).collect();
+    fields.join(",") + "\n"
+}
+
+fn quoted(field: &str) -> String {
+    if field.contains([',', '"', '\n', '\r']) {
+        format!("\"{}\"", field.replace('"', "\"\""))
+    } else {
+        field.to_owned()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::sample;
+
+    #[test]
+    fn the_table_is_as_documented() {
+        let text = csv(&sample::results());
+        assert_eq!(text, include_str!("csv/golden.csv"));
+        let documented = include_str!("../../../docs/lab.md");
+        let names = text.lines().next().unwrap().split(',');
+        for name in names {
+            assert!(documented.contains(&format!("`{name}`")), "{name}");
+        }
+    }
+
+    #[test]
+    fn fields_are_quoted_where_they_must_be() {
+        let check = |field: &str, expect: &str| assert_eq!(quoted(field), expect);
+        check("plain text", "plain text");
+        check("a, b", "\"a, b\"");
+        check("a \"b\"", "\"a \"\"b\"\"\"");
+        check("a\nb", "\"a\nb\"");
+    }
+}

@@ -1,0 +1,448 @@
+//! A plan: a question, and the matrix of moves that answers it.
+//!
+//! A TOML file. Workloads are named once; each `[[matrix]]` is the cross product of its lists, and
+//! one cell of it is one way to move one guest. All cells of all matrices belong to one experiment:
+//! a matrix more is for combinations that one product would not give.
+//!
+//! Invariants: a plan that was read can be carried out as far as this file can tell: each name is
+//! known, each guest fits into its memory, no cell stands there twice, and there is an end to it.
+//! Whatever is wrong is told in one line with what would be right.
+//!
+//! Deliberately absent: defaults that differ from those of the commands.
+
+mod text;
+
+use crate::values::{Milliseconds, PageRate, Rate, Size};
+use crate::workload::{Content, GuestProgram, Pattern, Workload};
+use limosa_engine::policy::Mode;
+use limosa_host::api::Compression;
+use limosa_pages::{ByteCount, BytesPerSecond};
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
+use std::fmt;
+use text::Text;
+
+/// Runs of one plan: at some seconds each, more than a day of them is a mistake.
+const RUNS_MAX: usize = 20_000;
+
+/// What is asked, and how it is measured.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Plan {
+    /// What the experiment shall answer, in the words of whoever asks.
+    pub question: String,
+    /// Where the moves shall happen.
+    pub bed: BedKind,
+    /// Seed of the order of the runs and of the guests' choices.
+    pub seed: u64,
+    /// Runs of each cell.
+    pub repeats: u32,
+    /// The downtime that pre-copy aims at.
+    pub downtime_max: Milliseconds,
+    /// Whether both sides hash memory and state at the switch.
+    pub verify: bool,
+    /// What guests do, by name.
+    pub workloads: BTreeMap<String, Workload>,
+    /// All cells, in the order of the matrices and of their lists.
+    pub cells: Vec<Cell>,
+}
+
+/// Where moves happen.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum BedKind {
+    /// Guests under KVM, daemons on the loopback.
+    #[default]
+    Real,
+    /// The simulator.
+    Simulated,
+}
+
+/// One way to move one guest.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Cell {
+    /// The technique.
+    pub technique: Mode,
+    /// Name of what the guest does.
+    pub workload: String,
+    /// Memory of the guest.
+    pub memory_bytes: u64,
+    /// vCPUs of the guest.
+    pub vcpus: u8,
+    /// The emulated link in bytes a second; `null` is as fast as it goes.
+    pub link: Option<u64>,
+    /// Push streams.
+    pub streams: u8,
+    /// Whether pages are coded.
+    pub compress: Compression,
+}
+
+impl Cell {
+    /// The link in words.
+    pub fn link_text(&self) -> String {
+        self.link.map_or_else(
+            || "unlimited".to_owned(),
+            |link| BytesPerSecond::new(link).to_string(),
+        )
+    }
+}
+
+impl fmt::Display for Cell {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            f,
+            "{} of {} with {} and {}, link {}, {}",
+            self.technique.name(),
+            self.workload,
+            ByteCount::new(self.memory_bytes),
+            counted(self.vcpus, "vCPU"),
+            self.link_text(),
+            counted(self.streams, "stream"),
+        )?;
+        match self.compress {
+            Compression::Auto => Ok(()),
+            other => write!(f, ", compress {}", other.name()),
+        }
+    }
+}
+
+/// `1 stream`, `2 streams`.
+pub(crate) fn counted(number: u8, what: &str) -> String {
+    let plural = if number == 1 { "" } else { "s" };
+    format!("{number} {what}{plural}")
+}
+
+/// Why a text is no plan.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum PlanError {
+    /// It is not of the form of a plan.
+    #[error("line {line}: {message}")]
+    Form {
+        /// Where, counted from 1.
+        line: usize,
+        /// What, with what is allowed.
+        message: String,
+    },
+    /// Its parts do not go together.
+    #[error("{0}")]
+    Content(String),
+}
+
+impl Plan {
+    /// Reads a plan.
+    ///
+    /// # Errors
+    /// One line with what would be right.
+    pub fn parse(text: &str) -> Result<Self, PlanError> {
+        let file: PlanFile = toml::from_str(text).map_err(|error| form_error(text, &error))?;
+        file.into_plan().map_err(PlanError::Content)
+    }
+
+    /// All runs.
+    pub const fn runs(&self) -> usize {
+        self.cells.len() * self.repeats as usize
+    }
+
+    /// Why the simulator cannot do this; `None` if it can.
+    pub fn simulator_problem(&self) -> Option<String> {
+        let is_usual = |cell: &Cell| cell.compress == Compression::Auto;
+        if !self.cells.iter().all(is_usual) {
+            let problem = "the simulator does not code pages: leave compress out of the plan";
+            return Some(problem.to_owned());
+        }
+        let used = |name: &str| self.cells.iter().any(|cell| cell.workload == name);
+        let unknown =
+            |(_, workload): &(&String, &Workload)| workload.guest == GuestProgram::Compute;
+        let mut workloads = self.workloads.iter();
+        let (name, _) = workloads.find(|one| unknown(one) && used(one.0))?;
+        Some(format!(
+            "the simulator has no model of the compute guest, which the workload '{name}' uses: \
+             use writer or idle"
+        ))
+    }
+}
+
+/// The file as it is typed.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct PlanFile {
+    question: String,
+    #[serde(default)]
+    bed: BedKind,
+    #[serde(default = "seed_default")]
+    seed: u64,
+    #[serde(default = "repeats_default")]
+    repeats: u32,
+    #[serde(default = "downtime_max_default")]
+    downtime_max: Text<Milliseconds>,
+    #[serde(default = "verify_default")]
+    verify: bool,
+    workloads: BTreeMap<String, WorkloadTable>,
+    matrix: Vec<MatrixTable>,
+}
+
+/// One `[workloads.NAME]`.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct WorkloadTable {
+    guest: Text<GuestProgram>,
+    working_set: Option<Text<Size>>,
+    touch: Option<Text<Size>>,
+    rate: Option<Text<PageRate>>,
+    pattern: Option<Text<Pattern>>,
+    content: Option<Text<Content>>,
+}
+
+/// One `[[matrix]]`.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct MatrixTable {
+    techniques: Vec<Mode>,
+    workloads: Vec<String>,
+    memory: Vec<Text<Size>>,
+    #[serde(default = "vcpus_default")]
+    vcpus: Vec<u8>,
+    #[serde(default = "links_default")]
+    links: Vec<Text<Link>>,
+    #[serde(default = "streams_default")]
+    streams: Vec<u8>,
+    #[serde(default = "compress_default")]
+    compress: Vec<Compression>,
+}
+
+/// A rate, or `unlimited`.
+#[derive(Clone, Copy, Debug)]
+struct Link(Option<u64>);
+
+impl std::str::FromStr for Link {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        if text == "unlimited" {
+            return Ok(Self(None));
+        }
+        let rate = text.parse().map(|rate: Rate| Self(Some(rate.get())));
+        rate.map_err(|error| format!("{error}; or unlimited"))
+    }
+}
+
+const fn seed_default() -> u64 {
+    1
+}
+
+const fn repeats_default() -> u32 {
+    3
+}
+
+/// As `limosa demo` and `limosa migrate`.
+fn downtime_max_default() -> Text<Milliseconds> {
+    Text(parsed("5ms"))
+}
+
+const fn verify_default() -> bool {
+    true
+}
+
+fn vcpus_default() -> Vec<u8> {
+    vec![1]
+}
+
+fn links_default() -> Vec<Text<Link>> {
+    vec![Text(Link(None))]
+}
+
+/// As the daemon's.
+fn streams_default() -> Vec<u8> {
+    vec![2]
+}
+
+/// As the daemon's.
+fn compress_default() -> Vec<Compression> {
+    vec![Compression::Auto]
+}
+
+fn parsed<T: std::str::FromStr<Err = String>>(text: &str) -> T {
+    text.parse().expect("a default is of its own form")
+}
+
+fn form_error(text: &str, error: &toml::de::Error) -> PlanError {
+    let start = error.span().map_or(0, |span| span.start.min(text.len()));
+    let before = &text.as_bytes()[..start];
+    PlanError::Form {
+        line: 1 + before.iter().filter(|byte| **byte == b'\n').count(),
+        message: error.message().replace('\n', "; "),
+    }
+}
+
+impl PlanFile {
+    fn into_plan(self) -> Result<Plan, String> {
+        if self.question.trim().is_empty() {
+            return Err("question is empty: say what the experiment shall answer".to_owned());
+        }
+        if self.repeats == 0 {
+            return Err("repeats is 0: at least one run of each cell is needed".to_owned());
+        }
+        let mut workloads = BTreeMap::new();
+        for (name, table) in self.workloads {
+            let workload = table.into_workload(&name)?;
+            workloads.insert(name, workload);
+        }
+        let mut cells = Vec::new();
+        for (number, matrix) in (1..).zip(&self.matrix) {
+            matrix
+                .add_cells(&workloads, &mut cells)
+                .map_err(|error| format!("matrix {number}: {error}"))?;
+        }
+        if cells.is_empty() {
+            return Err("there is no [[matrix]], so nothing to run".to_owned());
+        }
+        let runs = cells.len().saturating_mul(self.repeats as usize);
+        if runs > RUNS_MAX {
+            return Err(format!(
+                "{} cells with {} repeats are {runs} runs, at most {RUNS_MAX}: shorten a list",
+                cells.len(),
+                self.repeats
+            ));
+        }
+        Ok(Plan {
+            question: self.question.trim().to_owned(),
+            bed: self.bed,
+            seed: self.seed,
+            repeats: self.repeats,
+            downtime_max: self.downtime_max.0,
+            verify: self.verify,
+            workloads,
+            cells,
+        })
+    }
+}
+
+impl WorkloadTable {
+    fn into_workload(self, name: &str) -> Result<Workload, String> {
+        let is_plain = |letter: char| letter.is_ascii_alphanumeric() || "-_".contains(letter);
+        if name.is_empty() || !name.chars().all(is_plain) {
+            return Err(format!(
+                "the workload's name '{name}' has more than letters, digits, '-' and '_'"
+            ));
+        }
+        let guest = self.guest.0;
+        let is_writer = guest == GuestProgram::Writer;
+        let (has_set, has_rate) = (self.working_set.is_some(), self.rate.is_some());
+        let wrong = [
+            ("working_set", has_set && guest == GuestProgram::Idle),
+            ("rate", has_rate && guest == GuestProgram::Idle),
+            ("touch", self.touch.is_some() && !is_writer),
+            ("pattern", self.pattern.is_some() && !is_writer),
+            ("content", self.content.is_some() && !is_writer),
+        ];
+        if let Some((key, _)) = wrong.into_iter().find(|(_, is_wrong)| *is_wrong) {
+            let takes = match guest {
+                GuestProgram::Writer => "working_set, touch, rate, pattern, content",
+                GuestProgram::Compute => "working_set, rate",
+                GuestProgram::Idle => "nothing",
+            };
+            let guest = guest.name();
+            return Err(format!(
+                "workload '{name}': the guest {guest} has no {key}; it takes {takes}"
+            ));
+        }
+        Ok(Workload {
+            guest,
+            working_set: self
+                .working_set
+                .map_or_else(|| parsed("256M"), |text| text.0),
+            touch: self.touch.map_or_else(|| parsed("0"), |text| text.0),
+            rate: self.rate.map_or_else(|| parsed("50000"), |text| text.0),
+            pattern: self.pattern.map_or(Pattern::Uniform, |text| text.0),
+            content: self.content.map_or(Content::Noise, |text| text.0),
+        })
+    }
+}
+
+impl MatrixTable {
+    /// Adds the cells of this matrix.
+    fn add_cells(
+        &self,
+        workloads: &BTreeMap<String, Workload>,
+        cells: &mut Vec<Cell>,
+    ) -> Result<(), String> {
+        for index in 0..self.check(workloads)? {
+            let cell = self.cell(index);
+            if cells.contains(&cell) {
+                return Err(format!("{cell} stands there twice"));
+            }
+            cells.push(cell);
+        }
+        Ok(())
+    }
+
+    /// The cell of that index: a number whose digits choose from the lists, the last one a technique.
+    fn cell(&self, index: usize) -> Cell {
+        let mut rest = index;
+        let mut digit = |base: usize| {
+            let digit = rest % base;
+            rest /= base;
+            digit
+        };
+        Cell {
+            technique: self.techniques[digit(self.techniques.len())],
+            compress: self.compress[digit(self.compress.len())],
+            streams: self.streams[digit(self.streams.len())],
+            link: self.links[digit(self.links.len())].0.0,
+            vcpus: self.vcpus[digit(self.vcpus.len())],
+            memory_bytes: self.memory[digit(self.memory.len())].0.bytes(),
+            workload: self.workloads[digit(self.workloads.len())].clone(),
+        }
+    }
+
+    /// How many cells it has.
+    fn check(&self, workloads: &BTreeMap<String, Workload>) -> Result<usize, String> {
+        let lists = [
+            ("techniques", self.techniques.len()),
+            ("workloads", self.workloads.len()),
+            ("memory", self.memory.len()),
+            ("vcpus", self.vcpus.len()),
+            ("links", self.links.len()),
+            ("streams", self.streams.len()),
+            ("compress", self.compress.len()),
+        ];
+        if let Some((name, _)) = lists.iter().find(|(_, len)| *len == 0) {
+            return Err(format!("{name} is empty"));
+        }
+        let cells = lists
+            .iter()
+            .fold(1, |cells: usize, (_, len)| cells.saturating_mul(*len));
+        if cells > RUNS_MAX {
+            return Err(format!("{cells} cells, at most {RUNS_MAX}: shorten a list"));
+        }
+        if let Some(vcpus) = self.vcpus.iter().find(|one| !(1..=8).contains(*one)) {
+            return Err(format!("vcpus has {vcpus}: a guest has 1 to 8"));
+        }
+        if let Some(streams) = self.streams.iter().find(|one| !(1..=16).contains(*one)) {
+            return Err(format!("streams has {streams}: a move uses 1 to 16"));
+        }
+        for name in &self.workloads {
+            let Some(workload) = workloads.get(name) else {
+                let known: Vec<&str> = workloads.keys().map(String::as_str).collect();
+                let known = known.join(", ");
+                return Err(format!("there is no workload '{name}'; known are {known}"));
+            };
+            let touched = workload.touched_bytes();
+            let small = self
+                .memory
+                .iter()
+                .find(|memory| memory.0.bytes() <= touched);
+            if let Some(memory) = small {
+                return Err(format!(
+                    "the workload '{name}' touches {}, which does not fit into a memory of {}",
+                    ByteCount::new(touched),
+                    ByteCount::new(memory.0.bytes()),
+                ));
+            }
+        }
+        Ok(cells)
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,239 @@
+//! Plans that are read, and what is said of those that cannot be.
+
+use super::*;
+
+const GOOD: &str = r#"
+question = " What does it cost? "
+seed = 7
+repeats = 2
+downtime_max = "10ms"
+
+[workloads.calm]
+guest = "idle"
+
+[workloads.busy]
+guest = "writer"
+working_set = "64M"
+touch = "16M"
+rate = "max"
+pattern = "zipf"
+
+[[matrix]]
+techniques = ["pre-copy", "auto"]
+workloads = ["busy", "calm"]
+memory = ["256M"]
+links = ["unlimited", "125M"]
+
+[[matrix]]
+techniques = ["stop-and-copy"]
+workloads = ["calm"]
+memory = [1073741824]
+vcpus = [2]
+streams = [1, 4]
+"#;
+
+#[test]
+fn a_plan_is_a_cross_product_in_the_order_of_its_lists() {
+    let plan = Plan::parse(GOOD).unwrap();
+    assert_eq!(plan.question, "What does it cost?");
+    assert_eq!((plan.seed, plan.repeats, plan.verify), (7, 2, true));
+    assert_eq!((plan.bed, plan.runs()), (BedKind::Real, 20));
+    assert_eq!(plan.simulator_problem(), None);
+    let busy = &plan.workloads["busy"];
+    assert_eq!(
+        busy.arguments(1),
+        "ws=67108864 rate=max pattern=zipf seed=1 touch=16777216"
+    );
+    let cells: Vec<String> = plan.cells.iter().map(Cell::to_string).collect();
+    assert_eq!(
+        cells,
+        [
+            "pre-copy of busy with 256 MiB and 1 vCPU, link unlimited, 2 streams",
+            "auto of busy with 256 MiB and 1 vCPU, link unlimited, 2 streams",
+            "pre-copy of busy with 256 MiB and 1 vCPU, link 125 MiB/s, 2 streams",
+            "auto of busy with 256 MiB and 1 vCPU, link 125 MiB/s, 2 streams",
+            "pre-copy of calm with 256 MiB and 1 vCPU, link unlimited, 2 streams",
+            "auto of calm with 256 MiB and 1 vCPU, link unlimited, 2 streams",
+            "pre-copy of calm with 256 MiB and 1 vCPU, link 125 MiB/s, 2 streams",
+            "auto of calm with 256 MiB and 1 vCPU, link 125 MiB/s, 2 streams",
+            "stop-and-copy of calm with 1.00 GiB and 2 vCPUs, link unlimited, 1 stream",
+            "stop-and-copy of calm with 1.00 GiB and 2 vCPUs, link unlimited, 4 streams",
+        ]
+    );
+}
+
+/// The good plan with one text in place of another.
+fn check(from: &str, to: &str, expect: &str) {
+    assert!(GOOD.contains(from), "{from}");
+    let said = match Plan::parse(&GOOD.replacen(from, to, 1)) {
+        Ok(_) => "fine".to_owned(),
+        Err(error) => error.to_string(),
+    };
+    assert_eq!(said, expect, "{from} -> {to}");
+    assert!(!said.contains('\n'), "{said}");
+}
+
+#[test]
+fn a_key_or_word_that_is_unknown_is_told_with_its_line_and_the_known_ones() {
+    check(
+        "seed = 7",
+        "sead = 7",
+        "line 3: unknown field `sead`, expected one of `question`, `bed`, `seed`, `repeats`, \
+         `downtime_max`, `verify`, `workloads`, `matrix`",
+    );
+    check(
+        "links =",
+        "link =",
+        "line 21: unknown field `link`, expected one of `techniques`, `workloads`, `memory`, \
+         `vcpus`, `links`, `streams`, `compress`",
+    );
+    check(
+        "touch =",
+        "tuch =",
+        "line 13: unknown field `tuch`, expected one of `guest`, `working_set`, `touch`, `rate`, \
+         `pattern`, `content`",
+    );
+    check(
+        "\"pre-copy\"",
+        "\"precopy\"",
+        "line 18: unknown variant `precopy`, expected one of `stop-and-copy`, `demand`, \
+         `post-copy`, `pre-copy`, `hybrid`, `auto`",
+    );
+    check(
+        "seed = 7",
+        "bed = \"soft\"",
+        "line 3: unknown variant `soft`, expected `real` or `simulated`",
+    );
+}
+
+#[test]
+fn a_value_that_is_not_of_its_form_is_told_with_the_forms() {
+    check(
+        "\"125M\"",
+        "\"1Gbit\"",
+        "line 21: '1Gbit': expected bytes a second, or a number with K, M, G or T (powers of 1024), \
+         like 500M or 1.2G/s; or unlimited",
+    );
+    check(
+        "\"256M\"",
+        "\"256X\"",
+        "line 20: '256X': expected bytes, or a number with K, M, G or T (powers of 1024), like 512M \
+         or 1.5G",
+    );
+    check(
+        "\"max\"",
+        "-5",
+        "line 14: '-5': expected pages a second, like 50000, or max",
+    );
+    check(
+        "\"10ms\"",
+        "10",
+        "line 5: '10': expected a number with us, ms, s, m or h, like 5ms or 1.5s",
+    );
+    check(
+        "\"zipf\"",
+        "\"random\"",
+        "line 15: 'random': expected a pattern: sequential, uniform, zipf, phases",
+    );
+    check(
+        "guest = \"idle\"",
+        "guest = \"linux\"",
+        "line 8: 'linux': expected a guest: writer, idle, compute",
+    );
+    check(
+        "question = \" What does it cost? \"\n",
+        "",
+        "line 1: missing field `question`",
+    );
+    check(
+        "repeats = 2",
+        "repeats = \"two\"",
+        "line 4: invalid type: string \"two\", expected u32",
+    );
+}
+
+#[test]
+fn parts_that_do_not_go_together_are_told() {
+    check(
+        " What does it cost? ",
+        " ",
+        "question is empty: say what the experiment shall answer",
+    );
+    check(
+        "repeats = 2",
+        "repeats = 0",
+        "repeats is 0: at least one run of each cell is needed",
+    );
+    check(
+        "repeats = 2",
+        "repeats = 5000",
+        "10 cells with 5000 repeats are 50000 runs, at most 20000: shorten a list",
+    );
+    check(
+        "[\"busy\", \"calm\"]",
+        "[\"bussy\"]",
+        "matrix 1: there is no workload 'bussy'; known are busy, calm",
+    );
+    check(
+        "[\"pre-copy\", \"auto\"]",
+        "[]",
+        "matrix 1: techniques is empty",
+    );
+    check(
+        "vcpus = [2]",
+        "vcpus = [9]",
+        "matrix 2: vcpus has 9: a guest has 1 to 8",
+    );
+    check(
+        "streams = [1, 4]",
+        "streams = [0]",
+        "matrix 2: streams has 0: a move uses 1 to 16",
+    );
+    check(
+        "memory = [\"256M\"]",
+        "memory = [\"64M\"]",
+        "matrix 1: the workload 'busy' touches 80.0 MiB, which does not fit into a memory of 64.0 MiB",
+    );
+    check(
+        "streams = [1, 4]",
+        "streams = [4, 4]",
+        "matrix 2: stop-and-copy of calm with 1.00 GiB and 2 vCPUs, link unlimited, 4 streams stands \
+         there twice",
+    );
+    check(
+        "guest = \"idle\"",
+        "guest = \"idle\"\nrate = 5",
+        "workload 'calm': the guest idle has no rate; it takes nothing",
+    );
+    check(
+        "guest = \"writer\"",
+        "guest = \"compute\"",
+        "workload 'busy': the guest compute has no touch; it takes working_set, rate",
+    );
+    check(
+        "[workloads.calm]",
+        "[workloads.\"so calm\"]",
+        "the workload's name 'so calm' has more than letters, digits, '-' and '_'",
+    );
+}
+
+#[test]
+fn the_simulator_says_what_it_cannot_do() {
+    let text = GOOD.replace("\"idle\"", "\"compute\"\nworking_set = \"1M\"");
+    assert_eq!(
+        Plan::parse(&text).unwrap().simulator_problem().as_deref(),
+        Some(
+            "the simulator has no model of the compute guest, which the workload 'calm' uses: \
+             use writer or idle"
+        )
+    );
+}
+
+#[test]
+fn the_simulator_codes_nothing() {
+    let text = GOOD.replace("streams = [1, 4]", "compress = ['on', 'off']");
+    let plan = Plan::parse(&text).unwrap();
+    let cells: Vec<String> = plan.cells.iter().map(Cell::to_string).collect();
+    assert!(cells[8].ends_with(", 2 streams, compress on"), "{cells:?}");
+    assert!(plan.simulator_problem().unwrap().contains("compress"));
+}

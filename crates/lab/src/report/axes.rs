@@ -1,0 +1,96 @@
+//! Which properties of the cells differ: those name rows, the others are said once.
+
+use crate::plan::{Cell, counted};
+use limosa_pages::ByteCount;
+use std::collections::HashSet;
+
+type Axis = (&'static str, fn(&Cell) -> String);
+
+/// From the outer to the inner grouping. The technique is no axis: it stands in every row.
+const AXES: [Axis; 6] = [
+    ("workload", |cell| cell.workload.clone()),
+    ("link", Cell::link_text),
+    ("memory", |cell| {
+        ByteCount::new(cell.memory_bytes).to_string()
+    }),
+    ("vCPUs", |cell| cell.vcpus.to_string()),
+    ("streams", |cell| cell.streams.to_string()),
+    ("compress", |cell| cell.compress.name().to_owned()),
+];
+
+/// The axes along which an experiment differs.
+#[derive(Clone, Debug)]
+pub(super) struct Axes {
+    differing: Vec<Axis>,
+    /// What is the same everywhere, in words.
+    pub same: String,
+}
+
+impl Axes {
+    /// Those of these cells.
+    pub(super) fn of(cells: &[Cell]) -> Self {
+        let differs = |(_, value): &Axis| cells.iter().map(value).collect::<HashSet<_>>().len() > 1;
+        let (differing, same): (Vec<Axis>, Vec<Axis>) = AXES.into_iter().partition(differs);
+        let same = same.iter().filter_map(|(name, value)| {
+            let cell = cells.first()?;
+            Some(format!("{name} {}", value(cell)))
+        });
+        Self {
+            same: same.collect::<Vec<_>>().join(", "),
+            differing,
+        }
+    }
+
+    /// Names of those that differ.
+    pub(super) fn names(&self) -> impl Iterator<Item = &'static str> {
+        self.differing.iter().map(|(name, _)| *name)
+    }
+
+    /// A cell's values along them.
+    pub(super) fn values(&self, cell: &Cell) -> impl Iterator<Item = String> {
+        self.differing.iter().map(|(_, value)| value(cell))
+    }
+
+    /// What tells a row from the others of its workload and link.
+    pub(super) fn label(&self, cell: &Cell) -> String {
+        let inner = |(name, _): &&Axis| !matches!(*name, "workload" | "link");
+        let values = self
+            .differing
+            .iter()
+            .filter(inner)
+            .map(|(name, value)| match *name {
+                "vCPUs" => counted(cell.vcpus, "vCPU"),
+                "streams" => counted(cell.streams, "stream"),
+                "compress" => format!("compress {}", value(cell)),
+                _ => value(cell),
+            });
+        let name = cell.technique.name().to_owned();
+        let parts: Vec<String> = std::iter::once(name).chain(values).collect();
+        parts.join(", ")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::plan::Plan;
+
+    #[test]
+    fn what_differs_names_rows_and_what_does_not_is_said_once() {
+        let text = "question = 'q'\n[workloads.i]\nguest = 'idle'\n[[matrix]]\n\
+                    techniques = ['auto', 'pre-copy']\nworkloads = ['i']\nmemory = ['64M']\n\
+                    links = ['1M', 'unlimited']\nstreams = [1, 2]";
+        let cells = Plan::parse(text).unwrap().cells;
+        let axes = Axes::of(&cells);
+        assert_eq!(
+            axes.same,
+            "workload i, memory 64.0 MiB, vCPUs 1, compress auto"
+        );
+        assert_eq!(axes.names().collect::<Vec<_>>(), ["link", "streams"]);
+        assert_eq!(
+            axes.values(&cells[0]).collect::<Vec<_>>(),
+            ["1.00 MiB/s", "1"]
+        );
+        assert_eq!(axes.label(&cells[3]), "pre-copy, 2 streams");
+    }
+}

@@ -1,0 +1,64 @@
+//! What must and must not stand in a report.
+
+use super::*;
+use crate::sample;
+
+#[test]
+fn a_report_needs_nothing_else_and_says_what_it_is() {
+    let page = html(&sample::results()).unwrap();
+    for absent in ["http", "<script", "<link", "src=", "@import", "url("] {
+        assert!(!page.contains(absent), "{absent}\n{page}");
+    }
+    for present in [
+        "<h1>Is &lt;pre-copy&gt; worth it, &amp; when?</h1>",
+        "3 of 4 runs measured, 2 of these moves completed, 0 integrity errors.",
+        "failed: the target &lt;refused&gt;, &quot;no memory&quot;",
+        "not measured: a daemon does not answer",
+        "<dd>limosa lab run &lt;plan.toml&gt; --out results</dd>",
+        "<dd>limosa 0.1.0, commit unknown</dd>",
+        "Some &lt;CPU&gt; @ 2.60GHz, 2 processors, 24.0 GiB of memory, kvm_intel",
+        "<td>4.00 ms <small>[3.00 ms – 5.00 ms]</small>",
+        "# &lt;b&gt;&quot;Quoted&quot; &amp; &#39;so&#39;&lt;/b&gt;",
+        "<figcaption>Guest gap",
+        "<figcaption>Total",
+        "<figcaption>Downtime by parts",
+        "<figcaption>Pages of each round",
+        "<figcaption>How long faults waited",
+    ] {
+        assert!(page.contains(present), "{present}\n{page}");
+    }
+    assert_eq!(page.matches("<svg").count(), 5);
+    assert_eq!(page.matches("</svg>").count(), 5);
+    assert!(!page.contains("Simulated"));
+}
+
+#[test]
+fn what_was_simulated_says_so_before_anything_else() {
+    let mut results = sample::results();
+    results.starts = vec![sample::start(true)];
+    let page = html(&results).unwrap();
+    let said = page.find("<strong>Simulated.</strong>").unwrap();
+    assert!(said < page.find("runs measured").unwrap());
+    assert!(!page.contains("two daemons"));
+}
+
+#[test]
+fn a_change_of_the_program_between_starts_is_told() {
+    let mut results = sample::results();
+    let mut second = sample::start(false);
+    results.starts.push(second.clone());
+    let warning = "not all made by the same program";
+    assert!(!html(&results).unwrap().contains(warning));
+    second.commit = "0123456789ab".to_owned();
+    results.starts.push(second);
+    assert!(html(&results).unwrap().contains(warning));
+}
+
+#[test]
+fn a_report_of_nothing_is_a_report() {
+    let mut results = sample::results();
+    results.runs.clear();
+    let page = html(&results).unwrap();
+    assert!(page.contains("0 of 4 runs measured"));
+    assert_eq!(page.matches("<svg").count(), 0);
+}

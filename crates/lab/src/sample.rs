@@ -1,0 +1,116 @@
+//! Results that tests can talk about.
+
+use crate::machine::Machine;
+use crate::plan::Plan;
+use crate::record::MoveRecord;
+use crate::schedule::{Run, runs};
+use crate::store::{Results, RunResult, Start};
+use serde_json::json;
+
+/// A plan of two cells, with texts in it that must be escaped.
+pub(crate) const PLAN: &str = r#"# <b>"Quoted" & 'so'</b>
+question = "Is <pre-copy> worth it, & when?"
+repeats = 2
+
+[workloads.busy]
+guest = "writer"
+working_set = "64M"
+
+[[matrix]]
+techniques = ["pre-copy", "post-copy"]
+workloads = ["busy"]
+memory = ["256M"]
+links = ["125M"]
+"#;
+
+/// A start of the program.
+pub(crate) fn start(simulated: bool) -> Start {
+    Start {
+        begun: "2025-01-01T00:00:00Z".to_owned(),
+        command: "limosa lab run <plan.toml> --out results".to_owned(),
+        version: "0.1.0".to_owned(),
+        commit: "unknown".to_owned(),
+        machine: Machine {
+            kernel: "6.1.0".to_owned(),
+            cpu: "Some <CPU> @ 2.60GHz".to_owned(),
+            cpus: 2,
+            memory_bytes: 24 << 30,
+            kvm_modules: vec!["kvm_intel".to_owned()],
+            load: 0.25,
+        },
+        simulated,
+    }
+}
+
+/// A move that went well, with this gap.
+pub(crate) fn record(guest_gap_ms: f64) -> MoveRecord {
+    let round = |pages: u64, dirty: u64| {
+        json!({
+            "pages": pages, "zero_pages": 0, "resent_pages": 0, "bytes": pages * 4100,
+            "time_ms": 12.5, "dirty_after_pages": dirty,
+        })
+    };
+    serde_json::from_value(json!({
+        "number": 1, "from": "a", "to": "b", "mode": "pre-copy", "outcome": "completed",
+        "reason": null, "pause_reason": "within-budget", "preparation_ms": 1.5,
+        "downtime_ms": {
+            "total": 2.5, "pause": 0.25, "harvest": 0.25, "save": 0.5, "transfer": 0.75,
+            "load": 0.25, "commit": 0.25, "start": 0.25,
+        },
+        "guest_gap_ms": guest_gap_ms, "heartbeat_gap_ms": 4.0, "worst_stall_ms": 6.0,
+        "resume_ms": null, "total_ms": 100.0, "eviction_ms": 120.0,
+        "rounds": [round(16384, 900), round(900, 12), round(12, 0)], "mode_changes": [],
+        "missing_at_switch": 7, "missing_set_bytes": 16, "pulled_pages": 3,
+        "pushed_before_need": 4, "network_fault_share": 0.4,
+        "fault_latency_us": {
+            "p50": 100.0, "p99": 300.5, "max": 400.0, "log2_histogram": [0, 0, 0, 0, 0, 0, 0, 2, 0, 1],
+        },
+        "first_fault_stall_ms": 0.2, "pages_sent": 17296, "pages_resent": 912,
+        "wire_bytes": 70913600u64, "state_bytes": 4096,
+        "guest_writes_per_s": { "before": 50000.0, "during": 40000.0, "after": null },
+        "integrity_errors": 0, "swept_pages": 16384, "memory_digest_equal": true,
+        "predicted_downtime_ms": 2.25, "fixed_cost_ms": 0.5, "rehearsal_stall_ms": 0.125,
+    }))
+    .unwrap()
+}
+
+/// The result of a run of the plan.
+pub(crate) fn result(plan: &Plan, run: &Run, measured: Result<MoveRecord, &str>) -> RunResult {
+    let failure = measured.as_ref().err().map(|failure| (*failure).to_owned());
+    RunResult {
+        number: run.number,
+        start: 1,
+        cell: plan.cells[run.cell_index].clone(),
+        repeat: run.repeat,
+        finished: "2025-01-01T00:01:00Z".to_owned(),
+        failure,
+        record: measured.ok(),
+    }
+}
+
+/// All runs: two moves that went well, one that was refused, and a run without a measurement.
+pub(crate) fn results() -> Results {
+    let plan = Plan::parse(PLAN).unwrap();
+    let mut gap = 1.0;
+    let made = runs(&plan).into_iter().map(|run| {
+        let measured = match (run.cell_index, run.repeat) {
+            (0, _) => {
+                gap += 2.0;
+                Ok(record(gap))
+            }
+            (_, 1) => Ok(MoveRecord {
+                outcome: "failed".to_owned(),
+                reason: Some("the target <refused>, \"no memory\"".to_owned()),
+                ..record(0.0)
+            }),
+            _ => Err("a daemon does not answer"),
+        };
+        result(&plan, &run, measured)
+    });
+    Results {
+        runs: made.collect(),
+        plan_text: PLAN.to_owned(),
+        starts: vec![start(false)],
+        plan,
+    }
+}
