@@ -26,6 +26,9 @@ use std::thread;
 /// Bytes read ahead: many headers with their scattered pages in one system call.
 const BUFFER_BYTES: usize = 128 << 10;
 
+/// Fewer pages are not worth a system call to make them ahead.
+const MADE_AHEAD_MIN: PageCount = PageCount::new(16);
+
 /// What a stream reports.
 #[derive(Debug)]
 pub(crate) enum Report {
@@ -390,6 +393,9 @@ impl PushStream {
             .memory
             .write_at(offset, &self.buffer[self.start..self.start + ahead])?;
         self.start += ahead;
+        if ahead < length && range.count >= MADE_AHEAD_MIN {
+            self.make_ahead(range)?;
+        }
         if ahead < length {
             self.shared
                 .memory
@@ -403,6 +409,16 @@ impl PushStream {
                 .for_each(|page| hashes.set(page, &self.shared.memory));
         }
         self.shared.count(range.count, range.bytes().get());
+        Ok(())
+    }
+
+    /// Makes the pages of `range` that were never there in one go: cheaper than a fault for each while
+    /// the kernel copies into them. Nobody waits for it longer than for the faults.
+    fn make_ahead(&self, range: PageRange) -> io::Result<()> {
+        let is_fresh = self.shared.filled().count_range(range) == PageCount::ZERO;
+        if is_fresh {
+            self.shared.memory.populate(range)?;
+        }
         Ok(())
     }
 
