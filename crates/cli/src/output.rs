@@ -1,5 +1,7 @@
 //! What a command prints: tables and numbers for people, JSON for programs.
 
+pub(crate) use limosa_lab::values::count;
+
 use anyhow::bail;
 use serde::Serialize;
 use std::io::{self, ErrorKind, Write};
@@ -86,19 +88,6 @@ pub(crate) fn table<const N: usize>(head: [(&str, Align); N], rows: &[[String; N
         }
         text.push_str(line.trim_end());
         text.push('\n');
-    }
-    text
-}
-
-/// A number with its thousands apart: `1,234,567`.
-pub(crate) fn count(number: u64) -> String {
-    let digits = number.to_string();
-    let mut text = String::new();
-    for (index, digit) in digits.chars().enumerate() {
-        if index > 0 && (digits.len() - index).is_multiple_of(3) {
-            text.push(',');
-        }
-        text.push(digit);
     }
     text
 }

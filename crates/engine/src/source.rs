@@ -58,7 +58,8 @@ pub const STALL_MAX: Duration = Duration::from_secs(30);
 /// Probes of the peer's clock; the fastest counts, so a few are enough to find a quiet moment.
 pub const CLOCK_PROBES: u32 = 8;
 /// First and longest wait between two questions about an unresolved outcome.
-const RESOLVE_BACKOFF: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(2));
+pub const RESOLVE_BACKOFF: (Duration, Duration) =
+    (Duration::from_millis(50), Duration::from_secs(2));
 /// Bytes from which on every round says something about bandwidth. A smaller one is mostly latency
 /// and counts only if no larger one was seen.
 const BANDWIDTH_SAMPLE_MIN: ByteCount = ByteCount::new(4 << 20);

@@ -369,20 +369,18 @@ impl Registry {
         self.slots.entry(name.clone()).or_insert(ended);
     }
 
-    /// More is known about the end of one that is listed as ended for `former` reason.
-    pub fn end_otherwise(&mut self, name: &VmName, former: &str, now: String) {
-        if let Some(Slot::Ended { reason, .. }) = self.slots.get_mut(name)
-            && reason == former
-        {
-            *reason = now;
+    /// More is known about one that is listed as ended for `former` reason: why it ended, or with
+    /// `None` that it did not, since it has moved.
+    pub fn end_otherwise(&mut self, name: &VmName, former: &str, now: Option<String>) {
+        let Some(Slot::Ended { reason, .. }) = self.slots.get_mut(name) else {
+            return;
+        };
+        if reason != former {
+            return;
         }
-    }
-
-    /// It did not end, for all that its being listed for `former` reason says: it has moved.
-    pub fn unlist_ended(&mut self, name: &VmName, former: &str) {
-        let is_it = |slot: &Slot| matches!(slot, Slot::Ended { reason, .. } if reason == former);
-        if self.slots.get(name).is_some_and(is_it) {
-            self.slots.remove(name);
+        match now {
+            Some(now) => *reason = now,
+            None => self.remove(name),
         }
     }
 

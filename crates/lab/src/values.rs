@@ -165,11 +165,23 @@ pub fn mode(text: &str) -> Result<Mode, String> {
 /// # Errors
 /// The known words.
 pub fn compression(text: &str) -> Result<Compression, String> {
-    let known = Compression::ALL.into_iter();
-    known
+    Compression::ALL
         .into_iter()
         .find(|compression| compression.name() == text)
         .ok_or_else(|| "it is auto, on or off".to_owned())
+}
+
+/// A number with its thousands apart: `1,234,567`.
+pub fn count(number: u64) -> String {
+    let digits = number.to_string();
+    let mut text = String::new();
+    for (index, digit) in digits.chars().enumerate() {
+        if index > 0 && (digits.len() - index).is_multiple_of(3) {
+            text.push(',');
+        }
+        text.push(digit);
+    }
+    text
 }
 
 /// Bytes of `4096`, `512K`, `1.5G`, `1GiB`.

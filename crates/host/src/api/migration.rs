@@ -242,7 +242,7 @@ pub struct MigrationInfo {
 }
 
 /// How a migration went.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct Report {
     /// `completed`, `aborted`, `failed` or `guest-lost`; `null` while it runs.
     #[schema(example = "completed")]
@@ -307,7 +307,7 @@ pub struct Report {
 }
 
 /// The downtime by parts, in the order in which they happen, in milliseconds.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct Downtime {
     /// Sum of the parts: first vCPU's last instruction to last vCPU's first one.
     pub total: f64,

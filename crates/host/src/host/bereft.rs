@@ -3,17 +3,13 @@
 
 use super::Host;
 use crate::departures::Departure;
-use crate::registry::Registry;
 use crate::state_dir::VmName;
 use limosa_carrier::tell_memory_lost;
 use limosa_engine::handover::{MigrationId, Resolution};
+use limosa_engine::source::RESOLVE_BACKOFF;
 use std::collections::BTreeSet;
 use std::sync::Weak;
 use std::thread;
-use std::time::Duration;
-
-/// First and longest wait between two attempts to reach the target.
-const BACKOFF: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(2));
 
 impl Host {
     /// Goes through the departures that an earlier daemon left, once all VM processes that are still
@@ -79,7 +75,7 @@ impl Host {
                     "its process ended while it was leaving for {to}, where it never ran"
                 )),
             };
-            relist(&mut host.registry(), &name, &asking, became);
+            host.registry().end_otherwise(&name, &asking, became);
         };
         if let Err(error) = thread::Builder::new().name("bereft".to_owned()).spawn(tell) {
             tracing::error!(migration_id = %id, %error, "no thread to tell the target of a loss");
@@ -87,29 +83,22 @@ impl Host {
     }
 }
 
-fn relist(registry: &mut Registry, name: &VmName, asking: &str, became: Option<String>) {
-    match became {
-        Some(reason) => registry.end_otherwise(name, asking, reason),
-        None => registry.unlist_ended(name, asking),
-    }
-}
-
 /// Tells the target until it says that nothing is open any more. `None` if nobody wants to know
 /// it.
 fn tell_until_known(host: &Weak<Host>, id: MigrationId, to: &str) -> Option<Resolution> {
     let reason = "its process at the source has ended, and the missing pages are lost with it";
-    let mut backoff = BACKOFF.0;
+    let (mut backoff, longest) = RESOLVE_BACKOFF;
     loop {
         host.upgrade()?.departures.look_up(id)?;
         match tell_memory_lost(to, id, reason) {
             Ok(Resolution::Needs) => {}
             Ok(resolution) => return Some(resolution),
-            Err(reason) if backoff < BACKOFF.1 => {
+            Err(reason) if backoff < longest => {
                 tracing::info!(migration_id = %id, reason, "the target has not said yet what became of the guest");
             }
             Err(_) => {}
         }
         thread::sleep(backoff);
-        backoff = (backoff * 2).min(BACKOFF.1);
+        backoff = (backoff * 2).min(longest);
     }
 }

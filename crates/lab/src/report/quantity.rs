@@ -1,6 +1,7 @@
 //! Numbers as people read them, with the unit that fits.
 
 use crate::statistics::Spread;
+use crate::values::count;
 use limosa_pages::ByteCount;
 
 /// What a number counts.
@@ -21,7 +22,7 @@ impl Quantity {
     pub(super) fn text(self, value: f64) -> String {
         match self {
             Self::Time => time(value),
-            Self::Count => thousands(value.round().max(0.0) as u64),
+            Self::Count => count(value.round().max(0.0) as u64),
             Self::Size => ByteCount::new(value.round().max(0.0) as u64).to_string(),
             Self::Share => format!("{:.1} %", value * 100.0),
         }
@@ -49,18 +50,6 @@ pub(super) fn time(milliseconds: f64) -> String {
     };
     let digits = if unit == "µs" { 0 } else { digits };
     format!("{value:.digits$} {unit}")
-}
-
-fn thousands(number: u64) -> String {
-    let digits = number.to_string();
-    let mut text = String::new();
-    for (index, digit) in digits.chars().enumerate() {
-        if index > 0 && (digits.len() - index).is_multiple_of(3) {
-            text.push(',');
-        }
-        text.push(digit);
-    }
-    text
 }
 
 #[cfg(test)]
