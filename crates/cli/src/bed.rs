@@ -19,6 +19,7 @@ mod observer;
 mod progress;
 mod simulated;
 mod stalls;
+mod warm;
 
 pub(crate) use growth::Growth;
 pub(crate) use interrupt::{Interrupt, Interrupted};

@@ -1,10 +1,10 @@
-//! A shared mapping of a file that is unmapped when dropped. Bounds are checked here, once.
+//! A mapping that is unmapped when dropped: of a file, shared, or of private memory. Bounds are checked here, once.
 
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd};
+use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
 use std::ptr::{self, NonNull};
 
-/// Bytes of a file in this process's address space.
+/// Bytes in this process's address space.
 #[derive(Debug)]
 pub(crate) struct Mapping {
     start: NonNull<u8>,
@@ -26,22 +26,23 @@ impl Mapping {
         access: Access,
         flags: i32,
     ) -> io::Result<Self> {
+        Self::map(len, access, libc::MAP_SHARED | flags, file.as_raw_fd())
+    }
+
+    /// Maps `len` bytes of private memory that no file backs.
+    pub(crate) fn private(len: usize) -> io::Result<Self> {
+        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
+        Self::map(len, Access::ReadWrite, flags, -1)
+    }
+
+    fn map(len: usize, access: Access, flags: i32, file: RawFd) -> io::Result<Self> {
         let protection = match access {
             Access::Read => libc::PROT_READ,
             Access::ReadWrite => libc::PROT_READ | libc::PROT_WRITE,
         };
         // SAFETY: a new mapping at an address that the kernel chooses touches no memory that anyone
         // uses.
-        let start = unsafe {
-            libc::mmap(
-                ptr::null_mut(),
-                len,
-                protection,
-                libc::MAP_SHARED | flags,
-                file.as_raw_fd(),
-                0,
-            )
-        };
+        let start = unsafe { libc::mmap(ptr::null_mut(), len, protection, flags, file, 0) };
         if start == libc::MAP_FAILED {
             return Err(io::Error::last_os_error());
         }

@@ -12,6 +12,7 @@
 
 mod extents;
 mod transfer;
+mod warm;
 
 use crate::mapping::{Access, Mapping};
 use limosa_pages::{ByteCount, PAGE_SIZE, PAGE_SIZE_USIZE, PageCount, PageRange, Pfn};
@@ -24,6 +25,8 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::os::unix::fs::{FileExt, MetadataExt};
 use xxhash_rust::xxh3::xxh3_64;
+
+pub use warm::warm_free_memory;
 
 /// Bytes in a huge page.
 pub const HUGE_PAGE_BYTES: u64 = 2 << 20;

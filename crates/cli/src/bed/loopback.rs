@@ -1,6 +1,6 @@
 //! The real thing: a guest under KVM, moved between two daemons on the loopback of this machine.
 //!
-//! For each move: a second in which nothing happens, the guest forgets its longest stalls, the move,
+//! For each move: free memory is made to be at hand ([`warm`]), a second in which nothing happens, the guest forgets its longest stalls, the move,
 //! another second, then the stalls are read and the guest checks all of its memory. The sweep comes
 //! last because it keeps the guest from its work.
 //!
@@ -15,6 +15,7 @@ use crate::bed::observation::{MARGIN, Moments, earlier, observe};
 use crate::bed::observer::{self, Observer};
 use crate::bed::progress::Progress;
 use crate::bed::stalls::Stall;
+use crate::bed::warm::warm;
 use anyhow::{Context, bail};
 use limosa_engine::Timestamp;
 use limosa_engine::policy::Mode;
@@ -177,6 +178,7 @@ impl Loopback {
 
     fn measure(&mut self, number: u32, mode: Mode, title: &str) -> anyhow::Result<MoveRecord> {
         let (from, to) = (self.at, 1 - self.at);
+        warm(self.setup.memory_bytes);
         self.interrupt.sleep(MARGIN + ARRIVAL)?;
         let before = self.command(CommandKind::ClearStalls, PATIENCE)?;
         let begun = observer::now();
