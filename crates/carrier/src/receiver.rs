@@ -1,7 +1,8 @@
 //! A push stream at the target: pages from one socket straight into the guest's memory.
 //!
 //! One thread a stream. Until the guest's state is loaded nobody else touches that memory, so the
-//! pages are received in place; scattered ones go through a small buffer that saves system calls.
+//! pages are received in place; scattered ones go through a small buffer that saves system calls, and
+//! runs for which nothing was there through one from which the file is written.
 //! From then on the memory is the guest's: after [`Shared::seal`] nothing is installed any more,
 //! whatever a peer sends; after [`Shared::serve`] pages are received into a buffer of the stream and
 //! put in by the installer, at most once and never over what the guest wrote.
@@ -13,8 +14,8 @@ use limosa_engine::wire::{
     CODED_LENGTH_BYTES, Coding, PUSH_HEADER_BYTES, PushHeader, WireError, bits_bytes,
     check_coded_length,
 };
-use limosa_os::SharedMemory;
 use limosa_os::userfault::InstallError;
+use limosa_os::{PageKind, SharedMemory};
 use limosa_pages::codec::{CodecError, delta, lz4};
 use limosa_pages::{PAGE_SIZE_USIZE, PageCount, PageRange, PageSet};
 use std::io::{self, Read};
@@ -26,8 +27,8 @@ use std::thread;
 /// Bytes read ahead: many headers with their scattered pages in one system call.
 const BUFFER_BYTES: usize = 128 << 10;
 
-/// Fewer pages are not worth a system call to make them ahead.
-const MADE_AHEAD_MIN: PageCount = PageCount::new(16);
+/// Fewer pages are not worth the way over a buffer.
+const DETOUR_PAGES_MIN: PageCount = PageCount::new(16);
 
 /// What a stream reports.
 #[derive(Debug)]
@@ -72,6 +73,8 @@ pub(crate) struct Shared {
     pub(crate) pages_received: AtomicU64,
     pub(crate) bytes_received: AtomicU64,
     owner: AtomicU8,
+    /// Held while pages are written into the memory file.
+    writing: Mutex<()>,
 }
 
 impl Shared {
@@ -89,6 +92,7 @@ impl Shared {
             pages_received: AtomicU64::new(0),
             bytes_received: AtomicU64::new(0),
             owner: AtomicU8::new(Owner::Streams as u8),
+            writing: Mutex::new(()),
         }
     }
 
@@ -214,6 +218,10 @@ enum ReceiveError {
     Install(#[from] InstallError),
 }
 
+fn content_length(range: PageRange) -> usize {
+    usize::try_from(range.bytes().get()).expect("limited by the header")
+}
+
 /// Applies one difference after the other, each behind its length in two bytes.
 pub(crate) fn decode_deltas(mut coded: &[u8], content: &mut [u8]) -> Result<(), CodecError> {
     for page in content.chunks_mut(PAGE_SIZE_USIZE) {
@@ -308,10 +316,7 @@ impl PushStream {
         coded.resize(length, 0);
         self.read(&mut coded)?;
         let mut content = std::mem::take(&mut self.content);
-        content.resize(
-            usize::try_from(range.bytes().get()).expect("limited by the header"),
-            0,
-        );
+        content.resize(content_length(range), 0);
         match coding {
             Coding::Lz4 => lz4::decode(&coded, &mut content)?,
             Coding::Delta if owner == Owner::Streams => {
@@ -333,8 +338,14 @@ impl PushStream {
     }
 
     fn install_content(&self, range: PageRange, content: &[u8]) -> Result<(), ReceiveError> {
-        let offset = range.first.file_offset();
-        self.shared.memory.write_at(offset, content)?;
+        let (memory, offset) = (&self.shared.memory, range.first.file_offset());
+        if self.is_fresh(range) {
+            // The kernel lets one at a time do it, and has the others spin.
+            let _one = self.shared.writing.lock();
+            memory.write_file_at(offset, content)?;
+        } else {
+            memory.write_at(offset, content)?;
+        }
         self.shared.filled().insert_range(range);
         self.arrived_in_place(range)?;
         if let Some(hashes) = &self.shared.hashes {
@@ -347,10 +358,7 @@ impl PushStream {
 
     fn put_in(&mut self, range: PageRange) -> Result<(), ReceiveError> {
         let mut content = std::mem::take(&mut self.content);
-        content.resize(
-            usize::try_from(range.bytes().get()).expect("limited by the header"),
-            0,
-        );
+        content.resize(content_length(range), 0);
         self.read(&mut content)?;
         self.shared
             .put_in(self.faults()?, range, &content, Way::Pushed)?;
@@ -384,18 +392,25 @@ impl PushStream {
         Ok(header)
     }
 
-    /// Puts the content of `range` in place: first what was read ahead, the rest without a detour.
+    /// Puts the content of `range` in place: first what was read ahead, the rest without a detour,
+    /// unless its pages have to be made.
     fn install(&mut self, range: PageRange) -> Result<(), ReceiveError> {
+        if range.count >= DETOUR_PAGES_MIN && self.is_fresh(range) {
+            let mut content = std::mem::take(&mut self.content);
+            content.resize(content_length(range), 0);
+            self.read(&mut content)?;
+            self.install_content(range, &content)?;
+            self.content = content;
+            self.shared.count(range.count, range.bytes().get());
+            return Ok(());
+        }
         let offset = range.first.file_offset();
-        let length = usize::try_from(range.bytes().get()).expect("limited by the header");
+        let length = content_length(range);
         let ahead = length.min(self.end - self.start);
         self.shared
             .memory
             .write_at(offset, &self.buffer[self.start..self.start + ahead])?;
         self.start += ahead;
-        if ahead < length && range.count >= MADE_AHEAD_MIN {
-            self.make_ahead(range)?;
-        }
         if ahead < length {
             self.shared
                 .memory
@@ -412,14 +427,11 @@ impl PushStream {
         Ok(())
     }
 
-    /// Makes the pages of `range` that were never there in one go: cheaper than a fault for each while
-    /// the kernel copies into them. Nobody waits for it longer than for the faults.
-    fn make_ahead(&self, range: PageRange) -> io::Result<()> {
-        let is_fresh = self.shared.filled().count_range(range) == PageCount::ZERO;
-        if is_fresh {
-            self.shared.memory.populate(range)?;
-        }
-        Ok(())
+    /// True if nothing came for these small pages before: they are best written into the file, which
+    /// makes each without zeroing it first.
+    fn is_fresh(&self, range: PageRange) -> bool {
+        self.shared.memory.kind() == PageKind::Small
+            && self.shared.filled().count_range(range) == PageCount::ZERO
     }
 
     fn arrived_in_place(&self, range: PageRange) -> Result<(), ReceiveError> {

@@ -17,6 +17,7 @@ use crate::missing;
 use limosa_engine::source::{Piece, SentPiece};
 use limosa_engine::wire::{PUSH_HEADER_BYTES, PUSH_PAGES_MAX, PushHeader};
 use limosa_os::SharedMemory;
+use limosa_os::memory::ExistingPages;
 use limosa_os::socket::set_send_buffer;
 use limosa_pages::{ByteCount, PageCount, PageRange, PageSet, Pfn};
 use std::io::{self, Write};
@@ -74,6 +75,8 @@ pub(crate) enum Report {
 #[derive(Debug)]
 pub(crate) struct Shared {
     pub(crate) memory: Arc<SharedMemory>,
+    /// What of it exists: nothing takes pages away while a guest is being moved.
+    pub(crate) existing: ExistingPages,
     /// Pages that were sent at least once.
     pub(crate) ever_sent: Mutex<PageSet>,
     /// The pages that are unsent by the present connections.
@@ -320,7 +323,7 @@ impl PushStream {
             return Ok(set.runs_in(range).collect());
         }
         let mut runs = Vec::new();
-        for extent in self.shared.memory.data_extents(range)? {
+        for extent in self.shared.existing.runs_in(range)? {
             runs.extend(set.runs_in(extent));
         }
         Ok(runs)
@@ -372,6 +375,7 @@ impl Shared {
     ) -> Self {
         let pages = memory.page_count();
         Self {
+            existing: ExistingPages::new(Arc::clone(&memory)),
             memory,
             ever_sent: Mutex::new(PageSet::empty(pages)),
             unsent: Mutex::new(Arc::new(Unsent::new(pages))),
@@ -394,7 +398,7 @@ impl Shared {
     /// What to send for pages of frozen memory: content, or that they are zero; and how many of them
     /// never existed. Those are not read.
     pub(crate) fn parts(&self, range: PageRange) -> io::Result<(Vec<PushHeader>, PageCount)> {
-        let extents = self.memory.data_extents(range)?;
+        let extents = self.existing.runs_in(range)?;
         let existing = extents.iter().fold(PageCount::ZERO, |sum, extent| {
             sum.saturating_add(extent.count)
         });

@@ -10,6 +10,7 @@
 //! reserved when the file is mapped, for the same reason. Untouched memory stays a hole until
 //! somebody reads or writes it by a mapping: ask [`SharedMemory::data_extents`] first.
 
+mod existing;
 mod extents;
 mod transfer;
 mod warm;
@@ -26,6 +27,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::os::unix::fs::{FileExt, MetadataExt};
 use xxhash_rust::xxh3::xxh3_64;
 
+pub use existing::ExistingPages;
 pub use warm::warm_free_memory;
 
 /// Bytes in a huge page.
@@ -221,6 +223,17 @@ impl SharedMemory {
         // SAFETY: as in `read_at`, with the roles exchanged.
         unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), to, bytes.len()) };
         Ok(())
+    }
+
+    /// Copies bytes into the memory file without touching the mapping. For pages that do not exist
+    /// this is the fastest way: the kernel makes each without zeroing it first and without a fault.
+    ///
+    /// # Errors
+    /// `InvalidInput` if they do not fit into the memory there; the kernel refuses, as it does for
+    /// huge pages.
+    pub fn write_file_at(&self, offset: u64, bytes: &[u8]) -> io::Result<()> {
+        self.mapping.at(offset, bytes.len())?;
+        self.file.write_all_at(bytes, offset)
     }
 
     /// Copies one page out.
@@ -449,6 +462,13 @@ mod tests {
         let one = PageRange::new(Pfn::new(1), PageCount::new(1));
         assert_eq!(memory.data_extents(all).unwrap(), [one]);
         assert!(memory.read_file_at(2 * PAGE_SIZE, &mut bytes).is_err());
+        assert!(memory.write_file_at(2 * PAGE_SIZE, &bytes).is_err());
+        memory.write_file_at(2 * PAGE_SIZE, b"y").unwrap();
+        memory.read_at(2 * PAGE_SIZE, &mut bytes[..2]).unwrap();
+        assert_eq!(bytes[..2], *b"y\0");
+        memory
+            .punch(PageRange::new(Pfn::new(2), one.count))
+            .unwrap();
         memory.punch(one).unwrap();
         assert_eq!(memory.data_extents(all).unwrap(), []);
         assert!(

@@ -144,6 +144,7 @@ impl Driver {
             tracing::info_span!("migration", migration_id = %self.config.id, role = "source");
         let _entered = span.enter();
         tracing::info!(mode = %self.config.mode, peer = %self.config.peer, "migration begins");
+        self.survey();
         self.handle(SourceEvent::Begin);
         while !self.finished {
             let event = match self.timer {
@@ -311,6 +312,17 @@ impl Driver {
             }
         }
         Ok(None)
+    }
+
+    /// Finds out which pages exist while the connections are made, so that nobody has to wait for it
+    /// later; what comes into being meanwhile is found when its turn comes.
+    fn survey(&self) {
+        let pages = Arc::clone(&self.pages);
+        self.spawn("survey", move || {
+            if let Err(error) = pages.existing.all() {
+                tracing::debug!(%error, "what exists is found out piece by piece");
+            }
+        });
     }
 
     /// Dials in a thread of its own: an unreachable host takes seconds to say so.
@@ -556,17 +568,9 @@ impl Driver {
 
     /// Pages of each chunk that are no holes in the memory file.
     fn existing_pages(&self) -> Result<Vec<u32>, GuestError> {
-        let mut set = PageSet::empty(self.config.memory);
-        let all = PageRange::new(Pfn::new(0), self.config.memory);
-        let extents = self
-            .pages
-            .memory
-            .data_extents(all)
-            .map_err(|error| GuestError(error.to_string()))?;
-        extents
-            .into_iter()
-            .for_each(|extent| set.insert_range(extent));
-        Ok(self.counts(&set))
+        let existing = self.pages.existing.all();
+        let existing = existing.map_err(|error| GuestError(error.to_string()))?;
+        Ok(self.counts(&existing))
     }
 
     fn chunks(&self) -> impl Iterator<Item = PageRange> {
