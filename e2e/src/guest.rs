@@ -2,7 +2,7 @@
 
 use crate::daemon::Daemon;
 use crate::wait::{self, PATIENCE};
-use limosa_host::api::{CommandKind, GuestReport, VmSpec};
+use limosa_host::api::{CommandKind, GuestReport, TrackerKind, VmSpec};
 use std::time::Duration;
 
 /// Units of work by which a guest shows that it works: several bursts of a writer.
@@ -19,6 +19,7 @@ pub fn writer(name: &str, args: &str) -> VmSpec {
         memory_bytes: 64 << 20,
         vcpus: 1,
         huge_pages: false,
+        dirty_tracker: TrackerKind::default(),
         observer: None,
     }
 }

@@ -6,7 +6,8 @@ use limosa_e2e::resources::Resources;
 use limosa_e2e::{Daemon, Pair, VM, guest, has_kvm, skip, wait};
 use limosa_engine::policy::{Mode, PauseReason};
 use limosa_engine::source::Stage;
-use limosa_host::api::{CommandKind, LimitsPatch, MigrateBody, Report};
+use limosa_host::api::{CommandKind, LimitsPatch, MigrateBody, Report, TrackerKind};
+use limosa_os::kvm::Kvm;
 use std::fs;
 use std::time::{Duration, Instant};
 
@@ -48,6 +49,33 @@ fn there_and_back_by_each_mode() {
     let turns = pair.beats.assert_one_at_a_time();
     let moves = 2 * TRIPS * Mode::ALL.len();
     assert_eq!(turns.len(), 1 + moves, "{turns:#?}");
+}
+
+/// Whoever notices the writes, nothing is lost, on either way: the tracker moves along.
+#[test]
+fn there_and_back_with_each_dirty_tracker() {
+    if !has_kvm() {
+        return;
+    }
+    let _places = Places::all();
+    let pair = Pair::start();
+    for tracker in TrackerKind::ALL {
+        let mut spec = guest::writer(VM, "ws=24M rate=40000 seed=5");
+        (spec.vcpus, spec.dirty_tracker) = (2, tracker);
+        if let Err(error) = Kvm::open().and_then(|kvm| kvm.create_vm(tracker)) {
+            skip(&format!("{tracker}: {error}"));
+            continue;
+        }
+        pair.boot(spec);
+        for mode in [Mode::PreCopy, Mode::Hybrid, Mode::PostCopy] {
+            for (from, to) in [(&pair.a, &pair.b), (&pair.b, &pair.a)] {
+                move_whole(VM, from, to, mode);
+                let vm = to.client().vm(VM).expect("it runs");
+                assert_eq!(vm.dirty_tracker, tracker, "{mode}");
+            }
+        }
+        pair.a.client().stop(VM, false).expect("it stops");
+    }
 }
 
 /// Everything that was touched was sent, and little else.

@@ -4,7 +4,7 @@ use crate::{demo, lab};
 use clap::{Args, Parser, Subcommand};
 use clap_complete::Shell;
 use limosa_engine::policy::Mode;
-use limosa_host::api::Compression;
+use limosa_host::api::{Compression, TrackerKind};
 use limosa_lab::values::{Milliseconds, OrNone, Rate, Size, compression, mode};
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -150,6 +150,9 @@ pub(crate) struct Run {
     /// Back the memory with 2 MiB pages, which the host must have reserved
     #[arg(long)]
     pub huge_pages: bool,
+    /// Who notices which pages it writes: bitmap or ring of KVM, or write-protect of the page tables
+    #[arg(long, value_name = "TRACKER", default_value = "bitmap")]
+    pub dirty_tracker: TrackerKind,
     /// Send a datagram at each heartbeat of the guest to this address of the loopback
     #[arg(long, value_name = "IP:PORT")]
     pub observer: Option<SocketAddr>,

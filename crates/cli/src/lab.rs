@@ -129,7 +129,8 @@ fn measure(
         arguments: workload.arguments(seed),
         memory_bytes: cell.memory_bytes,
         vcpus: cell.vcpus,
-        huge_pages: false,
+        huge_pages: cell.huge_pages,
+        dirty_tracker: cell.dirty_tracker,
         link: cell.link,
         streams: Some(cell.streams),
         compress: cell.compress,
@@ -188,6 +189,7 @@ mod tests {
         }
         names.sort();
         let expect = [
+            "dirty-tracking",
             "non-convergence",
             "optimisations",
             "scale",

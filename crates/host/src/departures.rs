@@ -158,6 +158,7 @@ mod tests {
                 memory_bytes: 1 << 30,
                 vcpus: 2,
                 huge_pages: false,
+                dirty_tracker: limosa_os::dirty::TrackerKind::Ring,
             },
             to: "127.0.0.1:1".to_owned(),
             mode: Mode::Demand,

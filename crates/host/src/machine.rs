@@ -13,6 +13,7 @@ use crate::state_dir::VmName;
 use limosa_carrier::{Guest, GuestError};
 use limosa_engine::handover::{MigrationId, Phase};
 use limosa_engine::wire::Start;
+use limosa_os::dirty::TrackerKind;
 use serde::{Deserialize, Serialize};
 use std::sync::Arc;
 
@@ -25,6 +26,9 @@ pub struct Shape {
     pub vcpus: u8,
     /// 2 MiB pages.
     pub huge_pages: bool,
+    /// Who notices which pages are written.
+    #[serde(default)]
+    pub dirty_tracker: TrackerKind,
 }
 
 /// What a VM process says when it is asked.

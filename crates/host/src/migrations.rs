@@ -8,6 +8,7 @@ use crate::api::{MigrationInfo, Report, milliseconds};
 use crate::refusal::Refusal;
 use limosa_carrier::{Migration, MigrationStatus};
 use limosa_engine::handover::MigrationId;
+use limosa_os::dirty::TrackerKind;
 use limosa_pages::BytesPerSecond;
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -26,6 +27,7 @@ struct Record {
     id: MigrationId,
     vm: String,
     to: String,
+    tracker: TrackerKind,
     progress: Progress,
 }
 
@@ -35,14 +37,21 @@ enum Progress {
 }
 
 impl Migrations {
-    /// Adds one that has just been started.
-    pub fn insert(&mut self, migration: Arc<Migration>, vm: String, to: String) {
+    /// Adds one that has just been started, of a machine with that tracker.
+    pub fn insert(
+        &mut self,
+        migration: Arc<Migration>,
+        vm: String,
+        to: String,
+        tracker: TrackerKind,
+    ) {
         self.settle();
         let id = migration.id();
         self.records.push_back(Record {
             id,
             vm,
             to,
+            tracker,
             progress: Progress::Running(migration),
         });
         while self.records.len() > PAST_MAX {
@@ -61,7 +70,7 @@ impl Migrations {
             if let Progress::Running(migration) = &record.progress
                 && migration.wait(Duration::ZERO).is_some()
             {
-                let info = info(migration.status(), &record.vm, &record.to);
+                let info = record.info_of(migration);
                 record.progress = Progress::Past(Box::new(info));
             }
         }
@@ -121,14 +130,18 @@ impl Migrations {
 impl Record {
     fn info(&self) -> MigrationInfo {
         match &self.progress {
-            Progress::Running(migration) => info(migration.status(), &self.vm, &self.to),
+            Progress::Running(migration) => self.info_of(migration),
             Progress::Past(info) => (**info).clone(),
         }
+    }
+
+    fn info_of(&self, migration: &Migration) -> MigrationInfo {
+        info(migration.status(), &self.vm, &self.to, self.tracker)
     }
 }
 
 /// A status as the interface tells it.
-fn info(status: MigrationStatus, vm: &str, to: &str) -> MigrationInfo {
+fn info(status: MigrationStatus, vm: &str, to: &str, tracker: TrackerKind) -> MigrationInfo {
     MigrationInfo {
         id: status.id.to_string(),
         vm: vm.to_owned(),
@@ -146,6 +159,7 @@ fn info(status: MigrationStatus, vm: &str, to: &str) -> MigrationInfo {
         elapsed_ms: milliseconds(status.elapsed),
         time_left_ms: status.time_left.map(milliseconds),
         unresolved: status.unresolved,
+        dirty_tracker: tracker,
         limits: status.limits.into(),
         report: Report::from(&status.report),
     }

@@ -33,6 +33,10 @@ const COLUMNS: &[Column] = &[
     ("link_bytes_per_s", |run| shown(run.cell.link)),
     ("streams", |run| run.cell.streams.to_string()),
     ("compress", |run| run.cell.compress.name().to_owned()),
+    ("huge_pages", |run| run.cell.huge_pages.to_string()),
+    ("dirty_tracker", |run| {
+        run.cell.dirty_tracker.name().to_owned()
+    }),
     ("repeat", |run| run.repeat.to_string()),
     ("failure", |run| shown(run.failure.as_ref())),
     ("outcome", |run| of(run, |one| Some(one.outcome.clone()))),

@@ -15,7 +15,7 @@ mod text;
 use crate::values::{Milliseconds, PageRate, Rate, Size};
 use crate::workload::{Content, GuestProgram, Pattern, Workload};
 use limosa_engine::policy::Mode;
-use limosa_host::api::Compression;
+use limosa_host::api::{Compression, TrackerKind};
 use limosa_pages::{ByteCount, BytesPerSecond};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -75,6 +75,12 @@ pub struct Cell {
     pub streams: u8,
     /// Whether pages are coded.
     pub compress: Compression,
+    /// Whether 2 MiB pages back the guest's memory.
+    #[serde(default)]
+    pub huge_pages: bool,
+    /// Who notices which pages the guest writes.
+    #[serde(default)]
+    pub dirty_tracker: TrackerKind,
 }
 
 impl Cell {
@@ -84,6 +90,18 @@ impl Cell {
             || "unlimited".to_owned(),
             |link| BytesPerSecond::new(link).to_string(),
         )
+    }
+
+    /// What of it the simulator has no model of, and what to do.
+    fn unknown_to_simulator(&self) -> Option<&'static str> {
+        if self.compress != Compression::Auto {
+            return Some("the simulator does not code pages: leave compress out of the plan");
+        }
+        if self.huge_pages {
+            return Some("the simulator knows no huge pages: leave huge_pages out of the plan");
+        }
+        let problem = "the simulator has one dirty tracker: leave dirty_trackers out of the plan";
+        (self.dirty_tracker != TrackerKind::default()).then_some(problem)
     }
 }
 
@@ -99,9 +117,15 @@ impl fmt::Display for Cell {
             self.link_text(),
             counted(self.streams, "stream"),
         )?;
-        match self.compress {
-            Compression::Auto => Ok(()),
-            other => write!(f, ", compress {}", other.name()),
+        if self.compress != Compression::Auto {
+            write!(f, ", compress {}", self.compress.name())?;
+        }
+        if self.huge_pages {
+            f.write_str(", huge pages")?;
+        }
+        match self.dirty_tracker {
+            TrackerKind::Bitmap => Ok(()),
+            other => write!(f, ", dirty tracker {other}"),
         }
     }
 }
@@ -145,9 +169,7 @@ impl Plan {
 
     /// Why the simulator cannot do this; `None` if it can.
     pub fn simulator_problem(&self) -> Option<String> {
-        let is_usual = |cell: &Cell| cell.compress == Compression::Auto;
-        if !self.cells.iter().all(is_usual) {
-            let problem = "the simulator does not code pages: leave compress out of the plan";
+        if let Some(problem) = self.cells.iter().find_map(Cell::unknown_to_simulator) {
             return Some(problem.to_owned());
         }
         let used = |name: &str| self.cells.iter().any(|cell| cell.workload == name);
@@ -208,6 +230,10 @@ struct MatrixTable {
     streams: Vec<u8>,
     #[serde(default = "compress_default")]
     compress: Vec<Compression>,
+    #[serde(default = "huge_pages_default")]
+    huge_pages: Vec<bool>,
+    #[serde(default = "dirty_trackers_default")]
+    dirty_trackers: Vec<TrackerKind>,
 }
 
 /// A rate, or `unlimited`.
@@ -254,6 +280,15 @@ fn links_default() -> Vec<Text<Link>> {
 /// As the daemon's.
 fn streams_default() -> Vec<u8> {
     vec![2]
+}
+
+/// As the daemon's.
+fn huge_pages_default() -> Vec<bool> {
+    vec![false]
+}
+
+fn dirty_trackers_default() -> Vec<TrackerKind> {
+    vec![TrackerKind::default()]
 }
 
 /// As the daemon's.
@@ -387,6 +422,8 @@ impl MatrixTable {
         Cell {
             technique: self.techniques[digit(self.techniques.len())],
             compress: self.compress[digit(self.compress.len())],
+            huge_pages: self.huge_pages[digit(self.huge_pages.len())],
+            dirty_tracker: self.dirty_trackers[digit(self.dirty_trackers.len())],
             streams: self.streams[digit(self.streams.len())],
             link: self.links[digit(self.links.len())].0.0,
             vcpus: self.vcpus[digit(self.vcpus.len())],
@@ -405,6 +442,8 @@ impl MatrixTable {
             ("links", self.links.len()),
             ("streams", self.streams.len()),
             ("compress", self.compress.len()),
+            ("huge_pages", self.huge_pages.len()),
+            ("dirty_trackers", self.dirty_trackers.len()),
         ];
         if let Some((name, _)) = lists.iter().find(|(_, len)| *len == 0) {
             return Err(format!("{name} is empty"));

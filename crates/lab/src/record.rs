@@ -5,7 +5,9 @@
 //! the program's interface: `docs/demo.md` explains each of them.
 
 use limosa_engine::policy::{Mode, PauseReason};
-use limosa_host::api::{Compression, Downtime, FaultLatency, ModeChange, Report, Round};
+use limosa_host::api::{
+    Compression, Downtime, FaultLatency, ModeChange, Report, Round, TrackerKind,
+};
 use serde::{Deserialize, Serialize};
 
 /// The guest and how it was moved, as asked for.
@@ -21,6 +23,8 @@ pub struct Setup {
     pub vcpus: u8,
     /// Whether 2 MiB pages backed its memory.
     pub huge_pages: bool,
+    /// Who noticed which pages it wrote.
+    pub dirty_tracker: TrackerKind,
     /// The emulated link, in bytes a second.
     pub link: Option<u64>,
     /// Push streams, if not the default.

@@ -142,6 +142,18 @@ impl SharedBitmap {
         self.word(index).fetch_or(bits, Ordering::Relaxed);
     }
 
+    /// Overwrites a word.
+    ///
+    /// # Panics
+    /// If there is no such word, or this is not the maker's mapping.
+    pub(crate) fn store(&self, index: usize, word: u64) {
+        assert!(
+            self.access == Access::ReadWrite,
+            "the bitmap is mapped for writing"
+        );
+        self.word(index).store(word, Ordering::Relaxed);
+    }
+
     /// The same word, in one order with [`SharedBitmap::put_range`] and [`SharedBitmap::take_bits`] of
     /// all threads; bits beyond the last page are not set, whoever has written there.
     ///

@@ -5,26 +5,32 @@
 //! here. So nothing is lost that this file does not know, and a save is one copy by the kernel into
 //! its final place.
 //!
-//! Memory: one slot a region; the memory lives as long as the machine. Dirty tracking is KVM's
-//! bitmap with manual protection and all pages initially set: reading the log clears nothing,
-//! clearing names the pages and write-protects them again. Whoever copies a page clears it first.
+//! Memory: one slot a region; the memory lives as long as the machine. Which pages the guest writes is
+//! noticed by the tracker that the machine was made with ([`crate::dirty`]). Whoever copies a page
+//! clears it first.
 //!
-//! Deliberately absent: the dirty ring, split interrupt controllers, nested virtualisation.
+//! Deliberately absent: split interrupt controllers, nested virtualisation.
 
-mod request;
+pub(crate) mod request;
+pub(crate) mod slots;
 pub mod vcpu;
 
 use crate::bitmap::SharedBitmap;
+use crate::dirty::{
+    DirtyLog, DirtyRings, DirtyTracker, RING_BYTES_WANTED, RingTracker, TrackerKind, WriteProtect,
+};
 use crate::memory::SharedMemory;
 use kvm_bindings as abi;
 use kvm_ioctls::{Cap, VmFd};
-use limosa_pages::{Gpa, PageRange, Pfn};
+use limosa_pages::PageRange;
+use slots::Slots;
 use std::fmt;
 use std::io;
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
 
 pub use request::{VcpuPart, VmPart};
+pub use slots::Region;
 pub use vcpu::{Exit, Kicker, Vcpu};
 
 /// The structures in which a vCPU's CPUID table, general and special registers are written.
@@ -119,29 +125,28 @@ impl Kvm {
         self.0.check_extension(Cap::TscControl)
     }
 
-    /// Makes a machine without memory and vCPUs.
+    /// Makes a machine without memory and vCPUs, whose writes that tracker will notice.
     ///
     /// # Errors
-    /// KVM refuses or lacks what dirty tracking needs.
-    pub fn create_vm(&self) -> Result<Vm, KvmError> {
+    /// KVM refuses or lacks what the tracker needs.
+    pub fn create_vm(&self, tracker: TrackerKind) -> Result<Vm, KvmError> {
         let vm = self
             .0
             .create_vm()
             .map_err(failed("make a virtual machine"))?;
-        let wanted = abi::KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE | abi::KVM_DIRTY_LOG_INITIALLY_SET;
-        let offered = vm.check_extension_raw(u64::from(abi::KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2));
-        if offered & wanted.cast_signed() != wanted.cast_signed() {
-            return Err(KvmError::Lacks {
-                what: "the manually cleared dirty log (Linux 5.7 has it)",
-            });
-        }
-        let capability = abi::kvm_enable_cap {
-            cap: abi::KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2,
-            args: [u64::from(wanted), 0, 0, 0],
-            ..Default::default()
+        let mut rings = None;
+        let tracker: Box<dyn DirtyTracker> = match tracker {
+            TrackerKind::Bitmap => {
+                clear_log_manually(&vm)?;
+                Box::new(DirtyLog)
+            }
+            TrackerKind::Ring => {
+                let shared = Arc::new(DirtyRings::new(enable_rings(&vm)?));
+                rings = Some(Arc::clone(&shared));
+                Box::new(RingTracker(shared))
+            }
+            TrackerKind::WriteProtect => Box::new(WriteProtect::new()?),
         };
-        vm.enable_cap(&capability)
-            .map_err(failed("clear the dirty log manually"))?;
         if vm.check_extension_raw(u64::from(abi::KVM_CAP_SREGS2)) <= 0 {
             return Err(KvmError::Lacks {
                 what: "page directory pointers as state (Linux 5.14 has them)",
@@ -154,13 +159,57 @@ impl Kvm {
                 .unwrap_or(0),
         };
         Ok(Vm {
-            vm,
+            slots: Slots::none(Arc::new(vm)),
             features,
-            regions: Vec::new(),
-            memory: None,
+            rings,
+            tracker,
             is_tracking: false,
         })
     }
+}
+
+fn clear_log_manually(vm: &VmFd) -> Result<(), KvmError> {
+    let wanted = abi::KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE | abi::KVM_DIRTY_LOG_INITIALLY_SET;
+    let offered = vm.check_extension_raw(u64::from(abi::KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2));
+    if offered & wanted.cast_signed() != wanted.cast_signed() {
+        return Err(KvmError::Lacks {
+            what: "the manually cleared dirty log (Linux 5.7 has it)",
+        });
+    }
+    let capability = abi::kvm_enable_cap {
+        cap: abi::KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2,
+        args: [u64::from(wanted), 0, 0, 0],
+        ..Default::default()
+    };
+    vm.enable_cap(&capability)
+        .map_err(failed("clear the dirty log manually"))
+}
+
+/// Switches dirty rings on; how many bytes each has.
+fn enable_rings(vm: &VmFd) -> Result<u32, KvmError> {
+    // With ordered flags where there are any; on x86 the older ones are ordered, too.
+    let both = [
+        abi::KVM_CAP_DIRTY_LOG_RING_ACQ_REL,
+        abi::KVM_CAP_DIRTY_LOG_RING,
+    ];
+    for cap in both {
+        let offered = vm.check_extension_raw(u64::from(cap)).max(0).unsigned_abs();
+        if offered == 0 {
+            continue;
+        }
+        let bytes = offered.min(RING_BYTES_WANTED);
+        let capability = abi::kvm_enable_cap {
+            cap,
+            args: [u64::from(bytes), 0, 0, 0],
+            ..Default::default()
+        };
+        vm.enable_cap(&capability)
+            .map_err(failed("keep dirty pages in rings"))?;
+        return Ok(bytes);
+    }
+    Err(KvmError::Lacks {
+        what: "dirty rings (Linux 5.11 has them): use another dirty tracker",
+    })
 }
 
 /// What of the interface this kernel has.
@@ -170,31 +219,23 @@ pub(crate) struct Features {
     pub(crate) xsave_bytes: usize,
 }
 
-/// Guest-physical memory that is one run of the memory file.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Region {
-    /// Where the guest sees it.
-    pub start: Gpa,
-    /// Which pages of the file it shows.
-    pub pages: PageRange,
-}
-
 /// A virtual machine.
 pub struct Vm {
-    vm: VmFd,
+    slots: Slots,
     features: Features,
-    regions: Vec<Region>,
-    /// Keeps the memory mapped as long as KVM may write it.
-    memory: Option<Arc<SharedMemory>>,
+    /// What is full when a vCPU has to stop for it.
+    rings: Option<Arc<DirtyRings>>,
+    tracker: Box<dyn DirtyTracker>,
     is_tracking: bool,
 }
 
 impl fmt::Debug for Vm {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Vm")
-            .field("regions", &self.regions)
+            .field("regions", &self.slots.regions())
+            .field("tracker", &self.tracker)
             .field("is_tracking", &self.is_tracking)
-            .finish()
+            .finish_non_exhaustive()
     }
 }
 
@@ -212,23 +253,7 @@ impl Vm {
         memory: Arc<SharedMemory>,
         regions: &[Region],
     ) -> Result<(), KvmError> {
-        assert!(self.memory.is_none(), "a machine gets its memory once");
-        let mut next = Pfn::new(0);
-        for region in regions {
-            assert!(region.pages.first == next, "regions are dense in the file");
-            assert!(
-                region.pages.count.get().is_multiple_of(LOG_ALIGNMENT),
-                "regions are whole words of the log"
-            );
-            next = region.pages.end();
-        }
-        assert!(
-            next.get() <= memory.page_count().get(),
-            "regions lie within the memory"
-        );
-        self.memory = Some(memory);
-        self.regions = regions.to_vec();
-        self.set_slots(0)
+        self.slots.fill(memory, regions)
     }
 
     /// Interrupt controllers and timer in the kernel, before the first vCPU.
@@ -238,17 +263,20 @@ impl Vm {
     pub fn create_irqchip(&self) -> Result<(), KvmError> {
         /// Three pages at the end of the hole below 4 GiB, used on old Intel processors only.
         const TSS_ADDRESS: usize = 0xfffb_d000;
-        self.vm
+        self.slots
+            .vm
             .set_tss_address(TSS_ADDRESS)
             .map_err(failed("place the task state segment"))?;
-        self.vm
+        self.slots
+            .vm
             .create_irq_chip()
             .map_err(failed("make interrupt controllers"))?;
         let timer = abi::kvm_pit_config {
             flags: abi::KVM_PIT_SPEAKER_DUMMY,
             ..Default::default()
         };
-        self.vm
+        self.slots
+            .vm
             .create_pit2(timer)
             .map_err(failed("make an interval timer"))
     }
@@ -259,10 +287,12 @@ impl Vm {
     /// KVM refuses.
     pub fn create_vcpu(&self, index: u8) -> Result<Vcpu, KvmError> {
         let vcpu = self
+            .slots
             .vm
             .create_vcpu(u64::from(index))
             .map_err(failed("make a vCPU"))?;
-        Vcpu::new(vcpu, self.features, self.vm.run_size())
+        let rings = self.rings.as_ref().map(|rings| (rings, &self.slots.vm));
+        Vcpu::new(vcpu, self.features, self.slots.vm.run_size(), rings)
     }
 
     /// Bytes of a part of the machine's state.
@@ -286,7 +316,11 @@ impl Vm {
         part.prepare_read(into);
         // SAFETY: the request writes exactly as many bytes as the place has.
         check("read the machine's state", unsafe {
-            libc::ioctl(self.vm.as_raw_fd(), part.read_request(), into.as_mut_ptr())
+            libc::ioctl(
+                self.slots.vm.as_raw_fd(),
+                part.read_request(),
+                into.as_mut_ptr(),
+            )
         })
     }
 
@@ -305,7 +339,11 @@ impl Vm {
         );
         // SAFETY: the request reads exactly as many bytes as the place has.
         check("write the machine's state", unsafe {
-            libc::ioctl(self.vm.as_raw_fd(), part.write_request(), from.as_ptr())
+            libc::ioctl(
+                self.slots.vm.as_raw_fd(),
+                part.write_request(),
+                from.as_ptr(),
+            )
         })
     }
 
@@ -314,7 +352,12 @@ impl Vm {
     /// # Errors
     /// KVM refuses.
     pub fn clock_nanos(&self) -> Result<u64, KvmError> {
-        Ok(self.vm.get_clock().map_err(failed("read its clock"))?.clock)
+        Ok(self
+            .slots
+            .vm
+            .get_clock()
+            .map_err(failed("read its clock"))?
+            .clock)
     }
 
     /// Sets that clock.
@@ -326,7 +369,10 @@ impl Vm {
             clock: nanos,
             ..Default::default()
         };
-        self.vm.set_clock(&clock).map_err(failed("set its clock"))
+        self.slots
+            .vm
+            .set_clock(&clock)
+            .map_err(failed("set its clock"))
     }
 
     /// Dirty tracking on: every page counts as dirty until it is cleared.
@@ -335,125 +381,78 @@ impl Vm {
     /// KVM refuses.
     pub fn start_tracking(&mut self) -> Result<(), KvmError> {
         if !self.is_tracking {
-            self.set_slots(abi::KVM_MEM_LOG_DIRTY_PAGES)?;
+            self.tracker.start(&self.slots)?;
             self.is_tracking = true;
         }
         Ok(())
     }
 
-    /// Dirty tracking off; the log is forgotten.
+    /// Dirty tracking off; what was dirty is forgotten.
     ///
     /// # Errors
     /// KVM refuses.
     pub fn stop_tracking(&mut self) -> Result<(), KvmError> {
         if self.is_tracking {
-            self.set_slots(0)?;
+            self.tracker.stop(&self.slots)?;
             self.is_tracking = false;
         }
         Ok(())
     }
 
-    /// True while writes are logged.
+    /// True while writes are noticed.
     pub const fn is_tracking(&self) -> bool {
         self.is_tracking
     }
 
-    /// Overwrites the bitmap with the log: what was written since it was cleared.
+    /// Overwrites the bitmap with what was written since it was cleared.
     ///
     /// # Errors
     /// Tracking is off, or KVM refuses.
     ///
     /// # Panics
     /// If the bitmap is of another machine.
-    pub fn read_dirty_log(&self, bitmap: &SharedBitmap) -> Result<(), KvmError> {
-        for (slot, region) in (0..).zip(&self.regions) {
-            let mut log = abi::kvm_dirty_log {
-                slot,
-                ..Default::default()
-            };
-            let place = bitmap.kernel_address(region.pages.first.get(), region.pages.count.get());
-            log.__bindgen_anon_1.dirty_bitmap = place.cast();
-            // SAFETY: KVM writes one bit for each page of the slot, rounded up to whole words, and
-            // the bitmap has that many at this place.
-            check("read the dirty log", unsafe {
-                libc::ioctl(self.vm.as_raw_fd(), request::GET_DIRTY_LOG, &raw const log)
-            })?;
-        }
-        Ok(())
+    pub fn read_dirty_pages(&self, bitmap: &SharedBitmap) -> Result<(), KvmError> {
+        self.need_tracking("tell which pages were written while it does not look")?;
+        self.tracker.harvest(&self.slots, bitmap)
     }
 
     /// Clears, of the pages in `range`, those that are set in the bitmap, and tracks them anew.
-    /// `range` begins at a multiple of 64 pages and ends at one or at the end of the memory.
+    /// `range` begins at a multiple of 64 pages and ends at one or at the end of a region.
     ///
     /// # Errors
     /// Tracking is off, the range is no such one, or KVM refuses.
-    pub fn clear_dirty_log(&self, bitmap: &SharedBitmap, range: PageRange) -> Result<(), KvmError> {
+    pub fn clear_dirty_pages(
+        &self,
+        bitmap: &SharedBitmap,
+        range: PageRange,
+    ) -> Result<(), KvmError> {
+        self.need_tracking("track pages anew while it does not look")?;
         let (from, to) = (range.first.get(), range.end().get());
-        for (slot, region) in (0..).zip(&self.regions) {
-            let (start, end) = (region.pages.first.get(), region.pages.end().get());
-            let (first, stop) = (from.max(start), to.min(end));
-            if first >= stop {
-                continue;
-            }
-            if !first.is_multiple_of(LOG_ALIGNMENT)
-                || !(stop.is_multiple_of(LOG_ALIGNMENT) || stop == end)
-            {
-                return Err(KvmError::Call {
-                    what: "clear a part of the dirty log that is not whole words of it",
-                    source: io::ErrorKind::InvalidInput.into(),
-                });
-            }
-            let count = u32::try_from(stop - first).map_err(|_| KvmError::Call {
-                what: "clear so much of the dirty log",
+        let is_end = |region: &Region| region.pages.end().get() == to;
+        let is_whole = from.is_multiple_of(LOG_ALIGNMENT)
+            && (to.is_multiple_of(LOG_ALIGNMENT) || self.slots.regions().iter().any(is_end))
+            && to <= self.slots.page_count().get();
+        if !is_whole {
+            return Err(KvmError::Call {
+                what: "clear a part of the dirty log that is not whole words of it",
                 source: io::ErrorKind::InvalidInput.into(),
-            })?;
-            let mut clear = abi::kvm_clear_dirty_log {
-                slot,
-                num_pages: count,
-                first_page: first - start,
-                ..Default::default()
-            };
-            clear.__bindgen_anon_1.dirty_bitmap = bitmap.kernel_address(first, stop - first).cast();
-            // SAFETY: KVM reads one bit for each of the pages, and the bitmap has them there.
-            check("clear the dirty log", unsafe {
-                libc::ioctl(
-                    self.vm.as_raw_fd(),
-                    request::CLEAR_DIRTY_LOG,
-                    &raw const clear,
-                )
-            })?;
+            });
         }
-        Ok(())
+        self.tracker.clear(&self.slots, bitmap, range)
     }
 
-    fn set_slots(&self, flags: u32) -> Result<(), KvmError> {
-        let memory = self
-            .memory
-            .as_ref()
-            .expect("slots are set after the memory");
-        for (slot, region) in (0..).zip(&self.regions) {
-            let bytes = region.pages.bytes().get();
-            let len = usize::try_from(bytes).expect("mapped here");
-            let host = memory
-                .host_address(region.pages.first.file_offset(), len)
-                .expect("checked when set");
-            let description = abi::kvm_userspace_memory_region {
-                slot,
-                flags,
-                guest_phys_addr: region.start.get(),
-                memory_size: bytes,
-                userspace_addr: host,
-            };
-            // SAFETY: the range is mapped, and stays so as long as the machine, which owns a
-            // reference to it; nobody in this process holds a Rust reference into it.
-            unsafe { self.vm.set_user_memory_region(description) }
-                .map_err(failed("use the guest's memory"))?;
+    fn need_tracking(&self, what: &'static str) -> Result<(), KvmError> {
+        if self.is_tracking {
+            return Ok(());
         }
-        Ok(())
+        Err(KvmError::Call {
+            what,
+            source: io::ErrorKind::InvalidInput.into(),
+        })
     }
 }
 
-fn check(what: &'static str, result: libc::c_int) -> Result<(), KvmError> {
+pub(crate) fn check(what: &'static str, result: libc::c_int) -> Result<(), KvmError> {
     if result < 0 {
         return Err(KvmError::Call {
             what,

@@ -12,6 +12,7 @@
 pub mod bitmap;
 mod clock;
 pub mod descriptor;
+pub mod dirty;
 pub mod kvm;
 mod mapping;
 pub mod memory;

@@ -26,23 +26,39 @@ impl Mapping {
         access: Access,
         flags: i32,
     ) -> io::Result<Self> {
-        Self::map(len, access, libc::MAP_SHARED | flags, file.as_raw_fd())
+        Self::map(len, access, libc::MAP_SHARED | flags, file.as_raw_fd(), 0)
+    }
+
+    /// Maps `len` bytes of a file from `offset` on, a multiple of the page size, shared.
+    pub(crate) fn at_offset(
+        file: BorrowedFd<'_>,
+        offset: libc::off_t,
+        len: usize,
+        access: Access,
+    ) -> io::Result<Self> {
+        Self::map(len, access, libc::MAP_SHARED, file.as_raw_fd(), offset)
     }
 
     /// Maps `len` bytes of private memory that no file backs.
     pub(crate) fn private(len: usize) -> io::Result<Self> {
         let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
-        Self::map(len, Access::ReadWrite, flags, -1)
+        Self::map(len, Access::ReadWrite, flags, -1, 0)
     }
 
-    fn map(len: usize, access: Access, flags: i32, file: RawFd) -> io::Result<Self> {
+    fn map(
+        len: usize,
+        access: Access,
+        flags: i32,
+        file: RawFd,
+        offset: libc::off_t,
+    ) -> io::Result<Self> {
         let protection = match access {
             Access::Read => libc::PROT_READ,
             Access::ReadWrite => libc::PROT_READ | libc::PROT_WRITE,
         };
         // SAFETY: a new mapping at an address that the kernel chooses touches no memory that anyone
         // uses.
-        let start = unsafe { libc::mmap(ptr::null_mut(), len, protection, flags, file, 0) };
+        let start = unsafe { libc::mmap(ptr::null_mut(), len, protection, flags, file, offset) };
         if start == libc::MAP_FAILED {
             return Err(io::Error::last_os_error());
         }

@@ -7,6 +7,7 @@
 use crate::cpu::{self, CpuidLeaf};
 use limosa_micro_abi::{ARGS_BYTES_MAX, VCPUS_MAX, memory_map};
 use limosa_os::PageKind;
+use limosa_os::dirty::TrackerKind;
 use limosa_os::kvm::{Kvm, KvmError};
 use limosa_pages::ByteCount;
 use serde::{Deserialize, Serialize};
@@ -23,7 +24,7 @@ pub const NAME_BYTES_MAX: usize = 64;
 /// Longest description: a table of 256 leaves takes at most 9 KiB.
 pub const DESCRIPTION_BYTES_MAX: usize = 32 << 10;
 /// Marks a description, with its version as the last byte.
-const MAGIC: [u8; 8] = *b"LIMOSVM\x01";
+const MAGIC: [u8; 8] = *b"LIMOSVM\x02";
 /// Clock rates within 250 ppm are the same: real clocks differ by that much from what they say.
 const TSC_TOLERANCE_PPM: u64 = 250;
 
@@ -38,6 +39,8 @@ pub struct VmConfig {
     pub vcpus: u8,
     /// Whether huge pages back its memory.
     pub huge_pages: bool,
+    /// Who notices which pages it writes, here and wherever it goes.
+    pub dirty_tracker: TrackerKind,
     /// Whether it has interrupt controllers and a timer in the kernel. Micro guests need none.
     pub irqchip: bool,
     /// Arguments of a micro guest.
@@ -87,6 +90,9 @@ pub enum ConfigError {
     /// A clock that stands still.
     #[error("a clock rate of 0 kHz is not possible")]
     Clock,
+    /// Write protection would track huge pages as a whole.
+    #[error("huge pages are not tracked by write protection: use the bitmap or the ring")]
+    Tracker,
     /// The bytes are no description.
     #[error("this is no description of a machine, or one of another version")]
     Description,
@@ -119,6 +125,7 @@ impl VmConfig {
             memory,
             vcpus,
             huge_pages: false,
+            dirty_tracker: TrackerKind::default(),
             irqchip: false,
             args: String::new(),
             observer: None,
@@ -153,6 +160,9 @@ impl VmConfig {
         if self.tsc_khz == Some(0) {
             return Err(ConfigError::Clock);
         }
+        if self.huge_pages && self.dirty_tracker == TrackerKind::WriteProtect {
+            return Err(ConfigError::Tracker);
+        }
         match &self.cpuid {
             Some(table) if !(1..=cpu::LEAVES_MAX).contains(&table.len()) => {
                 Err(ConfigError::Cpuid {
@@ -173,7 +183,10 @@ impl VmConfig {
         let kvm = Kvm::open()?;
         self.check_features(&kvm)?;
         if let Some(wanted) = self.tsc_khz {
-            let offered = kvm.create_vm()?.create_vcpu(0)?.tsc_khz()?;
+            let offered = kvm
+                .create_vm(self.dirty_tracker)?
+                .create_vcpu(0)?
+                .tsc_khz()?;
             self.check_clock(&kvm, offered, wanted)?;
         }
         Ok(())
@@ -307,6 +320,13 @@ mod tests {
         check(
             |config| config.tsc_khz = Some(0),
             "a clock rate of 0 kHz is not possible",
+        );
+        check(
+            |config| {
+                config.huge_pages = true;
+                config.dirty_tracker = TrackerKind::WriteProtect;
+            },
+            "huge pages are not tracked by write protection: use the bitmap or the ring",
         );
         check(
             |config| config.cpuid = Some(Vec::new()),

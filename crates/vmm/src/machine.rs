@@ -177,7 +177,7 @@ impl Machine {
         config.check_features(&kvm)?;
         let memory = Arc::new(SharedMemory::create(config.memory, config.page_kind())?);
         let bitmap = SharedBitmap::create(memory.page_count())?;
-        let mut vm = kvm.create_vm()?;
+        let mut vm = kvm.create_vm(config.dirty_tracker)?;
         vm.set_memory(Arc::clone(&memory), &layout::regions(config.memory))?;
         if config.irqchip {
             vm.create_irqchip()?;
@@ -412,7 +412,7 @@ impl Machine {
     /// # Errors
     /// Tracking is off, or KVM refuses.
     pub fn harvest(&self) -> Result<(), MachineError> {
-        Ok(self.vm.read_dirty_log(&self.bitmap)?)
+        Ok(self.vm.read_dirty_pages(&self.bitmap)?)
     }
 
     /// Clears what the last harvest found within `range` (of whole words of the log, or to the end
@@ -421,7 +421,7 @@ impl Machine {
     /// # Errors
     /// Tracking is off, the range is not one, or KVM refuses.
     pub fn clear(&self, range: PageRange) -> Result<(), MachineError> {
-        Ok(self.vm.clear_dirty_log(&self.bitmap, range)?)
+        Ok(self.vm.clear_dirty_pages(&self.bitmap, range)?)
     }
 
     /// Sends heartbeats to somebody else, or to nobody.

@@ -141,6 +141,7 @@ impl Loopback {
             memory_bytes: self.setup.memory_bytes,
             vcpus: self.setup.vcpus,
             huge_pages: self.setup.huge_pages,
+            dirty_tracker: self.setup.dirty_tracker,
             observer: Some(self.observer.address().to_string()),
         };
         self.host().client.run(&spec)?;

@@ -18,6 +18,7 @@ pub(super) fn run(client: &Client, run: &Run, output: Output) -> Result<()> {
         memory_bytes: run.memory.bytes(),
         vcpus: run.vcpus,
         huge_pages: run.huge_pages,
+        dirty_tracker: run.dirty_tracker,
         observer: run.observer.map(|address| address.to_string()),
     };
     let vm = client.run(&spec)?;
@@ -174,9 +175,11 @@ pub(super) fn inspect(client: &Client, name: &str, output: Output) -> Result<()>
             ]);
             let memory = ByteCount::new(inspection.vm.memory_bytes);
             format!(
-                "{}\nmemory  {memory} of {}",
+                "{}\nmemory  {memory} of {}\ndirty tracker  {}: {}",
                 table(head, &rows),
-                inspection.vm.name
+                inspection.vm.name,
+                inspection.vm.dirty_tracker,
+                inspection.vm.dirty_tracker_means
             )
         },
     )

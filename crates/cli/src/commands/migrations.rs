@@ -8,8 +8,8 @@ use anyhow::{Result, anyhow, bail};
 use limosa_engine::policy::Mode;
 use limosa_engine::source::Stage;
 use limosa_host::api::{
-    IncomingInfo, LimitsPatch, MigrateAnswer, MigrateBody, MigrationInfo, Report, ResolveWord,
-    VmInfo,
+    IncomingInfo, LimitsPatch, MigrateAnswer, MigrateBody, MigrationInfo, ModeChange, Report,
+    ResolveWord, VmInfo,
 };
 use limosa_host::client::Client;
 use limosa_lab::values::{Milliseconds, OrNone, Rate};
@@ -309,6 +309,21 @@ fn limits(info: &MigrationInfo) -> String {
     )
 }
 
+fn mode_change(change: &ModeChange) -> String {
+    format!(
+        "{} became {} after {}: {}",
+        change.from,
+        change.to,
+        time(change.at_ms),
+        change.reason
+    )
+}
+
+fn tracker(info: &MigrationInfo) -> String {
+    let tracker = info.dirty_tracker;
+    format!("{tracker}: {}", tracker.consequence())
+}
+
 /// Everything about one migration.
 fn details(info: &MigrationInfo) -> String {
     let report = &info.report;
@@ -318,6 +333,7 @@ fn details(info: &MigrationInfo) -> String {
             format!("{} of {} to {}, {}", info.id, info.vm, info.to, info.mode),
         ),
         ("stage", stage_name(info.stage).to_owned()),
+        ("tracker", tracker(info)),
         ("limits", limits(info)),
         (
             "time",
@@ -331,18 +347,8 @@ fn details(info: &MigrationInfo) -> String {
     if info.stage != Stage::Finished {
         lines.push(("now", format!("{}: {}", headline(info), numbers(info))));
     }
-    for change in &report.mode_changes {
-        lines.push((
-            "mode",
-            format!(
-                "{} became {} after {}: {}",
-                change.from,
-                change.to,
-                time(change.at_ms),
-                change.reason
-            ),
-        ));
-    }
+    let changes = report.mode_changes.iter();
+    lines.extend(changes.map(|change| ("mode", mode_change(change))));
     if let Some(reason) = report.pause_reason {
         lines.push(("paused", format!("because {}", reason.explain())));
     }
@@ -465,7 +471,7 @@ fn rounds(info: &MigrationInfo) -> String {
 #[cfg(test)]
 pub(crate) mod tests {
     use super::*;
-    use limosa_host::api::{FaultLatency, ModeChange};
+    use limosa_host::api::FaultLatency;
 
     /// A migration as a daemon tells it, with most of it still unknown.
     pub(crate) fn info(id: &str, vm: &str) -> MigrationInfo {
@@ -487,7 +493,7 @@ pub(crate) mod tests {
             "round": 1, "round_pages": 1000, "round_sent_pages": 250, "remaining_pages": 750,
             "unsent_pages": 0, "dirty_pages_per_s": 50000, "bandwidth": 1_288_490_188,
             "predicted_downtime_ms": 3.1, "elapsed_ms": 1234.0, "time_left_ms": 400.0,
-            "unresolved": null, "limits": limits, "report": report
+            "unresolved": null, "dirty_tracker": "bitmap", "limits": limits, "report": report
         }))
         .unwrap()
     }
@@ -524,6 +530,7 @@ pub(crate) mod tests {
             text,
             "migration  3f2a00000000000000000000000000aa of web to 127.0.0.1:7071, pre-copy\n\
              stage      copying\n\
+             tracker    bitmap: a harvest reads a bit for each page; which vCPU writes how much is not known\n\
              limits     downtime at most 5.00 ms, no bandwidth limit, deadline 30.0 s, at most 30 rounds\n\
              time       1.23 s since the request, 12.5 ms of it before the first page\n\
              now        round 1: 750 pages left, guest writes 50,000 pages/s, 1.20 GiB/s, \

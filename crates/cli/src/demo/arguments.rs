@@ -4,7 +4,7 @@ use anyhow::bail;
 use clap::Args;
 use clap::builder::{PossibleValue, PossibleValuesParser, TypedValueParser};
 use limosa_engine::policy::Mode;
-use limosa_host::api::Compression;
+use limosa_host::api::{Compression, TrackerKind};
 use limosa_lab::record::Setup;
 use limosa_lab::values::{Milliseconds, PageRate, Rate, Size, compression, mode};
 use limosa_lab::workload::{Content, GuestProgram, Pattern, Workload};
@@ -27,6 +27,9 @@ pub(crate) struct Arguments {
     /// Back the guest's memory with 2 MiB pages, which this machine must have reserved
     #[arg(long)]
     pub huge_pages: bool,
+    /// Who notices which pages the guest writes: bitmap or ring of KVM, or write-protect
+    #[arg(long, value_name = "TRACKER", default_value = "bitmap")]
+    pub dirty_tracker: TrackerKind,
     /// The guest program
     #[arg(long, default_value = "writer", value_parser = guest_programs())]
     pub guest: GuestProgram,
@@ -137,6 +140,7 @@ impl Arguments {
             memory_bytes: self.memory.bytes(),
             vcpus: self.vcpus,
             huge_pages: self.huge_pages,
+            dirty_tracker: self.dirty_tracker,
             link: self.link.map(Rate::get),
             streams: self.streams,
             compress: self.compress,

@@ -1,5 +1,6 @@
 //! Virtual machines as the control interface tells them.
 
+use limosa_os::dirty::TrackerKind;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
@@ -25,6 +26,11 @@ pub struct VmSpec {
     /// Back the memory with 2 MiB pages, which the host must have reserved.
     #[serde(default)]
     pub huge_pages: bool,
+    /// Who notices which pages it writes: `bitmap`, `ring` or `write-protect`; for good, also on the
+    /// hosts that it moves to.
+    #[serde(default)]
+    #[schema(value_type = String, example = "bitmap")]
+    pub dirty_tracker: TrackerKind,
     /// Where the VM process sends a datagram at each heartbeat of the guest: `IP:PORT` of a UDP
     /// socket on this machine.
     #[serde(default)]
@@ -69,6 +75,14 @@ pub struct VmInfo {
     pub vcpus: u8,
     /// Whether 2 MiB pages back the memory.
     pub huge_pages: bool,
+    /// Who notices which pages it writes: `bitmap`, `ring` or `write-protect`.
+    #[schema(value_type = String, example = "bitmap")]
+    pub dirty_tracker: TrackerKind,
+    /// What follows from that, in a line.
+    #[schema(
+        example = "a harvest reads a bit for each page; which vCPU writes how much is not known"
+    )]
+    pub dirty_tracker_means: String,
     /// Units of work that the guest did over all vCPUs, for guests that report it.
     pub work: Option<u64>,
     /// Checks that failed inside the guest over all vCPUs, for guests that report it.

@@ -6,6 +6,7 @@ use limosa_engine::handover::MigrationId;
 use limosa_engine::policy::{Limits, Mode, PauseReason};
 use limosa_engine::report::{self, FaultReport, MigrationReport, Outcome};
 use limosa_engine::source::Stage;
+use limosa_os::dirty::TrackerKind;
 use limosa_pages::BytesPerSecond;
 use serde::{Deserialize, Serialize};
 use std::time::Duration;
@@ -235,6 +236,9 @@ pub struct MigrationInfo {
     pub time_left_ms: Option<f64>,
     /// Why it is not known on which side the guest runs, while that is so.
     pub unresolved: Option<String>,
+    /// Who notices which pages the guest writes: `bitmap`, `ring` or `write-protect`.
+    #[schema(value_type = String, example = "bitmap")]
+    pub dirty_tracker: TrackerKind,
     /// What the operator allows.
     pub limits: LimitsInfo,
     /// What is known about it so far; final when `stage` is `finished`.

@@ -82,8 +82,9 @@ impl Host {
             let on_finish = self.on_finish(name);
             let migration = Migration::recover(machine.guest(), request, on_finish)
                 .map_err(|error| error.to_string())?;
+            let tracker = machine.shape().dirty_tracker;
             self.migrations_lock()
-                .insert(migration, name.to_string(), peer);
+                .insert(migration, name.to_string(), peer, tracker);
         }
         Ok(())
     }

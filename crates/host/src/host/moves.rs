@@ -45,8 +45,9 @@ impl Host {
         let id = migration.id();
         self.registry().leaving_as(&name, id);
         tracing::info!(migration_id = %id, vm = %name, to = body.to, mode = %body.mode, "migration started");
+        let tracker = vm.machine.shape().dirty_tracker;
         self.migrations_lock()
-            .insert(migration, name.to_string(), body.to.clone());
+            .insert(migration, name.to_string(), body.to.clone(), tracker);
         Ok(id)
     }
 

@@ -65,6 +65,8 @@ impl Host {
             memory_bytes: shape.memory_bytes,
             vcpus: shape.vcpus,
             huge_pages: shape.huge_pages,
+            dirty_tracker: shape.dirty_tracker,
+            dirty_tracker_means: shape.dirty_tracker.consequence().to_owned(),
             work: None,
             errors: None,
             missing_pages: 0,

@@ -8,6 +8,7 @@ use limosa_carrier::{CommitError, Guest, GuestError, Running, Saved};
 use limosa_engine::Timestamp;
 use limosa_engine::handover::{MigrationId, Phase};
 use limosa_engine::wire::Start;
+use limosa_os::dirty::TrackerKind;
 use limosa_os::userfault::PageInstaller;
 use limosa_os::{PageKind, SharedMemory};
 use limosa_pages::{ByteCount, PageRange, PageSet};
@@ -77,6 +78,7 @@ impl Machine for FakeMachine {
             memory_bytes: 2 << 20,
             vcpus: 1,
             huge_pages: false,
+            dirty_tracker: TrackerKind::default(),
         }
     }
 

@@ -140,6 +140,7 @@ impl Machines for Processes {
         let mut config =
             VmConfig::new(name.as_str(), ByteCount::new(spec.memory_bytes), spec.vcpus);
         config.huge_pages = spec.huge_pages;
+        config.dirty_tracker = spec.dirty_tracker;
         config.args = spec.args.clone();
         config.observer = spec.observer.as_deref().and_then(|text| text.parse().ok());
         config
@@ -377,6 +378,7 @@ fn shape(config: &VmConfig) -> Shape {
         memory_bytes: config.memory.get(),
         vcpus: config.vcpus,
         huge_pages: config.huge_pages,
+        dirty_tracker: config.dirty_tracker,
     }
 }
 

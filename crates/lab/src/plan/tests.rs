@@ -85,7 +85,7 @@ fn a_key_or_word_that_is_unknown_is_told_with_its_line_and_the_known_ones() {
         "links =",
         "link =",
         "line 21: unknown field `link`, expected one of `techniques`, `workloads`, `memory`, \
-         `vcpus`, `links`, `streams`, `compress`",
+         `vcpus`, `links`, `streams`, `compress`, `huge_pages`, `dirty_trackers`",
     );
     check(
         "touch =",

@@ -7,7 +7,7 @@ use std::collections::HashSet;
 type Axis = (&'static str, fn(&Cell) -> String);
 
 /// From the outer to the inner grouping. The technique is no axis: it stands in every row.
-const AXES: [Axis; 6] = [
+const AXES: [Axis; 8] = [
     ("workload", |cell| cell.workload.clone()),
     ("link", Cell::link_text),
     ("memory", |cell| {
@@ -16,6 +16,10 @@ const AXES: [Axis; 6] = [
     ("vCPUs", |cell| cell.vcpus.to_string()),
     ("streams", |cell| cell.streams.to_string()),
     ("compress", |cell| cell.compress.name().to_owned()),
+    ("pages", |cell| {
+        if cell.huge_pages { "huge" } else { "small" }.to_owned()
+    }),
+    ("tracker", |cell| cell.dirty_tracker.name().to_owned()),
 ];
 
 /// The axes along which an experiment differs.
@@ -62,6 +66,7 @@ impl Axes {
                 "vCPUs" => counted(cell.vcpus, "vCPU"),
                 "streams" => counted(cell.streams, "stream"),
                 "compress" => format!("compress {}", value(cell)),
+                "pages" => format!("{} pages", value(cell)),
                 _ => value(cell),
             });
         let name = cell.technique.name().to_owned();
@@ -84,7 +89,7 @@ mod tests {
         let axes = Axes::of(&cells);
         assert_eq!(
             axes.same,
-            "workload i, memory 64.0 MiB, vCPUs 1, compress auto"
+            "workload i, memory 64.0 MiB, vCPUs 1, compress auto, pages small, tracker bitmap"
         );
         assert_eq!(axes.names().collect::<Vec<_>>(), ["link", "streams"]);
         assert_eq!(

@@ -40,9 +40,11 @@ const fn number<T>(direction: u64, number: u64) -> libc::Ioctl {
     (direction << 30 | (size_of::<T>() as u64) << 16 | KVM << 8 | number) as libc::Ioctl
 }
 
-pub(super) const GET_DIRTY_LOG: libc::Ioctl = number::<abi::kvm_dirty_log>(WRITE, 0x42);
-pub(super) const CLEAR_DIRTY_LOG: libc::Ioctl =
+pub(crate) const GET_DIRTY_LOG: libc::Ioctl = number::<abi::kvm_dirty_log>(WRITE, 0x42);
+pub(crate) const CLEAR_DIRTY_LOG: libc::Ioctl =
     number::<abi::kvm_clear_dirty_log>(READ | WRITE, 0xc0);
+/// Without an argument.
+pub(crate) const RESET_DIRTY_RINGS: libc::Ioctl = (KVM << 8 | 0xc7) as libc::Ioctl;
 pub(super) const SET_ATTRIBUTE: libc::Ioctl = number::<abi::kvm_device_attr>(WRITE, 0xe1);
 pub(super) const GET_ATTRIBUTE: libc::Ioctl = number::<abi::kvm_device_attr>(WRITE, 0xe2);
 pub(super) const HAS_ATTRIBUTE: libc::Ioctl = number::<abi::kvm_device_attr>(WRITE, 0xe3);

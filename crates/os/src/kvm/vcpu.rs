@@ -9,15 +9,16 @@
 
 use super::request::{self, VcpuPart};
 use super::{CPUID_ENTRIES_MAX, Features, KvmError, failed};
+use crate::dirty::DirtyRings;
 use crate::mapping::{Access, Mapping};
 use crate::thread::ThreadId;
 use kvm_bindings as abi;
-use kvm_ioctls::{VcpuExit, VcpuFd};
+use kvm_ioctls::{VcpuExit, VcpuFd, VmFd};
 use std::fmt;
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 
 /// Registers in one call: what KVM takes is 256.
 const MSRS_PER_CALL: usize = 256;
@@ -35,6 +36,8 @@ pub enum Exit<'a> {
     MmioWrite(u64, &'a [u8]),
     /// It was kicked, or a signal came.
     Interrupted,
+    /// Its dirty ring is nearly full: it goes on after [`Vcpu::empty_rings`].
+    RingFull,
     /// The guest waits for an interrupt.
     Halted,
     /// The guest died of a fault in its fault handling (triple fault).
@@ -48,6 +51,9 @@ pub struct Vcpu {
     vcpu: VcpuFd,
     features: Features,
     page: Arc<RunPage>,
+    /// The dirty rings of the machine, which all have to be emptied when this vCPU's is full.
+    rings: Option<(Arc<DirtyRings>, Arc<VmFd>)>,
+    dirtied: Option<Arc<AtomicU64>>,
     has_tsc_offset: bool,
 }
 
@@ -116,6 +122,7 @@ impl Vcpu {
         vcpu: VcpuFd,
         features: Features,
         run_bytes: usize,
+        rings: Option<(&Arc<DirtyRings>, &Arc<VmFd>)>,
     ) -> Result<Self, KvmError> {
         // SAFETY: the descriptor is open as long as `vcpu`, which outlives the borrow.
         let file = unsafe { BorrowedFd::borrow_raw(vcpu.as_raw_fd()) };
@@ -124,10 +131,13 @@ impl Vcpu {
             source,
         };
         let page = Mapping::new(file, run_bytes.min(4096), Access::ReadWrite, 0).map_err(map)?;
+        let dirtied = rings.map(|(rings, _)| rings.add(file)).transpose()?;
         let mut vcpu = Self {
             vcpu,
             features,
             page: Arc::new(RunPage(page)),
+            rings: rings.map(|(rings, vm)| (Arc::clone(rings), Arc::clone(vm))),
+            dirtied,
             has_tsc_offset: false,
         };
         vcpu.has_tsc_offset = vcpu.tsc_attribute(request::HAS_ATTRIBUTE, &mut 0).is_ok();
@@ -139,6 +149,23 @@ impl Vcpu {
         Kicker {
             page: Arc::clone(&self.page),
         }
+    }
+
+    /// Takes what is in the dirty rings, after [`Exit::RingFull`].
+    ///
+    /// # Errors
+    /// KVM refuses.
+    pub fn empty_rings(&self) -> Result<(), KvmError> {
+        let Some((rings, vm)) = &self.rings else {
+            return Ok(());
+        };
+        // SAFETY: the descriptor is open as long as `vm`, which outlives the borrow.
+        rings.empty(unsafe { BorrowedFd::borrow_raw(vm.as_raw_fd()) })
+    }
+
+    /// Counts the pages that this vCPU has dirtied since tracking began; `None` if nobody does.
+    pub fn dirtied(&self) -> Option<Arc<AtomicU64>> {
+        self.dirtied.clone()
     }
 
     /// Enters the guest and returns when it has to be left.
@@ -155,6 +182,7 @@ impl Vcpu {
                 "KVM cannot emulate what the guest did (internal error {})",
                 self.page.internal_error()
             )),
+            Ok(VcpuExit::Unsupported(abi::KVM_EXIT_DIRTY_RING_FULL)) => Exit::RingFull,
             Ok(VcpuExit::SystemEvent(kind, _)) => Exit::Failed(format!("system event {kind}")),
             Ok(other) => Exit::Failed(format!("unexpected exit {other:?}")),
             Err(error) if matches!(error.errno(), libc::EINTR | libc::EAGAIN) => Exit::Interrupted,

@@ -17,12 +17,16 @@ pub(crate) mod feature {
     pub(crate) const MISSING_SHMEM: u64 = 1 << 5;
     pub(crate) const MINOR_HUGETLBFS: u64 = 1 << 9;
     pub(crate) const MINOR_SHMEM: u64 = 1 << 10;
+    /// Writes to protected memory, of files too, lift the protection and are not reported.
+    pub(crate) const WRITE_PROTECT_ASYNC: u64 = 1 << 12 | 1 << 15;
 }
 
 /// Which faults are reported, for [`Userfault::register`].
 pub(crate) mod mode {
     /// The page does not exist.
     pub(crate) const MISSING: u64 = 1 << 0;
+    /// The page is protected.
+    pub(crate) const WRITE_PROTECT: u64 = 1 << 1;
     /// The page exists and is not mapped.
     pub(crate) const MINOR: u64 = 1 << 2;
 }

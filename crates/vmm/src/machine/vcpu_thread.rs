@@ -135,11 +135,7 @@ impl VcpuThread {
                 Order::Load(state) => Reply::Loaded(self.load(*state)),
                 Order::Run(at) => {
                     if let Err(error) = self.prepare(at) {
-                        let what = in_one_line(&error);
-                        self.shared.end(ExitReason::Failed {
-                            vcpu: self.index,
-                            what,
-                        });
+                        self.fail(in_one_line(&error));
                     }
                     // The guest itself is as urgent as everything else. Here too, since its owner
                     // may have made the thread urgent when it had saved already.
@@ -221,6 +217,13 @@ impl VcpuThread {
             stop.is_complete = false;
             match exit {
                 Exit::Interrupted => stop.is_complete = true,
+                Exit::RingFull => {
+                    stop.is_complete = true;
+                    if let Err(error) = self.vcpu.empty_rings() {
+                        self.fail(in_one_line(&error));
+                        return stop;
+                    }
+                }
                 Exit::PortIn(port, bytes) => {
                     let answer = match self.ports.read(port) {
                         Answer::Word(word) => word,
@@ -252,14 +255,18 @@ impl VcpuThread {
                     return stop;
                 }
                 Exit::Failed(what) => {
-                    self.shared.end(ExitReason::Failed {
-                        vcpu: self.index,
-                        what,
-                    });
+                    self.fail(what);
                     return stop;
                 }
             }
         }
+    }
+
+    fn fail(&self, what: String) {
+        self.shared.end(ExitReason::Failed {
+            vcpu: self.index,
+            what,
+        });
     }
 }
 

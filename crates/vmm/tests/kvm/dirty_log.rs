@@ -1,6 +1,7 @@
-//! Dirty tracking: exact, and safe to copy by.
+//! Dirty tracking, by each tracker: exact, and safe to copy by.
 
 use crate::guests::*;
+use limosa_os::dirty::TrackerKind;
 use limosa_pages::{ByteCount, PAGE_SIZE, PAGE_SIZE_USIZE, PageCount, PageRange, PageSet, Pfn};
 use limosa_vmm::config::VmConfig;
 use limosa_vmm::machine::Machine;
@@ -24,10 +25,15 @@ fn numbers(set: &PageSet) -> BTreeSet<u64> {
     set.iter().map(Pfn::get).collect()
 }
 
+/// The page of orders, which this process writes as a device would: one tracker sees that.
+fn own_writes(tracker: TrackerKind) -> Option<u64> {
+    (tracker == TrackerKind::WriteProtect).then_some(ORDERS_AT / PAGE_SIZE)
+}
+
 /// A running machine in whose guest all is mapped. KVM maps a page writable when the guest reads it
 /// for the first time, and then counts it as dirty; that is allowed, but not what is tested here.
-fn warm(vcpus: u8) -> Machine {
-    let mut machine = machine(&ORDERS, vcpus);
+fn warm(tracker: TrackerKind, vcpus: u8) -> Machine {
+    let mut machine = tracked(tracker, &ORDERS, vcpus);
     machine.run().unwrap();
     for vcpu in 0..u64::from(vcpus) {
         give_order(machine.memory(), vcpu, u64::MAX, 1024, DATA, PAGE_SIZE);
@@ -36,13 +42,41 @@ fn warm(vcpus: u8) -> Machine {
     machine
 }
 
-/// Each page that was written is in the next harvest, and in no later one once it was cleared.
-#[test]
-fn every_written_page_is_found_exactly_once() {
+/// A machine with that tracker.
+fn tracked(tracker: TrackerKind, program: &[u8], vcpus: u8) -> Machine {
+    let config = VmConfig {
+        dirty_tracker: tracker,
+        ..config(vcpus)
+    };
+    let mut machine = Machine::create(config, "here").unwrap();
+    machine.boot(&image(program)).unwrap();
+    machine
+}
+
+/// Runs a test with each tracker that there is here.
+fn each(test: impl Fn(TrackerKind)) {
     if !has_kvm() {
         return;
     }
-    let mut machine = warm(2);
+    for tracker in TrackerKind::ALL {
+        match limosa_os::kvm::Kvm::open().unwrap().create_vm(tracker) {
+            Ok(_) => {
+                println!("{tracker}");
+                test(tracker);
+            }
+            Err(error) => println!("skipped {tracker}: {error}"),
+        }
+    }
+}
+
+/// Each page that was written is in the next harvest, and in no later one once it was cleared.
+#[test]
+fn every_written_page_is_found_exactly_once() {
+    each(check_every_written_page_is_found_exactly_once);
+}
+
+fn check_every_written_page_is_found_exactly_once(tracker: TrackerKind) {
+    let mut machine = warm(tracker, 2);
     let memory = Arc::clone(machine.memory());
     machine.start_tracking().unwrap();
     assert_eq!(
@@ -63,6 +97,7 @@ fn every_written_page_is_found_exactly_once() {
             .map(|page| first / PAGE_SIZE + page * stride)
             .collect();
         expect.insert(DONE_AT / PAGE_SIZE + vcpu);
+        expect.extend(own_writes(tracker));
         assert_eq!(numbers(&harvested(&machine)), expect, "order {number}");
         if number % 3 == 0 {
             assert_eq!(
@@ -94,12 +129,14 @@ fn every_written_page_is_found_exactly_once() {
 /// the log.
 #[test]
 fn pages_on_both_sides_of_the_hole_are_found() {
+    each(check_pages_on_both_sides_of_the_hole_are_found);
+}
+
+fn check_pages_on_both_sides_of_the_hole_are_found(tracker: TrackerKind) {
     const HOLE: u64 = 3 << 30;
-    if !has_kvm() {
-        return;
-    }
     let config = VmConfig {
         memory: ByteCount::new(HOLE + (64 << 20)),
+        dirty_tracker: tracker,
         ..config(1)
     };
     let mut machine = Machine::create(config, "here").unwrap();
@@ -119,6 +156,7 @@ fn pages_on_both_sides_of_the_hole_are_found() {
     }
     let mut expect: BTreeSet<u64> = (first / PAGE_SIZE..first / PAGE_SIZE + 5).collect();
     expect.insert(DONE_AT / PAGE_SIZE);
+    expect.extend(own_writes(tracker));
     assert_eq!(numbers(&harvested(&machine)), expect);
     for page in 0..5 {
         let at = first + page * PAGE_SIZE;
@@ -127,17 +165,46 @@ fn pages_on_both_sides_of_the_hole_are_found() {
     // From the middle of one part to the middle of the other.
     let across = PageRange::new(Pfn::new(HOLE / PAGE_SIZE - 64), PageCount::new(128));
     machine.clear(across).unwrap();
-    let left = BTreeSet::from([DONE_AT / PAGE_SIZE]);
+    let mut left = BTreeSet::from([DONE_AT / PAGE_SIZE]);
+    left.extend(own_writes(tracker));
     assert_eq!(numbers(&harvested(&machine)), left);
+}
+
+/// More pages than a vCPU's ring holds, and nobody harvests: the vCPU empties it by itself.
+#[test]
+fn a_full_ring_loses_nothing() {
+    each(|tracker| {
+        const PAGES: u64 = 150_000;
+        let config = VmConfig {
+            memory: ByteCount::new(1 << 30),
+            dirty_tracker: tracker,
+            ..config(1)
+        };
+        let mut machine = Machine::create(config, "here").unwrap();
+        machine.boot(&image(&ORDERS)).unwrap();
+        let memory = Arc::clone(machine.memory());
+        machine.run().unwrap();
+        machine.start_tracking().unwrap();
+        harvested(&machine);
+        machine.clear(all(&machine)).unwrap();
+        give_order(&memory, 0, 1, PAGES, DATA, PAGE_SIZE);
+        wait_done(&memory, 0, 1);
+        let first = DATA / PAGE_SIZE;
+        let found = harvested(&machine);
+        let inside = PageRange::new(Pfn::new(first), PageCount::new(PAGES));
+        assert_eq!(found.count_range(inside).get(), PAGES);
+        assert!(found.count().get() <= PAGES + 8, "{}", found.count());
+    });
 }
 
 /// Only what was harvested is cleared: a write between harvest and clear is not lost.
 #[test]
 fn a_write_between_harvest_and_clear_is_found_later() {
-    if !has_kvm() {
-        return;
-    }
-    let mut machine = warm(1);
+    each(check_a_write_between_harvest_and_clear_is_found_later);
+}
+
+fn check_a_write_between_harvest_and_clear_is_found_later(tracker: TrackerKind) {
+    let mut machine = warm(tracker, 1);
     let memory = Arc::clone(machine.memory());
     machine.start_tracking().unwrap();
     harvested(&machine);
@@ -146,16 +213,18 @@ fn a_write_between_harvest_and_clear_is_found_later() {
     give_order(&memory, 0, 1, 1, DATA, PAGE_SIZE);
     wait_done(&memory, 0, 1);
     machine.clear(all(&machine)).unwrap();
-    let expect = BTreeSet::from([DATA / PAGE_SIZE, DONE_AT / PAGE_SIZE]);
+    let mut expect = BTreeSet::from([DATA / PAGE_SIZE, DONE_AT / PAGE_SIZE]);
+    expect.extend(own_writes(tracker));
     assert_eq!(numbers(&harvested(&machine)), expect);
 }
 
 #[test]
 fn parts_of_words_are_not_cleared() {
-    if !has_kvm() {
-        return;
-    }
-    let mut machine = machine(&ORDERS, 1);
+    each(check_parts_of_words_are_not_cleared);
+}
+
+fn check_parts_of_words_are_not_cleared(tracker: TrackerKind) {
+    let mut machine = tracked(tracker, &ORDERS, 1);
     machine.start_tracking().unwrap();
     harvested(&machine);
     for (first, count) in [(1, 64), (0, 63), (64, 100)] {
@@ -168,10 +237,11 @@ fn parts_of_words_are_not_cleared() {
 /// harvest when it is paused; then the copy is equal, page by page.
 #[test]
 fn a_copy_made_by_the_log_is_equal() {
-    if !has_kvm() {
-        return;
-    }
-    let mut machine = machine(&STORM, 2);
+    each(check_a_copy_made_by_the_log_is_equal);
+}
+
+fn check_a_copy_made_by_the_log_is_equal(tracker: TrackerKind) {
+    let mut machine = tracked(tracker, &STORM, 2);
     let memory = Arc::clone(machine.memory());
     let mut copy = vec![[0; PAGE_SIZE_USIZE]; usize::try_from(memory.page_count().get()).unwrap()];
     let copy_pages = |set: &PageSet, copy: &mut Vec<[u8; PAGE_SIZE_USIZE]>| {

@@ -87,6 +87,7 @@ mod tests {
             memory_bytes: 1 << 60,
             vcpus: 1,
             huge_pages: false,
+            dirty_tracker: limosa_os::dirty::TrackerKind::default(),
         };
         let error = ensure_memory(shape).unwrap_err();
         assert!(
@@ -102,6 +103,7 @@ mod tests {
         );
         let error = ensure_memory(Shape {
             huge_pages: true,
+            dirty_tracker: limosa_os::dirty::TrackerKind::default(),
             ..shape
         })
         .unwrap_err();

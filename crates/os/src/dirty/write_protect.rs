@@ -1,0 +1,197 @@
+//! Asynchronous write protection by userfaultfd (`UFFD_FEATURE_WP_ASYNC`, Linux 6.7): the kernel
+//! lifts the protection of a page by itself at its first write and tells nobody. `PAGEMAP_SCAN` finds
+//! the pages without protection and protects them again in the same step, page by page, under the
+//! lock of the page table: no write falls between.
+//!
+//! What is seen is what this process's page tables see: KVM writes through them, and so does the
+//! process itself for its devices. Other processes that map the memory, such as the daemon, are not
+//! seen. A page that gets mapped counts as written once, also if it was only read.
+//!
+//! A page that is swapped out after it was written would look like one that was never touched. So
+//! this tracker is refused on hosts that swap.
+
+use super::DirtyTracker;
+use super::seen::Seen;
+use crate::bitmap::SharedBitmap;
+use crate::kvm::KvmError;
+use crate::kvm::slots::Slots;
+use crate::userfault::request::{Userfault, feature, mode};
+use limosa_pages::{PAGE_SIZE, PageCount, PageRange, Pfn};
+use std::fs::{self, File};
+use std::io;
+use std::os::fd::AsRawFd;
+use std::sync::{Mutex, OnceLock, PoisonError};
+
+/// Runs of pages that one call tells.
+const RUNS: usize = 2048;
+
+/// `PAGEMAP_SCAN`: 'f', 16, both ways.
+const PAGEMAP_SCAN: libc::Ioctl =
+    (3 << 30 | (size_of::<Scan>() as u64) << 16 | (b'f' as u64) << 8 | 16) as libc::Ioctl;
+/// Protect what matches.
+const SCAN_PROTECTS: u64 = 1;
+/// Refuse memory that is not registered.
+const SCAN_CHECKS: u64 = 2;
+const IS_WRITTEN: u64 = 1 << 1;
+const IS_PRESENT: u64 = 1 << 3;
+
+#[derive(Default)]
+#[repr(C)]
+struct Scan {
+    size: u64,
+    flags: u64,
+    start: u64,
+    end: u64,
+    walk_end: u64,
+    runs: u64,
+    runs_max: u64,
+    pages_max: u64,
+    inverted: u64,
+    all_of: u64,
+    any_of: u64,
+    told: u64,
+}
+
+#[derive(Clone, Copy, Default)]
+#[repr(C)]
+struct Run {
+    start: u64,
+    end: u64,
+    categories: u64,
+}
+
+/// Tracks by write protection.
+#[derive(Debug)]
+pub(crate) struct WriteProtect {
+    pagemap: File,
+    seen: OnceLock<Seen>,
+    /// There while tracking is on.
+    protection: Mutex<Option<Userfault>>,
+}
+
+impl WriteProtect {
+    /// # Errors
+    /// The kernel cannot, this user may not, or the host swaps.
+    pub(crate) fn new() -> Result<Self, KvmError> {
+        let swaps = fs::read_to_string("/proc/swaps").unwrap_or_default();
+        if swaps.lines().count() > 1 {
+            return Err(KvmError::Lacks {
+                what: "a host without swap, on which alone write protection finds every page \
+                       (swapoff -a, or another dirty tracker)",
+            });
+        }
+        // Found out now, not when a migration begins.
+        Userfault::open(feature::WRITE_PROTECT_ASYNC, true).map_err(no_protection)?;
+        let pagemap = File::open("/proc/self/pagemap").map_err(|source| KvmError::Call {
+            what: "look at the process's page tables",
+            source,
+        })?;
+        Ok(Self {
+            pagemap,
+            seen: OnceLock::new(),
+            protection: Mutex::new(None),
+        })
+    }
+
+    fn seen(&self, slots: &Slots) -> &Seen {
+        self.seen.get_or_init(|| Seen::nothing(slots.page_count()))
+    }
+
+    /// Protects the pages that match, and notes those that were written.
+    fn scan(&self, slots: &Slots, category: u64) -> Result<(), KvmError> {
+        let seen = self.seen(slots);
+        let (base, bytes) = slots.place();
+        let mut runs = [Run::default(); RUNS];
+        let mut start = base;
+        while start < base + bytes {
+            let mut scan = Scan {
+                size: size_of::<Scan>() as u64,
+                flags: SCAN_PROTECTS | SCAN_CHECKS,
+                start,
+                end: base + bytes,
+                runs: runs.as_mut_ptr().addr() as u64,
+                runs_max: RUNS as u64,
+                all_of: category,
+                told: category,
+                ..Scan::default()
+            };
+            // SAFETY: the structure is the one of this request, the kernel writes at most as many
+            // runs as there is room for, and protection changes no content.
+            let told =
+                unsafe { libc::ioctl(self.pagemap.as_raw_fd(), PAGEMAP_SCAN, &raw mut scan) };
+            let Ok(told) = usize::try_from(told) else {
+                let error = io::Error::last_os_error();
+                if error.kind() == io::ErrorKind::Interrupted {
+                    continue;
+                }
+                return Err(KvmError::Call {
+                    what: "find out which pages were written",
+                    source: error,
+                });
+            };
+            for run in &runs[..told] {
+                let first = Pfn::new((run.start - base) / PAGE_SIZE);
+                let count = PageCount::new((run.end - run.start) / PAGE_SIZE);
+                seen.add(PageRange::new(first, count));
+            }
+            start = scan.walk_end;
+        }
+        Ok(())
+    }
+}
+
+impl DirtyTracker for WriteProtect {
+    fn start(&self, slots: &Slots) -> Result<(), KvmError> {
+        let protection = Userfault::open(feature::WRITE_PROTECT_ASYNC, true);
+        let protection = protection.map_err(no_protection)?;
+        let (base, bytes) = slots.place();
+        protection
+            .register(base, bytes, mode::WRITE_PROTECT)
+            .map_err(no_protection)?;
+        *self
+            .protection
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner) = Some(protection);
+        self.scan(slots, IS_PRESENT)?;
+        self.seen(slots)
+            .add(PageRange::new(Pfn::new(0), slots.page_count()));
+        Ok(())
+    }
+
+    fn stop(&self, slots: &Slots) -> Result<(), KvmError> {
+        let mut protection = self
+            .protection
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        if let Some(protection) = protection.take() {
+            let (base, bytes) = slots.place();
+            protection.unregister(base, bytes).map_err(no_protection)?;
+        }
+        self.seen(slots).forget_all();
+        Ok(())
+    }
+
+    fn harvest(&self, slots: &Slots, into: &SharedBitmap) -> Result<(), KvmError> {
+        self.scan(slots, IS_WRITTEN)?;
+        self.seen(slots).copy_to(into);
+        Ok(())
+    }
+
+    fn clear(
+        &self,
+        slots: &Slots,
+        harvested: &SharedBitmap,
+        range: PageRange,
+    ) -> Result<(), KvmError> {
+        self.seen(slots).forget(harvested, range);
+        Ok(())
+    }
+}
+
+fn no_protection(source: io::Error) -> KvmError {
+    KvmError::Call {
+        what: "protect the guest's memory against unnoticed writes (Linux 6.7 can, for users with \
+               CAP_SYS_PTRACE or access to /dev/userfaultfd)",
+        source,
+    }
+}
