@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode, Output};
 use std::{fs, io};
 
-const PROGRAMS: [&str; 3] = ["writer", "idle", "compute"];
+const PROGRAMS: [&str; 4] = ["writer", "idle", "compute", "pvh"];
 const TARGET: &str = "x86_64-unknown-linux-gnu";
 
 fn main() -> ExitCode {
@@ -66,6 +66,7 @@ fn watch(repository: &Path) {
         "programs/Cargo.lock",
         "programs/build.rs",
         "programs/link.ld",
+        "programs/pvh.ld",
         "programs/src",
         "programs/logic/Cargo.toml",
         "programs/logic/src",

@@ -1,8 +1,17 @@
 //! How the programs are linked: static, at a fixed address, without start files or libraries.
 
 fn main() {
-    let script = concat!(env!("CARGO_MANIFEST_DIR"), "/link.ld");
-    println!("cargo::rerun-if-changed={script}");
+    let programs = concat!(env!("CARGO_MANIFEST_DIR"), "/link.ld");
+    let start = concat!(env!("CARGO_MANIFEST_DIR"), "/pvh.ld");
+    for (bin, script) in [
+        ("writer", programs),
+        ("idle", programs),
+        ("compute", programs),
+        ("pvh", start),
+    ] {
+        println!("cargo::rerun-if-changed={script}");
+        println!("cargo::rustc-link-arg-bin={bin}=-Wl,-T,{script}");
+    }
     for argument in [
         "-nostartfiles",
         "-nostdlib",
@@ -16,5 +25,4 @@ fn main() {
     ] {
         println!("cargo::rustc-link-arg-bins={argument}");
     }
-    println!("cargo::rustc-link-arg-bins=-Wl,-T,{script}");
 }

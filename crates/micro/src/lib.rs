@@ -15,6 +15,10 @@ pub static IDLE: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/idle"));
 /// Reads much, writes little, checks its results.
 pub static COMPUTE: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/compute"));
 
+/// What a PVH loader enters, for images that other monitors load: no program of its own, but the way
+/// from there to one of them. `limosa_micro_abi::pvh` says what it finds where.
+pub static PVH: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/pvh"));
+
 /// Names of all programs, for help texts.
 pub const NAMES: [&str; 3] = ["writer", "idle", "compute"];
 
@@ -63,6 +67,30 @@ mod tests {
                     start + bytes <= IMAGE_START + HEAP_ALIGNMENT,
                     "{name} is small"
                 );
+            }
+        }
+    }
+
+    #[test]
+    fn what_other_monitors_enter_is_one_piece_at_its_address() {
+        use limosa_micro_abi::pvh;
+        assert_eq!(word(PVH, 24), pvh::START);
+        assert_eq!(half(PVH, 56), 1, "one segment");
+        let header = &PVH[word(PVH, 32) as usize..];
+        assert_eq!((half(header, 0), word(header, 16)), (1, pvh::START));
+        assert!(word(header, 40) <= pvh::GDT - pvh::START);
+        assert!(NAMES.iter().all(|name| *name != "pvh"), "no program");
+    }
+
+    #[test]
+    fn programs_leave_room_for_it() {
+        use limosa_micro_abi::pvh;
+        for name in NAMES {
+            let image = by_name(name).expect("every name has its program");
+            let headers = word(image, 32) as usize;
+            for index in 0..usize::from(half(image, 56)) {
+                let header = &image[headers + index * 56..];
+                assert!(word(header, 16) + word(header, 40) <= pvh::START, "{name}");
             }
         }
     }

@@ -92,6 +92,13 @@ impl BootInfo {
         })
     }
 
+    /// The bytes of the page, as they lie in the guest's memory.
+    #[cfg(feature = "bytes")]
+    #[must_use]
+    pub fn page_bytes(&self) -> &[u8] {
+        self.as_bytes()
+    }
+
     /// Whether a guest of this version can start from it.
     #[must_use]
     pub fn is_usable(&self) -> bool {

@@ -3,7 +3,8 @@
 //!
 //! The monitor fills one [`BootInfo`] before the first instruction. Each vCPU writes its own
 //! [`Report`], which the monitor reads straight from the memory file, without asking the guest.
-//! Everything else goes through five I/O ports. The whole contract in words is
+//! Everything else goes through five I/O ports. Another monitor than limosa's can do with less ([`pvh`],
+//! [`memory_map::COMMAND_WORD`]). The whole contract in words is
 //! `docs/micro-guests.md`.
 //!
 //! Invariants: every structure has a fixed size and no padding, so any bytes are a value of it and
@@ -19,6 +20,7 @@
 pub mod command;
 pub mod memory_map;
 pub mod port;
+pub mod pvh;
 pub mod report;
 
 mod boot;

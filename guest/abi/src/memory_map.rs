@@ -9,6 +9,10 @@ use crate::{PAGE_BYTES, VCPUS_MAX};
 /// The page that holds the [`BootInfo`](crate::BootInfo).
 pub const BOOT_INFO: u64 = 0x1000;
 
+/// The command word (32 bits) of a guest whose monitor does not answer heartbeats: at the end of the
+/// boot information's page, written from outside while the guest runs.
+pub const COMMAND_WORD: u64 = BOOT_INFO + PAGE_BYTES - 8;
+
 /// The first report page; vCPU `n` has the `n`-th page from here.
 pub const REPORTS: u64 = 0x2000;
 
@@ -57,6 +61,7 @@ pub const fn heap_start(image_end: u64) -> u64 {
     image_end.next_multiple_of(HEAP_ALIGNMENT)
 }
 
+const _: () = assert!(BOOT_INFO + size_of::<crate::BootInfo>() as u64 <= COMMAND_WORD);
 const _: () = assert!(BOOT_INFO + PAGE_BYTES <= REPORTS);
 const _: () = assert!(report_address(VCPUS_MAX - 1) + PAGE_BYTES <= MONITOR_START);
 const _: () = assert!(stack_top(VCPUS_MAX - 1) <= IMAGE_START);

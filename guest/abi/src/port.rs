@@ -15,6 +15,9 @@ pub const WAIT_MICROSECONDS: u16 = 0x5008;
 /// `out al`: one byte for the monitor's log.
 pub const CONSOLE: u16 = 0x500c;
 
+/// The byte on the [`CONSOLE`] that is a beat and no text, where heartbeats are not answered.
+pub const CONSOLE_BEAT: u8 = 0;
+
 /// `out eax`: the guest is finished; the monitor stops the virtual machine with this status.
 pub const EXIT: u16 = 0x5010;
 

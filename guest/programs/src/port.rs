@@ -2,7 +2,7 @@
 
 use core::arch::asm;
 
-use limosa_micro_abi::port;
+use limosa_micro_abi::{memory_map, port};
 
 fn read(port: u16) -> u32 {
     let value;
@@ -24,6 +24,15 @@ fn write(port: u16, value: u32) {
 /// Tells the monitor that we live and returns its command word.
 pub fn heartbeat() -> u32 {
     read(port::HEARTBEAT)
+}
+
+/// Tells a monitor that has only a console that we live; the command word that stands in memory.
+pub fn heartbeat_on_console() -> u32 {
+    console(port::CONSOLE_BEAT);
+    let word = memory_map::COMMAND_WORD as *const u32;
+    // SAFETY: the page of the boot information is always there, the word is aligned and lies behind
+    // what a reference to that information covers; it is written from outside, hence volatile.
+    unsafe { word.read_volatile() }
 }
 
 /// Sleeps for at most so long.

@@ -4,7 +4,7 @@ use core::fmt;
 
 use limosa_micro_abi::port::{EXIT_ERRORS_SEEN, EXIT_OK};
 use limosa_micro_abi::{BootInfo, Command, CommandKind, State};
-use limosa_micro_logic::arguments::BadArgument;
+use limosa_micro_logic::arguments::{BadArgument, LifeArguments};
 use limosa_micro_logic::layout::TooSmall;
 use limosa_micro_logic::stall;
 
@@ -93,10 +93,14 @@ impl From<TooSmall> for Refusal<'_> {
 
 /// Runs a program to its end.
 pub(crate) fn run<P: Program>(mut vcpu: Vcpu, boot: &BootInfo) -> ! {
-    vcpu.publish();
     let arguments = boot.arguments().unwrap_or_else(|| {
         refuse(format_args!("bad argument: the text is not UTF-8"));
     });
+    match LifeArguments::parse(arguments) {
+        Ok(life) => vcpu.heed(life),
+        Err(argument) => refuse(format_args!("{argument}")),
+    }
+    vcpu.publish();
     let mut program = P::prepare(&mut vcpu, boot, arguments).unwrap_or_else(|refusal| {
         // Every vCPU comes to the same result; one of them says it.
         vcpu.set_state(State::Failed);

@@ -3,6 +3,7 @@
 use core::ops::Range;
 
 use limosa_micro_abi::{BootInfo, FirstError, PAGE_BYTES, Report, State, memory_map};
+use limosa_micro_logic::arguments::{LifeArguments, Monitor, Rest};
 use limosa_micro_logic::page::Fault;
 use limosa_micro_logic::stall::StallWatch;
 use limosa_micro_logic::ticks::TickRate;
@@ -36,6 +37,7 @@ pub struct Vcpu {
     next_beat: u64,
     beat_ticks: u64,
     wait_ticks_min: u64,
+    monitor: Monitor,
 }
 
 impl Vcpu {
@@ -54,6 +56,15 @@ impl Vcpu {
             next_beat: now,
             beat_ticks: ticks.from_microseconds(BEAT_MICROSECONDS),
             wait_ticks_min: ticks.from_microseconds(WAIT_MICROSECONDS_MIN),
+            monitor: Monitor::Limosa,
+        }
+    }
+
+    /// From now on it lives as the arguments say.
+    pub(crate) fn heed(&mut self, life: LifeArguments) {
+        self.monitor = life.monitor;
+        if life.rest == Rest::Spin {
+            self.wait_ticks_min = u64::MAX;
         }
     }
 
@@ -126,7 +137,10 @@ impl Vcpu {
         self.report.beat_tsc = now;
         self.publish();
         if self.index == 0 {
-            self.announcer.hear(port::heartbeat());
+            self.announcer.hear(match self.monitor {
+                Monitor::Limosa => port::heartbeat(),
+                Monitor::Foreign => port::heartbeat_on_console(),
+            });
         }
         self.next_beat += self.beat_ticks;
         if self.next_beat <= now || self.next_beat > now + self.beat_ticks {

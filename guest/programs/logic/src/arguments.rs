@@ -27,6 +27,33 @@ impl fmt::Display for BadArgument<'_> {
     }
 }
 
+/// Arguments that every program takes, since they are about how it lives and not what it does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LifeArguments {
+    /// `rest`: how a vCPU passes the time in which nothing is due.
+    pub rest: Rest,
+    /// `monitor`: who hears its beats and gives it commands.
+    pub monitor: Monitor,
+}
+
+/// How a vCPU passes the time in which nothing is due.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Rest {
+    /// It sleeps on the host.
+    Wait,
+    /// It looks at the clock.
+    Spin,
+}
+
+/// Whose guest this is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Monitor {
+    /// One that has all the ports.
+    Limosa,
+    /// One that has the console and nothing else.
+    Foreign,
+}
+
 /// Arguments of the writer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct WriterArguments {
@@ -55,6 +82,47 @@ pub struct ComputeArguments {
     pub rate: Rate,
     /// `seed` of the table and of the random generator.
     pub seed: u64,
+}
+
+impl LifeArguments {
+    /// Picks the arguments of this kind; all others are left to the program.
+    ///
+    /// # Errors
+    /// The first argument of this kind that cannot be used.
+    pub fn parse(text: &str) -> Result<Self, BadArgument<'_>> {
+        let mut rest = None;
+        let mut monitor = Monitor::Limosa;
+        for argument in arguments(text) {
+            let Argument { whole, key, value } = argument?;
+            let refuse = |expected| BadArgument {
+                argument: whole,
+                expected,
+            };
+            match (key, value) {
+                ("rest", "wait") => rest = Some(Rest::Wait),
+                ("rest", "spin") => rest = Some(Rest::Spin),
+                ("rest", _) => return Err(refuse("one of wait, spin")),
+                ("monitor", "limosa") => monitor = Monitor::Limosa,
+                ("monitor", "foreign") => monitor = Monitor::Foreign,
+                ("monitor", _) => return Err(refuse("one of limosa, foreign")),
+                _ => {}
+            }
+        }
+        // Nobody else lets a guest sleep: each try would only cost an exit.
+        let usual = match monitor {
+            Monitor::Limosa => Rest::Wait,
+            Monitor::Foreign => Rest::Spin,
+        };
+        Ok(Self {
+            rest: rest.unwrap_or(usual),
+            monitor,
+        })
+    }
+}
+
+/// Whether an argument is one of [`LifeArguments`], which were read before.
+fn is_of_life(key: &str) -> bool {
+    matches!(key, "rest" | "monitor")
 }
 
 impl WriterArguments {
@@ -86,9 +154,10 @@ impl WriterArguments {
                 "seed" => this.seed = number(value).ok_or(refuse(WANT_NUMBER))?,
                 "touch" => this.touched_bytes = pages(value, 0).ok_or(refuse(WANT_TOUCH))?,
                 "content" => this.content = content(value).ok_or(refuse(WANT_CONTENT))?,
+                _ if is_of_life(key) => {}
                 _ => {
                     return Err(refuse(
-                        "known are ws, rate, pattern, reads, seed, touch, content",
+                        "known are ws, rate, pattern, reads, seed, touch, content, rest, monitor",
                     ));
                 }
             }
@@ -118,23 +187,28 @@ impl ComputeArguments {
                 "ws" => this.table_bytes = pages(value, 1).ok_or(refuse(WANT_PAGES))?,
                 "rate" => this.rate = rate(value).ok_or(refuse(WANT_RATE))?,
                 "seed" => this.seed = number(value).ok_or(refuse(WANT_NUMBER))?,
-                _ => return Err(refuse("known are ws, rate, seed")),
+                _ if is_of_life(key) => {}
+                _ => return Err(refuse("known are ws, rate, seed, rest, monitor")),
             }
         }
         Ok(this)
     }
 }
 
-/// Checks that there are no arguments.
+/// Checks that there are no arguments but those of every program.
 ///
 /// # Errors
-/// The first argument, if there is one.
+/// The first other argument, if there is one.
 pub fn parse_none(text: &str) -> Result<(), BadArgument<'_>> {
-    match text.split_ascii_whitespace().next() {
+    let is_other = |argument: &&str| {
+        let key = argument.split_once('=').map(|(key, _)| key);
+        !key.is_some_and(is_of_life)
+    };
+    match text.split_ascii_whitespace().find(is_other) {
         None => Ok(()),
         Some(argument) => Err(BadArgument {
             argument,
-            expected: "this program takes no arguments",
+            expected: "this program takes no arguments but rest and monitor",
         }),
     }
 }
@@ -258,6 +332,31 @@ mod tests {
         assert_eq!(parse_none(" "), Ok(()));
     }
 
+    #[test]
+    fn arguments_of_every_program_are_read_apart() {
+        let check = |text: &str, expect: Result<(Rest, Monitor), &str>| {
+            let read = LifeArguments::parse(text).map(|life| (life.rest, life.monitor));
+            let said = read.as_ref().err().map(ToString::to_string);
+            assert_eq!(read.ok(), expect.ok(), "{text}");
+            assert_eq!(said.as_deref(), expect.err(), "{text}");
+        };
+        check("ws=4K", Ok((Rest::Wait, Monitor::Limosa)));
+        check("rest=spin ws=4K", Ok((Rest::Spin, Monitor::Limosa)));
+        check("monitor=foreign", Ok((Rest::Spin, Monitor::Foreign)));
+        check(
+            "rest=sleep",
+            Err("bad argument 'rest=sleep': one of wait, spin"),
+        );
+        check(
+            "monitor=me",
+            Err("bad argument 'monitor=me': one of limosa, foreign"),
+        );
+        let both = "rest=spin monitor=foreign";
+        assert!(WriterArguments::parse(both).is_ok());
+        assert!(ComputeArguments::parse(both).is_ok());
+        assert_eq!(parse_none(both), Ok(()));
+    }
+
     fn check(text: &str, message: &str) {
         let refused = WriterArguments::parse(text).unwrap_err();
         assert_eq!(refused.to_string(), message);
@@ -273,7 +372,8 @@ mod tests {
         );
         check(
             "size=1M",
-            "bad argument 'size=1M': known are ws, rate, pattern, reads, seed, touch, content",
+            "bad argument 'size=1M': known are ws, rate, pattern, reads, seed, touch, content, rest, \
+             monitor",
         );
         check(
             "pattern=random",
