@@ -1,7 +1,8 @@
 //! Where measured moves happen: two hosts and a guest, real or simulated.
 //!
 //! Two daemons on the loopback with a guest under KVM that proves its own memory, watched from
-//! outside; or, without KVM, the same moves in the simulator. Both give the same record of a move.
+//! outside; or, without KVM, the same moves in the simulator; or, for comparison, the same guest under
+//! QEMU. All give the same record of a move.
 //!
 //! Invariants: nothing outlives a bed, however it ends; a bed never changes from real to simulated.
 //!
@@ -17,6 +18,7 @@ mod loopback;
 mod observation;
 mod observer;
 mod progress;
+pub(crate) mod qemu;
 mod simulated;
 mod stalls;
 mod warm;
@@ -25,9 +27,11 @@ pub(crate) use growth::Growth;
 pub(crate) use interrupt::{Interrupt, Interrupted};
 
 use limosa_engine::policy::Mode;
+use limosa_lab::qemu::QemuWay;
 use limosa_lab::record::{MoveRecord, Setup};
 use limosa_lab::workload::Workload;
 use loopback::Loopback;
+use qemu::QemuBed;
 use simulated::Simulated;
 use std::fs::OpenOptions;
 use std::io;
@@ -39,6 +43,8 @@ pub(crate) enum Bed {
     Loopback(Box<Loopback>),
     /// A model of it.
     Simulated(Box<Simulated>),
+    /// Under KVM, too, and moved by QEMU.
+    Qemu(Box<QemuBed>),
 }
 
 impl Bed {
@@ -60,11 +66,25 @@ impl Bed {
         Ok(Self::Simulated(Box::new(simulated)))
     }
 
-    /// The guest's speed over a second; `None` in the simulator.
+    /// Two QEMUs, and the same guest in one of them.
+    ///
+    /// # Errors
+    /// One of them does not start, or somebody wants to end.
+    pub(crate) fn qemu(
+        setup: &Setup,
+        way: QemuWay,
+        program: &Path,
+        interrupt: &Interrupt,
+    ) -> anyhow::Result<Self> {
+        let bed = QemuBed::start(setup, way, program, interrupt)?;
+        Ok(Self::Qemu(Box::new(bed)))
+    }
+
+    /// The guest's speed over a second; `None` but between daemons.
     pub(crate) fn speed(&self) -> anyhow::Result<Option<f64>> {
         match self {
             Self::Loopback(loopback) => loopback.speed().map(Some),
-            Self::Simulated(_) => Ok(None),
+            Self::Simulated(_) | Self::Qemu(_) => Ok(None),
         }
     }
 
@@ -78,14 +98,16 @@ impl Bed {
         match self {
             Self::Loopback(loopback) => loopback.make_move(number, mode, title),
             Self::Simulated(simulated) => Ok(simulated.make_move(number, mode)),
+            // Its variant is the mode.
+            Self::Qemu(qemu) => qemu.make_move(number),
         }
     }
 
-    /// What the daemons hold compared with what they held; `None` in the simulator.
+    /// What the daemons hold compared with what they held; `None` without any.
     pub(crate) fn growth(&self) -> anyhow::Result<Option<Growth>> {
         match self {
             Self::Loopback(loopback) => loopback.growth().map(Some),
-            Self::Simulated(_) => Ok(None),
+            Self::Simulated(_) | Self::Qemu(_) => Ok(None),
         }
     }
 }

@@ -1,6 +1,6 @@
 //! `limosa lab`: experiments that are described by a plan, can be interrupted, and end in a report.
 //!
-//! Each run has a bed of its own: two daemons and a guest that has touched its memory, one move from
+//! Each run has a bed of its own: two daemons (or two QEMUs) and a guest that has touched its memory, one move from
 //! a to b, and everything is taken down again. So no run sees what an earlier one left in a daemon,
 //! and each can stand at any place of the order. What is kept and how is `limosa-lab`'s matter.
 //!
@@ -17,6 +17,7 @@ mod progress;
 
 pub(crate) use arguments::Arguments;
 
+use crate::bed::qemu::program;
 use crate::bed::{self, Bed, Interrupt, Interrupted};
 use crate::output::Output;
 use anyhow::{Context, Result, anyhow, bail};
@@ -29,7 +30,7 @@ use limosa_lab::store::{self, Start, Store, timestamp};
 use outcome::Outcome;
 use progress::Progress;
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
 /// Runs that cannot be measured, one after the other, after which the next ones will not be either.
@@ -52,7 +53,17 @@ pub(crate) fn run(arguments: &Arguments, output: impl Fn(bool) -> Output) -> Res
 fn make_runs(arguments: &Run, output: Output) -> Result<()> {
     let (text, plan) = read_plan(&arguments.plan)?;
     let simulated = is_simulated(&plan, arguments.simulate)?;
-    let interrupt = Interrupt::install()?;
+    let way = Way {
+        simulated,
+        qemu: arguments
+            .qemu
+            .clone()
+            .unwrap_or_else(|| program::USUAL.into()),
+        interrupt: Interrupt::install()?,
+    };
+    if plan.has_qemu() {
+        program::check(&way.qemu)?;
+    }
     let start = Start {
         begun: timestamp(SystemTime::now()),
         command: std::env::args().collect::<Vec<_>>().join(" "),
@@ -62,20 +73,23 @@ fn make_runs(arguments: &Run, output: Output) -> Result<()> {
         simulated,
     };
     let mut store = Store::open(&arguments.out, &text, &plan, start)?;
-    let made = experiment(&plan, simulated, &mut store, &interrupt)?;
+    let made = experiment(&plan, &way, &mut store)?;
     let results = store.into_results();
     let outcome = Outcome::write(&arguments.out, &results, made)?;
     outcome.print(output)?;
     outcome.verdict()
 }
 
-/// Makes the runs that are missing; how many that were.
-fn experiment(
-    plan: &Plan,
+/// How all runs are made.
+struct Way {
     simulated: bool,
-    store: &mut Store,
-    interrupt: &Interrupt,
-) -> Result<usize> {
+    /// The program of the comparison.
+    qemu: PathBuf,
+    interrupt: Interrupt,
+}
+
+/// Makes the runs that are missing; how many that were.
+fn experiment(plan: &Plan, way: &Way, store: &mut Store) -> Result<usize> {
     let missing = schedule::runs(plan);
     let missing: Vec<_> = missing.into_iter().filter(|run| !store.has(run)).collect();
     let mut progress = Progress::begin(plan, missing.len());
@@ -83,9 +97,10 @@ fn experiment(
     for run in &missing {
         let cell = &plan.cells[run.cell_index];
         let title = progress.starting(cell);
-        let measured = measure(plan, run, simulated, &title, interrupt);
+        let measured = measure(plan, run, way, &title);
         // What failed because somebody wants to end is no result.
-        if interrupt.check().is_err() || measured.as_ref().is_err_and(|one| one.is::<Interrupted>())
+        if way.interrupt.check().is_err()
+            || measured.as_ref().is_err_and(|one| one.is::<Interrupted>())
         {
             let (done, runs) = (progress.done(), plan.runs());
             bail!(
@@ -113,13 +128,7 @@ fn experiment(
 }
 
 /// One run on a bed of its own.
-fn measure(
-    plan: &Plan,
-    run: &schedule::Run,
-    simulated: bool,
-    title: &str,
-    interrupt: &Interrupt,
-) -> Result<MoveRecord> {
+fn measure(plan: &Plan, run: &schedule::Run, way: &Way, title: &str) -> Result<MoveRecord> {
     let cell = &plan.cells[run.cell_index];
     let workload = &plan.workloads[&cell.workload];
     // Other choices of the guest in each repeat, and the same ones for all cells of it.
@@ -138,10 +147,10 @@ fn measure(
         verify: plan.verify,
         seed,
     };
-    let mut bed = if simulated {
-        Bed::simulated(&setup, workload)?
-    } else {
-        Bed::real(&setup, interrupt)?
+    let mut bed = match cell.qemu {
+        _ if way.simulated => Bed::simulated(&setup, workload)?,
+        Some(qemu) => Bed::qemu(&setup, qemu, &way.qemu, &way.interrupt)?,
+        None => Bed::real(&setup, &way.interrupt)?,
     };
     bed.make_move(run.number, cell.technique, title)
 }

@@ -1,8 +1,8 @@
 //! Experiments as their user runs them: the program, plans of this repository, directories that are
 //! cut, foreign or interrupted.
 //!
-//! All but one test use the simulator. The one that moves real guests prints `skipped` without
-//! `/dev/kvm`.
+//! All but two tests use the simulator. Those that move real guests print `skipped` without
+//! `/dev/kvm`, and the one with QEMU without QEMU.
 #![allow(clippy::unwrap_used)]
 
 use rustix::process::{Pid, Signal, kill_process};
@@ -247,6 +247,79 @@ fn real_guests_are_moved_and_nothing_is_left_behind() {
     assert_eq!(fs::read_dir(temporary.path()).unwrap().count(), 0);
     let left = processes_that_name(temporary.path());
     assert!(left.is_empty(), "{left:?}");
+}
+
+const BOTH: &str = r#"
+question = "Do both arrive?"
+repeats = 1
+verify = false
+
+[workloads.busy]
+guest = "writer"
+working_set = "8M"
+rate = 2000
+rest = "spin"
+
+[[matrix]]
+techniques = ["pre-copy"]
+workloads = ["busy"]
+memory = ["64M"]
+
+[[matrix]]
+vmm = "qemu"
+variants = ["multifd"]
+workloads = ["busy"]
+memory = ["64M"]
+"#;
+
+#[test]
+fn qemu_and_limosa_move_the_same_guest_and_nothing_is_left_behind() {
+    let has_qemu = Command::new("qemu-system-x86_64").arg("--version").output();
+    if !has_kvm() || has_qemu.is_err() {
+        println!("skipped: no /dev/kvm, or no QEMU");
+        return;
+    }
+    let directory = tempfile::tempdir().unwrap();
+    let (plan, out) = (directory.path().join("p.toml"), directory.path().join("o"));
+    let temporary = tempfile::Builder::new().prefix("lab").tempdir().unwrap();
+    fs::write(&plan, BOTH).unwrap();
+    let mut command = lab(&["run", "--json", "--out"]);
+    command.arg(&out).arg(&plan).env("TMPDIR", temporary.path());
+    let output = command.output().unwrap();
+    assert!(output.status.success(), "{}", said(&output));
+    let answer: Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(answer["completed"], 2);
+    let gap = &answer["comparisons"][0]["lines"][0];
+    assert_eq!(gap["figure"], "guest_gap_ms");
+    assert_eq!(gap["best"]["variant"], "multifd \u{2264} 300 ms", "{gap}");
+    let pairs = lines(&out.join("pairs.csv"));
+    assert_eq!(pairs.len(), 7, "{pairs:?}");
+    for line in lines(&out.join("results.jsonl")) {
+        let record = record(&line);
+        assert_eq!(record["integrity_errors"], 0);
+        assert!(record["swept_pages"].as_u64().unwrap() >= 2048, "{record}");
+        let is_ours = record["qemu"].is_null();
+        assert_eq!(record["eviction_ms"].is_null(), !is_ours, "{record}");
+    }
+    assert_eq!(fs::read_dir(temporary.path()).unwrap().count(), 0);
+    let left = processes_that_name(temporary.path());
+    assert!(left.is_empty(), "{left:?}");
+}
+
+#[test]
+fn a_comparison_without_its_peer_says_what_is_missing() {
+    let directory = tempfile::tempdir().unwrap();
+    let (plan, out) = (directory.path().join("p.toml"), directory.path().join("o"));
+    fs::write(&plan, BOTH).unwrap();
+    refused(&simulate(&plan, &out), "the simulator has no model of QEMU");
+    if !has_kvm() {
+        println!("skipped: no /dev/kvm");
+        return;
+    }
+    let mut command = lab(&["run", "--qemu", "/nonexistent/qemu", "--out"]);
+    let output = command.arg(&out).arg(&plan).output().unwrap();
+    refused(&output, "on Debian install qemu-system-x86");
+    assert!(!out.exists(), "nothing was begun");
 }
 
 fn has_kvm() -> bool {

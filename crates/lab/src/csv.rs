@@ -26,7 +26,18 @@ const COLUMNS: &[Column] = &[
     ("number", |run| run.number.to_string()),
     ("finished", |run| run.finished.clone()),
     ("start", |run| run.start.to_string()),
+    ("vmm", |run| {
+        let is_qemu = run.cell.qemu.is_some();
+        (if is_qemu { "qemu" } else { "limosa" }).to_owned()
+    }),
+    ("row", |run| shown(run.cell.row.as_ref())),
     ("technique", |run| run.cell.technique.name().to_owned()),
+    ("variant", |run| {
+        shown(run.cell.qemu.map(|qemu| qemu.variant.name()))
+    }),
+    ("downtime_limit_ms", |run| {
+        shown(run.cell.qemu.map(|qemu| qemu.downtime_limit_ms))
+    }),
     ("workload", |run| run.cell.workload.clone()),
     ("memory_bytes", |run| run.cell.memory_bytes.to_string()),
     ("vcpus", |run| run.cell.vcpus.to_string()),
@@ -44,9 +55,7 @@ const COLUMNS: &[Column] = &[
     ("pause_reason", |run| {
         of(run, |one| Some(word(&one.pause_reason?)))
     }),
-    ("preparation_ms", |run| {
-        of(run, |one| Some(one.preparation_ms))
-    }),
+    ("preparation_ms", |run| of(run, |one| one.preparation_ms)),
     ("downtime_ms", |run| {
         of(run, |one| Some(one.downtime_ms?.total))
     }),
@@ -74,11 +83,9 @@ const COLUMNS: &[Column] = &[
     ("predicted_downtime_ms", |run| {
         of(run, |one| one.predicted_downtime_ms)
     }),
-    ("fixed_cost_ms", |run| {
-        of(run, |one| Some(one.fixed_cost_ms))
-    }),
+    ("fixed_cost_ms", |run| of(run, |one| one.fixed_cost_ms)),
     ("rehearsal_stall_ms", |run| {
-        of(run, |one| Some(one.rehearsal_stall_ms))
+        of(run, |one| one.rehearsal_stall_ms)
     }),
     ("guest_gap_ms", |run| of(run, |one| one.guest_gap_ms)),
     ("heartbeat_gap_ms", |run| {
@@ -87,16 +94,18 @@ const COLUMNS: &[Column] = &[
     ("worst_stall_ms", |run| of(run, |one| one.worst_stall_ms)),
     ("resume_ms", |run| of(run, |one| one.resume_ms)),
     ("total_ms", |run| of(run, |one| Some(one.total_ms))),
-    ("eviction_ms", |run| of(run, |one| Some(one.eviction_ms))),
-    ("rounds", |run| of(run, |one| Some(one.rounds.len()))),
+    ("eviction_ms", |run| of(run, |one| one.eviction_ms)),
+    ("rounds", |run| {
+        of(run, |one| Some(one.rounds.as_ref()?.len()))
+    }),
     ("mode_changes", |run| {
-        of(run, |one| Some(one.mode_changes.len()))
+        of(run, |one| Some(one.mode_changes.as_ref()?.len()))
     }),
     ("missing_at_switch", |run| {
-        of(run, |one| Some(one.missing_at_switch))
+        of(run, |one| one.missing_at_switch)
     }),
     ("missing_set_bytes", |run| {
-        of(run, |one| Some(one.missing_set_bytes))
+        of(run, |one| one.missing_set_bytes)
     }),
     ("pulled_pages", |run| of(run, |one| one.pulled_pages)),
     ("pushed_before_need", |run| {
@@ -117,10 +126,10 @@ const COLUMNS: &[Column] = &[
     ("first_fault_stall_ms", |run| {
         of(run, |one| one.first_fault_stall_ms)
     }),
-    ("pages_sent", |run| of(run, |one| Some(one.pages_sent))),
-    ("pages_resent", |run| of(run, |one| Some(one.pages_resent))),
-    ("wire_bytes", |run| of(run, |one| Some(one.wire_bytes))),
-    ("state_bytes", |run| of(run, |one| Some(one.state_bytes))),
+    ("pages_sent", |run| of(run, |one| one.pages_sent)),
+    ("pages_resent", |run| of(run, |one| one.pages_resent)),
+    ("wire_bytes", |run| of(run, |one| one.wire_bytes)),
+    ("state_bytes", |run| of(run, |one| one.state_bytes)),
     ("work_per_s_before", |run| {
         of(run, |one| one.guest_writes_per_s.before)
     }),
@@ -136,6 +145,15 @@ const COLUMNS: &[Column] = &[
     ("swept_pages", |run| of(run, |one| one.swept_pages)),
     ("memory_digest_equal", |run| {
         of(run, |one| one.memory_digest_equal)
+    }),
+    ("qemu_downtime_ms", |run| {
+        of(run, |one| one.qemu.as_ref()?.downtime_ms)
+    }),
+    ("qemu_passes", |run| {
+        of(run, |one| one.qemu.as_ref()?.passes)
+    }),
+    ("qemu_version", |run| {
+        of(run, |one| Some(one.qemu.as_ref()?.version.clone()))
     }),
 ];
 
@@ -154,7 +172,7 @@ fn word<T: Serialize>(value: &T) -> String {
     json.as_str().unwrap_or_default().to_owned()
 }
 
-fn line(fields: impl Iterator<Item = String>) -> String {
+pub(crate) fn line(fields: impl Iterator<Item = String>) -> String {
     let fields: Vec<String> = fields.map(|field| quoted(&field)).collect();
     fields.join(",") + "\n"
 }

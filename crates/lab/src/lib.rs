@@ -18,8 +18,10 @@
 pub mod csv;
 pub mod machine;
 pub mod plan;
+pub mod qemu;
 pub mod record;
 pub mod report;
+pub mod rows;
 #[cfg(test)]
 mod sample;
 pub mod schedule;

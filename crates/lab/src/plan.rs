@@ -11,9 +11,11 @@
 //! Deliberately absent: defaults that differ from those of the commands.
 
 mod text;
+mod ways;
 
+use crate::qemu::{QemuWay, Variant};
 use crate::values::{Milliseconds, PageRate, Rate, Size};
-use crate::workload::{Content, GuestProgram, Pattern, Workload};
+use crate::workload::{Content, GuestProgram, Pattern, Rest, Workload};
 use limosa_engine::policy::Mode;
 use limosa_host::api::{Compression, TrackerKind};
 use limosa_pages::{ByteCount, BytesPerSecond};
@@ -21,6 +23,7 @@ use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::fmt;
 use text::Text;
+use ways::Way;
 
 /// Runs of one plan: at some seconds each, more than a day of them is a mistake.
 const RUNS_MAX: usize = 20_000;
@@ -61,7 +64,7 @@ pub enum BedKind {
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Cell {
-    /// The technique.
+    /// The technique; of QEMU, what its variant is most like.
     pub technique: Mode,
     /// Name of what the guest does.
     pub workload: String,
@@ -81,9 +84,26 @@ pub struct Cell {
     /// Who notices which pages the guest writes.
     #[serde(default)]
     pub dirty_tracker: TrackerKind,
+    /// How QEMU moves the guest, if it is QEMU's.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub qemu: Option<QemuWay>,
+    /// The row of a comparison in which it stands, if it has a name.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub row: Option<String>,
 }
 
 impl Cell {
+    /// How it is moved, in words: a technique, or QEMU with a variant.
+    pub fn way(&self) -> String {
+        self.qemu.map_or_else(
+            || self.technique.name().to_owned(),
+            |qemu| {
+                let limit = qemu.downtime_limit_ms;
+                format!("QEMU {} \u{2264} {limit} ms", qemu.variant.name())
+            },
+        )
+    }
+
     /// The link in words.
     pub fn link_text(&self) -> String {
         self.link.map_or_else(
@@ -110,22 +130,26 @@ impl fmt::Display for Cell {
         write!(
             f,
             "{} of {} with {} and {}, link {}, {}",
-            self.technique.name(),
+            self.way(),
             self.workload,
             ByteCount::new(self.memory_bytes),
             counted(self.vcpus, "vCPU"),
             self.link_text(),
             counted(self.streams, "stream"),
         )?;
-        if self.compress != Compression::Auto {
+        // Of QEMU, its variant says it.
+        if self.compress != Compression::Auto && self.qemu.is_none() {
             write!(f, ", compress {}", self.compress.name())?;
         }
         if self.huge_pages {
             f.write_str(", huge pages")?;
         }
-        match self.dirty_tracker {
-            TrackerKind::Bitmap => Ok(()),
-            other => write!(f, ", dirty tracker {other}"),
+        if self.dirty_tracker != TrackerKind::default() {
+            write!(f, ", dirty tracker {}", self.dirty_tracker)?;
+        }
+        match &self.row {
+            None => Ok(()),
+            Some(row) => write!(f, " ({row})"),
         }
     }
 }
@@ -167,8 +191,17 @@ impl Plan {
         self.cells.len() * self.repeats as usize
     }
 
+    /// Whether QEMU makes some of its moves.
+    pub fn has_qemu(&self) -> bool {
+        self.cells.iter().any(|cell| cell.qemu.is_some())
+    }
+
     /// Why the simulator cannot do this; `None` if it can.
     pub fn simulator_problem(&self) -> Option<String> {
+        if self.has_qemu() {
+            let problem = "the simulator has no model of QEMU: such a comparison needs KVM";
+            return Some(problem.to_owned());
+        }
         if let Some(problem) = self.cells.iter().find_map(Cell::unknown_to_simulator) {
             return Some(problem.to_owned());
         }
@@ -213,27 +246,42 @@ struct WorkloadTable {
     rate: Option<Text<PageRate>>,
     pattern: Option<Text<Pattern>>,
     content: Option<Text<Content>>,
+    #[serde(default)]
+    rest: Option<Text<Rest>>,
 }
 
 /// One `[[matrix]]`.
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct MatrixTable {
-    techniques: Vec<Mode>,
+    #[serde(default)]
+    vmm: Vmm,
+    row: Option<String>,
+    techniques: Option<Vec<Mode>>,
+    variants: Option<Vec<Variant>>,
+    downtime_limits: Option<Vec<Text<Milliseconds>>>,
+    cancel_after: Option<Text<Milliseconds>>,
     workloads: Vec<String>,
     memory: Vec<Text<Size>>,
     #[serde(default = "vcpus_default")]
     vcpus: Vec<u8>,
     #[serde(default = "links_default")]
     links: Vec<Text<Link>>,
-    #[serde(default = "streams_default")]
-    streams: Vec<u8>,
-    #[serde(default = "compress_default")]
-    compress: Vec<Compression>,
+    streams: Option<Vec<u8>>,
+    compress: Option<Vec<Compression>>,
     #[serde(default = "huge_pages_default")]
     huge_pages: Vec<bool>,
     #[serde(default = "dirty_trackers_default")]
     dirty_trackers: Vec<TrackerKind>,
+}
+
+/// Who moves the guests.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+enum Vmm {
+    #[default]
+    Limosa,
+    Qemu,
 }
 
 /// A rate, or `unlimited`.
@@ -277,23 +325,12 @@ fn links_default() -> Vec<Text<Link>> {
     vec![Text(Link(None))]
 }
 
-/// As the daemon's.
-fn streams_default() -> Vec<u8> {
-    vec![2]
-}
-
-/// As the daemon's.
 fn huge_pages_default() -> Vec<bool> {
     vec![false]
 }
 
 fn dirty_trackers_default() -> Vec<TrackerKind> {
     vec![TrackerKind::default()]
-}
-
-/// As the daemon's.
-fn compress_default() -> Vec<Compression> {
-    vec![Compression::Auto]
 }
 
 fn parsed<T: std::str::FromStr<Err = String>>(text: &str) -> T {
@@ -372,9 +409,9 @@ impl WorkloadTable {
         ];
         if let Some((key, _)) = wrong.into_iter().find(|(_, is_wrong)| *is_wrong) {
             let takes = match guest {
-                GuestProgram::Writer => "working_set, touch, rate, pattern, content",
-                GuestProgram::Compute => "working_set, rate",
-                GuestProgram::Idle => "nothing",
+                GuestProgram::Writer => "working_set, touch, rate, pattern, content, rest",
+                GuestProgram::Compute => "working_set, rate, rest",
+                GuestProgram::Idle => "rest",
             };
             let guest = guest.name();
             return Err(format!(
@@ -390,6 +427,7 @@ impl WorkloadTable {
             rate: self.rate.map_or_else(|| parsed("50000"), |text| text.0),
             pattern: self.pattern.map_or(Pattern::Uniform, |text| text.0),
             content: self.content.map_or(Content::Noise, |text| text.0),
+            rest: self.rest.map_or(Rest::Wait, |text| text.0),
         })
     }
 }
@@ -401,8 +439,9 @@ impl MatrixTable {
         workloads: &BTreeMap<String, Workload>,
         cells: &mut Vec<Cell>,
     ) -> Result<(), String> {
-        for index in 0..self.check(workloads)? {
-            let cell = self.cell(index);
+        let ways = self.ways()?;
+        for index in 0..self.check(workloads, ways.len())? {
+            let cell = self.cell(index, &ways);
             if cells.contains(&cell) {
                 return Err(format!("{cell} stands there twice"));
             }
@@ -411,20 +450,23 @@ impl MatrixTable {
         Ok(())
     }
 
-    /// The cell of that index: a number whose digits choose from the lists, the last one a technique.
-    fn cell(&self, index: usize) -> Cell {
+    /// The cell of that index: a number whose digits choose from the lists, the last one a way.
+    fn cell(&self, index: usize, ways: &[Way]) -> Cell {
         let mut rest = index;
         let mut digit = |base: usize| {
             let digit = rest % base;
             rest /= base;
             digit
         };
+        let way = &ways[digit(ways.len())];
         Cell {
-            technique: self.techniques[digit(self.techniques.len())],
-            compress: self.compress[digit(self.compress.len())],
+            technique: way.technique,
+            compress: way.compress,
+            streams: way.streams,
+            qemu: way.qemu,
+            row: self.row.clone(),
             huge_pages: self.huge_pages[digit(self.huge_pages.len())],
             dirty_tracker: self.dirty_trackers[digit(self.dirty_trackers.len())],
-            streams: self.streams[digit(self.streams.len())],
             link: self.links[digit(self.links.len())].0.0,
             vcpus: self.vcpus[digit(self.vcpus.len())],
             memory_bytes: self.memory[digit(self.memory.len())].0.bytes(),
@@ -433,15 +475,13 @@ impl MatrixTable {
     }
 
     /// How many cells it has.
-    fn check(&self, workloads: &BTreeMap<String, Workload>) -> Result<usize, String> {
+    fn check(&self, workloads: &BTreeMap<String, Workload>, ways: usize) -> Result<usize, String> {
         let lists = [
-            ("techniques", self.techniques.len()),
+            ("ways", ways),
             ("workloads", self.workloads.len()),
             ("memory", self.memory.len()),
             ("vcpus", self.vcpus.len()),
             ("links", self.links.len()),
-            ("streams", self.streams.len()),
-            ("compress", self.compress.len()),
             ("huge_pages", self.huge_pages.len()),
             ("dirty_trackers", self.dirty_trackers.len()),
         ];
@@ -456,9 +496,6 @@ impl MatrixTable {
         }
         if let Some(vcpus) = self.vcpus.iter().find(|one| !(1..=8).contains(*one)) {
             return Err(format!("vcpus has {vcpus}: a guest has 1 to 8"));
-        }
-        if let Some(streams) = self.streams.iter().find(|one| !(1..=16).contains(*one)) {
-            return Err(format!("streams has {streams}: a move uses 1 to 16"));
         }
         for name in &self.workloads {
             let Some(workload) = workloads.get(name) else {

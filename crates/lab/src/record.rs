@@ -1,9 +1,10 @@
 //! What is written to files about each move.
 //!
-//! One object a move, with the engine's report and what the guest and an observer saw side by
-//! side. A value that could not be measured is `null`, never a made-up zero. The names are part of
+//! One object a move, with the engine's report (or what QEMU says) and what the guest and an observer
+//! saw side by side. A value that could not be measured is `null`, never a made-up zero. The names are part of
 //! the program's interface: `docs/demo.md` explains each of them.
 
+use crate::qemu::QemuFigures;
 use limosa_engine::policy::{Mode, PauseReason};
 use limosa_host::api::{
     Compression, Downtime, FaultLatency, ModeChange, Report, Round, TrackerKind,
@@ -92,7 +93,7 @@ pub struct MoveRecord {
     /// Why the guest was paused when it was.
     pub pause_reason: Option<PauseReason>,
     /// From the request to the first page.
-    pub preparation_ms: f64,
+    pub preparation_ms: Option<f64>,
     /// The downtime as the hosts measured it, by parts.
     pub downtime_ms: Option<Downtime>,
     /// The switch as the guest saw it.
@@ -106,15 +107,15 @@ pub struct MoveRecord {
     /// From the request until the guest ran at the target with all its pages.
     pub total_ms: f64,
     /// From the request until the source held nothing.
-    pub eviction_ms: f64,
+    pub eviction_ms: Option<f64>,
     /// The rounds in order.
-    pub rounds: Vec<Round>,
+    pub rounds: Option<Vec<Round>>,
     /// How the technique changed on the way, in order.
-    pub mode_changes: Vec<ModeChange>,
+    pub mode_changes: Option<Vec<ModeChange>>,
     /// Pages that the target did not have when the guest ran there.
-    pub missing_at_switch: u64,
+    pub missing_at_switch: Option<u64>,
     /// Bytes that told the target which pages those are.
-    pub missing_set_bytes: u64,
+    pub missing_set_bytes: Option<u64>,
     /// Missing pages that came because the guest waited for them; `null` if none were missing.
     pub pulled_pages: Option<u64>,
     /// Missing pages that were there before the guest needed them.
@@ -126,13 +127,13 @@ pub struct MoveRecord {
     /// How long the first of these waits took.
     pub first_fault_stall_ms: Option<f64>,
     /// Pages sent over all rounds and for faults, repetitions included.
-    pub pages_sent: u64,
+    pub pages_sent: Option<u64>,
     /// Pages sent again.
-    pub pages_resent: u64,
+    pub pages_resent: Option<u64>,
     /// Bytes on the wire.
-    pub wire_bytes: u64,
+    pub wire_bytes: Option<u64>,
     /// Bytes of the state sections.
-    pub state_bytes: u64,
+    pub state_bytes: Option<u64>,
     /// The guest's speed.
     pub guest_writes_per_s: WriteRates,
     /// Failed checks of the guest, a full sweep included.
@@ -144,9 +145,29 @@ pub struct MoveRecord {
     /// The downtime that was expected when the guest was paused.
     pub predicted_downtime_ms: Option<f64>,
     /// The part of it that does not depend on pages.
-    pub fixed_cost_ms: f64,
+    pub fixed_cost_ms: Option<f64>,
     /// How long the guest stood for the rehearsal.
-    pub rehearsal_stall_ms: f64,
+    pub rehearsal_stall_ms: Option<f64>,
+    /// What QEMU says, if it made the move.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub qemu: Option<QemuFigures>,
+}
+
+/// How a move of QEMU ended.
+#[derive(Clone, Debug, PartialEq)]
+pub struct QemuEnd {
+    /// Completed, cancelled or failed.
+    pub outcome: String,
+    /// Why, if it was not completed.
+    pub reason: Option<String>,
+    /// From the request until the guest ran at the target with all its pages, or the end.
+    pub total_ms: f64,
+    /// Until it sent the first page, as it says.
+    pub setup_ms: Option<f64>,
+    /// Bytes that it sent, as it says.
+    pub wire_bytes: Option<u64>,
+    /// All else that it says.
+    pub figures: QemuFigures,
 }
 
 impl MoveRecord {
@@ -167,34 +188,68 @@ impl MoveRecord {
             outcome: report.outcome.unwrap_or_else(|| "unfinished".to_owned()),
             reason: report.reason,
             pause_reason: report.pause_reason,
-            preparation_ms: report.preparation_ms,
+            preparation_ms: Some(report.preparation_ms),
             downtime_ms: report.downtime_ms,
             guest_gap_ms: observed.guest_gap_ms,
             heartbeat_gap_ms: observed.heartbeat_gap_ms,
             worst_stall_ms: observed.worst_stall_ms,
             resume_ms: observed.resume_ms,
             total_ms: report.total_ms,
-            eviction_ms: report.eviction_ms,
-            rounds: report.rounds,
-            mode_changes: report.mode_changes,
-            missing_at_switch: report.missing_at_switch,
-            missing_set_bytes: report.missing_set_bytes,
+            eviction_ms: Some(report.eviction_ms),
+            rounds: Some(report.rounds),
+            mode_changes: Some(report.mode_changes),
+            missing_at_switch: Some(report.missing_at_switch),
+            missing_set_bytes: Some(report.missing_set_bytes),
             pulled_pages: report.pulled_pages,
             pushed_before_need: report.pushed_before_need,
             network_fault_share: report.network_fault_share,
             fault_latency_us: report.fault_latency_us,
             first_fault_stall_ms: report.first_fault_stall_ms,
-            pages_sent: report.pages_sent,
-            pages_resent: report.pages_resent,
-            wire_bytes: report.wire_bytes,
-            state_bytes: report.state_bytes,
+            pages_sent: Some(report.pages_sent),
+            pages_resent: Some(report.pages_resent),
+            wire_bytes: Some(report.wire_bytes),
+            state_bytes: Some(report.state_bytes),
             guest_writes_per_s: observed.writes,
             integrity_errors: checked.errors,
             swept_pages: checked.swept_pages,
             memory_digest_equal: report.digest_equal,
             predicted_downtime_ms: report.predicted_downtime_ms,
-            fixed_cost_ms: report.fixed_cost_ms,
-            rehearsal_stall_ms: report.rehearsal_stall_ms,
+            fixed_cost_ms: Some(report.fixed_cost_ms),
+            rehearsal_stall_ms: Some(report.rehearsal_stall_ms),
+            qemu: None,
+        }
+    }
+
+    /// A move that QEMU made; what it cannot tell stays absent. `total_ms` is measured by us.
+    pub fn of_qemu(
+        number: u32,
+        way: (&str, &str),
+        mode: Mode,
+        ended: QemuEnd,
+        observed: Observed,
+        checked: Checked,
+    ) -> Self {
+        let report = Report {
+            outcome: Some(ended.outcome),
+            reason: ended.reason,
+            total_ms: ended.total_ms,
+            ..Report::default()
+        };
+        Self {
+            preparation_ms: ended.setup_ms,
+            eviction_ms: None,
+            rounds: None,
+            mode_changes: None,
+            missing_at_switch: None,
+            missing_set_bytes: None,
+            pages_sent: None,
+            pages_resent: None,
+            wire_bytes: ended.wire_bytes,
+            state_bytes: None,
+            fixed_cost_ms: None,
+            rehearsal_stall_ms: None,
+            qemu: Some(ended.figures),
+            ..Self::new(number, way, mode, report, observed, checked)
         }
     }
 

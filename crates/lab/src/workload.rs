@@ -149,6 +149,41 @@ impl FromStr for Content {
     }
 }
 
+/// How the guest passes the time in which nothing is due.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Rest {
+    /// It sleeps on the host.
+    #[default]
+    Wait,
+    /// It looks at the clock, so that it sees every stall.
+    Spin,
+}
+
+impl Rest {
+    /// All of them.
+    pub const ALL: [Self; 2] = [Self::Wait, Self::Spin];
+
+    /// As it is typed.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Wait => "wait",
+            Self::Spin => "spin",
+        }
+    }
+}
+
+impl FromStr for Rest {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let known = Self::ALL.into_iter();
+        known
+            .clone()
+            .find(|rest| rest.name() == text)
+            .ok_or_else(|| one_of("way to rest", known.map(Self::name)))
+    }
+}
+
 /// A guest and what it does.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Workload {
@@ -164,11 +199,21 @@ pub struct Workload {
     pub pattern: Pattern,
     /// What fills the writer's pages.
     pub content: Content,
+    /// What it does when nothing is due.
+    pub rest: Rest,
 }
 
 impl Workload {
     /// The arguments of the guest program; `seed` is that of its choices.
     pub fn arguments(&self, seed: u64) -> String {
+        let work = self.work(seed);
+        match self.rest {
+            Rest::Wait => work,
+            Rest::Spin => format!("{work} rest=spin").trim_start().to_owned(),
+        }
+    }
+
+    fn work(&self, seed: u64) -> String {
         let (set, rate) = (self.working_set.bytes(), self.rate);
         match self.guest {
             GuestProgram::Idle => String::new(),
@@ -212,7 +257,14 @@ mod tests {
             rate: PageRate::Max,
             pattern: Pattern::Sequential,
             content: Content::Text,
+            rest: Rest::Wait,
         };
+        let spinning = Workload {
+            rest: Rest::Spin,
+            ..workload
+        };
+        let both = format!("{} rest=spin", workload.arguments(7));
+        assert_eq!(spinning.arguments(7), both.trim_start());
         let text = format!("{} {}", workload.arguments(7), workload.touched_bytes());
         assert_eq!(text, expect);
     }

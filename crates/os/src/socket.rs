@@ -40,6 +40,16 @@ pub fn set_unacknowledged_max(socket: &impl AsFd, limit: Duration) -> io::Result
     )
 }
 
+/// Sends no faster than so many bytes a second (`SO_MAX_PACING_RATE`, socket(7)): the kernel spaces the
+/// segments, so that a full send buffer holds its writer back.
+///
+/// # Errors
+/// It is no socket.
+pub fn set_send_rate(socket: &impl AsFd, bytes_per_second: u64) -> io::Result<()> {
+    let rate = usize::try_from(bytes_per_second).unwrap_or(usize::MAX);
+    set_number(socket, libc::SOL_SOCKET, libc::SO_MAX_PACING_RATE, rate)
+}
+
 fn set_buffer(socket: &impl AsFd, option: libc::c_int, bytes: usize) -> io::Result<()> {
     set_number(socket, libc::SOL_SOCKET, option, bytes)
 }

@@ -7,7 +7,7 @@ use limosa_engine::policy::Mode;
 use limosa_host::api::{Compression, TrackerKind};
 use limosa_lab::record::Setup;
 use limosa_lab::values::{Milliseconds, PageRate, Rate, Size, compression, mode};
-use limosa_lab::workload::{Content, GuestProgram, Pattern, Workload};
+use limosa_lab::workload::{Content, GuestProgram, Pattern, Rest, Workload};
 use std::path::PathBuf;
 
 /// Move a running virtual machine there and back between two hosts, and measure what it notices.
@@ -120,6 +120,7 @@ impl Arguments {
             bail!("--content needs --guest writer");
         }
         Ok(Workload {
+            rest: Rest::Wait,
             guest: self.guest,
             working_set: self.working_set,
             touch: self.touch,

@@ -25,14 +25,16 @@ pub(crate) fn move_line(record: &MoveRecord) -> String {
     add(format!("downtime {}", ms(downtime)));
     add(format!("guest gap {}", ms(record.guest_gap_ms)));
     add(format!("total {}", ms(Some(record.total_ms))));
-    add(format!("{} rounds", record.rounds.len()));
+    add(format!("{} rounds", record.rounds.iter().flatten().count()));
     if let Some(pulled) = record.pulled_pages {
         add(format!("{} pages pulled", count(pulled)));
     }
-    if let Some(change) = record.mode_changes.first() {
+    if let Some(change) = record.mode_changes.iter().flatten().next() {
         add(format!("{} → {}", change.from, change.to));
     }
-    add(ByteCount::new(record.wire_bytes).to_string());
+    if let Some(bytes) = record.wire_bytes {
+        add(ByteCount::new(bytes).to_string());
+    }
     add(format!("errors {}", record.integrity_errors));
     add(match record.memory_digest_equal {
         Some(true) => "digests equal".to_owned(),
@@ -210,7 +212,7 @@ mod tests {
     #[test]
     fn a_line_says_what_matters() {
         let mut one = record(Mode::PreCopy, 3.456, 3.0);
-        one.wire_bytes = 257 << 20;
+        one.wire_bytes = Some(257 << 20);
         assert_eq!(
             move_line(&one),
             "   1  a → b  pre-copy        completed  downtime 3.00 ms  guest gap 3.46 ms  \
@@ -222,12 +224,12 @@ mod tests {
     fn a_line_tells_of_pages_that_were_waited_for_and_of_a_change() {
         let mut one = record(Mode::Auto, 3.456, 3.0);
         one.pulled_pages = Some(1234);
-        one.mode_changes = vec![ModeChange {
+        one.mode_changes = Some(vec![ModeChange {
             at_ms: 1.0,
             from: Mode::PreCopy,
             to: Mode::Hybrid,
             reason: String::new(),
-        }];
+        }]);
         let line = move_line(&one);
         assert!(
             line.contains("0 rounds  1,234 pages pulled  pre-copy → hybrid  "),

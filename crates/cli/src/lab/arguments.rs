@@ -24,8 +24,8 @@ pub(crate) struct Arguments {
 pub(crate) enum Command {
     /// Make the runs of a plan that are not yet in a directory, then write the report
     ///
-    /// Each run starts two daemons and a guest on this machine, moves the guest once and takes
-    /// everything down. Results are kept as they come: interrupted with Ctrl-C or killed, the same
+    /// Each run starts two daemons (or two QEMUs) and a guest on this machine, moves the guest once and
+    /// takes everything down. Results are kept as they come: interrupted with Ctrl-C or killed, the same
     /// command goes on where it was. Ends with status 0 only if every run was measured and not a byte
     /// of a guest changed; a move that its technique did not complete is a result.
     #[command(after_help = "\
@@ -33,7 +33,8 @@ Examples:
   limosa lab run plans/techniques.toml --out techniques
   limosa lab run plans/smoke.toml --out /tmp/smoke --simulate --json
 
-Writes plan.toml, starts.jsonl, results.jsonl, results.csv and report.html: see docs/lab.md.")]
+Writes plan.toml, starts.jsonl, results.jsonl, results.csv and report.html, and pairs.csv if QEMU has a
+part in the plan: see docs/lab.md.")]
     Run(Run),
     /// Write results.csv and report.html of a directory anew, without running anything
     #[command(
@@ -51,6 +52,9 @@ pub(crate) struct Run {
     /// Directory of the results; made if it is not there, gone on with if it is
     #[arg(long, value_name = "DIR")]
     pub out: PathBuf,
+    /// The QEMU that a comparison uses, in place of qemu-system-x86_64 of the PATH
+    #[arg(long, value_name = "PATH")]
+    pub qemu: Option<PathBuf>,
     /// Use the simulator even if there is /dev/kvm
     #[arg(long)]
     pub simulate: bool,

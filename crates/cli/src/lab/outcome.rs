@@ -1,7 +1,8 @@
 //! What an experiment has come to: its files, its medians, its problems.
 
-use crate::output::{Align, Output, table, time};
+use crate::output::{Align, Output, count, table, time};
 use anyhow::{Context, Result};
+use limosa_lab::rows::{self, Comparison, FIGURES};
 use limosa_lab::statistics::Spread;
 use limosa_lab::store::Results;
 use limosa_lab::summary::{self, CellSummary};
@@ -40,6 +41,9 @@ pub(crate) struct Outcome {
     report: PathBuf,
     /// By cell.
     cells: Vec<CellSummary>,
+    /// Limosa beside QEMU, by row.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    comparisons: Vec<Comparison>,
 }
 
 impl Outcome {
@@ -50,6 +54,10 @@ impl Outcome {
         let report = directory.join("report.html");
         write(&report, &report::html(results)?)?;
         let cells = CellSummary::all(results);
+        let comparisons = rows::comparisons(results);
+        if !comparisons.is_empty() {
+            write(&directory.join("pairs.csv"), &rows::csv(&comparisons))?;
+        }
         let problems = summary::problems(results);
         let (planned, measured) = (
             results.plan.runs(),
@@ -69,6 +77,7 @@ impl Outcome {
             csv,
             report,
             cells,
+            comparisons,
         })
     }
 
@@ -102,6 +111,10 @@ impl Outcome {
         if self.simulated {
             text.insert_str(0, "SIMULATED: guest, link and hosts are models\n");
         }
+        if !self.comparisons.is_empty() {
+            text.push('\n');
+            text.push_str(&pairs(&self.comparisons));
+        }
         for line in &self.unfinished {
             text.push_str(&format!("{line}\n"));
         }
@@ -132,13 +145,53 @@ fn row(summary: &CellSummary) -> [String; 12] {
         cell.vcpus.to_string(),
         cell.streams.to_string(),
         cell.compress.name().to_owned(),
-        cell.technique.name().to_owned(),
+        cell.way(),
         format!("{} of {}", summary.completed, summary.runs),
         median(summary.guest_gap_ms),
         median(summary.downtime_ms),
         median(summary.total_ms),
         wire.map_or_else(|| "-".to_owned(), |bytes| bytes.to_string()),
     ]
+}
+
+/// A line for each figure of each comparison.
+fn pairs(comparisons: &[Comparison]) -> String {
+    let head = [
+        ("ROW", Align::Left),
+        ("LIMOSA", Align::Left),
+        ("FIGURE", Align::Left),
+        ("LIMOSA", Align::Right),
+        ("BEST QEMU", Align::Right),
+        ("VARIANT", Align::Left),
+        ("RATIO", Align::Right),
+        ("PAIRS", Align::Right),
+    ];
+    let mut rows = Vec::new();
+    for comparison in comparisons {
+        for (figure, line) in FIGURES.iter().zip(&comparison.lines) {
+            let dash = || "-".to_owned();
+            let number = |spread: Spread| {
+                if figure.is_time {
+                    time(spread.median)
+                } else {
+                    count(spread.median.round() as u64)
+                }
+            };
+            let best = line.best.as_ref();
+            let ratio = best.and_then(|best| best.ratio);
+            rows.push([
+                comparison.row.clone(),
+                comparison.limosa.clone(),
+                figure.title.to_owned(),
+                line.limosa.map_or_else(dash, number),
+                best.map_or_else(dash, |best| number(best.qemu)),
+                best.map_or_else(dash, |best| best.variant.clone()),
+                ratio.map_or_else(dash, |ratio| format!("{:.2}", ratio.median)),
+                best.map_or_else(dash, |best| best.pairs.to_string()),
+            ]);
+        }
+    }
+    table(head, &rows)
 }
 
 /// Replaces a file in one step: whoever reads it never sees half of it.

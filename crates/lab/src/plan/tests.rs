@@ -84,14 +84,16 @@ fn a_key_or_word_that_is_unknown_is_told_with_its_line_and_the_known_ones() {
     check(
         "links =",
         "link =",
-        "line 21: unknown field `link`, expected one of `techniques`, `workloads`, `memory`, \
-         `vcpus`, `links`, `streams`, `compress`, `huge_pages`, `dirty_trackers`",
+        "line 21: unknown field `link`, expected one of `vmm`, `row`, `techniques`, \
+         `variants`, `downtime_limits`, `cancel_after`, `workloads`, `memory`, `vcpus`, `links`, \
+         `streams`, `compress`, `huge_pages`, \
+         `dirty_trackers`",
     );
     check(
         "touch =",
         "tuch =",
         "line 13: unknown field `tuch`, expected one of `guest`, `working_set`, `touch`, `rate`, \
-         `pattern`, `content`",
+         `pattern`, `content`, `rest`",
     );
     check(
         "\"pre-copy\"",
@@ -203,12 +205,12 @@ fn parts_that_do_not_go_together_are_told() {
     check(
         "guest = \"idle\"",
         "guest = \"idle\"\nrate = 5",
-        "workload 'calm': the guest idle has no rate; it takes nothing",
+        "workload 'calm': the guest idle has no rate; it takes rest",
     );
     check(
         "guest = \"writer\"",
         "guest = \"compute\"",
-        "workload 'busy': the guest compute has no touch; it takes working_set, rate",
+        "workload 'busy': the guest compute has no touch; it takes working_set, rate, rest",
     );
     check(
         "[workloads.calm]",
@@ -236,4 +238,113 @@ fn the_simulator_codes_nothing() {
     let cells: Vec<String> = plan.cells.iter().map(Cell::to_string).collect();
     assert!(cells[8].ends_with(", 2 streams, compress on"), "{cells:?}");
     assert!(plan.simulator_problem().unwrap().contains("compress"));
+}
+
+const PEER: &str = r#"
+question = "Which?"
+[workloads.busy]
+guest = "writer"
+working_set = "64M"
+rest = "spin"
+[[matrix]]
+row = "one"
+techniques = ["auto"]
+workloads = ["busy"]
+memory = ["256M"]
+[[matrix]]
+vmm = "qemu"
+row = "one"
+variants = ["multifd", "post-copy"]
+downtime_limits = ["300ms", "30ms"]
+cancel_after = "12s"
+workloads = ["busy"]
+memory = ["256M"]
+"#;
+
+#[test]
+fn qemu_has_cells_of_its_own() {
+    let plan = Plan::parse(PEER).unwrap();
+    let cells: Vec<String> = plan.cells.iter().map(Cell::to_string).collect();
+    let of = "of busy with 256 MiB and 1 vCPU, link unlimited";
+    assert_eq!(
+        cells,
+        [
+            format!("auto {of}, 2 streams (one)"),
+            format!("QEMU multifd \u{2264} 300 ms {of}, 4 streams (one)"),
+            format!("QEMU post-copy \u{2264} 300 ms {of}, 1 stream (one)"),
+            format!("QEMU multifd \u{2264} 30 ms {of}, 4 streams (one)"),
+            format!("QEMU post-copy \u{2264} 30 ms {of}, 1 stream (one)"),
+        ]
+    );
+    assert!(plan.has_qemu());
+    assert_eq!(plan.cells[1].qemu.unwrap().cancel_after_ms, 12_000);
+    assert_eq!(plan.cells[2].technique, Mode::PostCopy);
+    assert!(plan.workloads["busy"].arguments(1).ends_with(" rest=spin"));
+    assert!(plan.simulator_problem().unwrap().contains("QEMU"));
+    for cell in &plan.cells {
+        let json = serde_json::to_string(cell).unwrap();
+        assert_eq!(serde_json::from_str::<Cell>(&json).unwrap(), *cell);
+    }
+}
+
+#[test]
+fn a_cell_of_limosa_reads_as_it_did_before_there_was_a_peer() {
+    let plan = Plan::parse(GOOD).unwrap();
+    let json = serde_json::to_value(&plan.cells[0]).unwrap();
+    assert!(json.get("qemu").is_none() && json.get("row").is_none());
+    assert!(!plan.has_qemu());
+}
+
+#[test]
+fn keys_of_the_other_vmm_are_told() {
+    let check = |from: &str, to: &str, expect: &str| {
+        assert!(PEER.contains(from), "{from}");
+        let said = Plan::parse(&PEER.replacen(from, to, 1)).unwrap_err();
+        assert_eq!(said.to_string(), expect, "{from} -> {to}");
+    };
+    check(
+        "vmm = \"qemu\"\n",
+        "",
+        "matrix 2: variants is for a matrix with vmm = \"qemu\"",
+    );
+    check(
+        "techniques = [\"auto\"]\n",
+        "",
+        "matrix 1: techniques is missing",
+    );
+    check(
+        "variants = [",
+        "streams = [2]\nvariants = [",
+        "matrix 2: streams is limosa's: QEMU has variants",
+    );
+    check(
+        "variants = [",
+        "vcpus = [2]\nvariants = [",
+        "matrix 2: a guest of QEMU has one vCPU",
+    );
+    check(
+        "[\"multifd\", \"post-copy\"]",
+        "[]",
+        "matrix 2: variants is empty",
+    );
+    check(
+        "\"30ms\"",
+        "\"500us\"",
+        "matrix 2: downtime_limits has 0.5 ms: QEMU takes whole milliseconds, 1 to 2000000",
+    );
+    check(
+        "row = \"one\"",
+        "row = \" \"",
+        "matrix 1: row is a name of 1 to 60 characters",
+    );
+    check(
+        "vmm = \"qemu\"",
+        "vmm = \"xen\"",
+        "line 13: unknown variant `xen`, expected `limosa` or `qemu`",
+    );
+    check(
+        "rest = \"spin\"",
+        "rest = \"sleep\"",
+        "line 6: 'sleep': expected a way to rest: wait, spin",
+    );
 }

@@ -7,7 +7,8 @@ use std::collections::HashSet;
 type Axis = (&'static str, fn(&Cell) -> String);
 
 /// From the outer to the inner grouping. The technique is no axis: it stands in every row.
-const AXES: [Axis; 8] = [
+const AXES: [Axis; 9] = [
+    ("row", |cell| cell.row.clone().unwrap_or_default()),
     ("workload", |cell| cell.workload.clone()),
     ("link", Cell::link_text),
     ("memory", |cell| {
@@ -36,8 +37,9 @@ impl Axes {
         let differs = |(_, value): &Axis| cells.iter().map(value).collect::<HashSet<_>>().len() > 1;
         let (differing, same): (Vec<Axis>, Vec<Axis>) = AXES.into_iter().partition(differs);
         let same = same.iter().filter_map(|(name, value)| {
-            let cell = cells.first()?;
-            Some(format!("{name} {}", value(cell)))
+            let value = value(cells.first()?);
+            // A row may have no name.
+            (!value.is_empty()).then(|| format!("{name} {value}"))
         });
         Self {
             same: same.collect::<Vec<_>>().join(", "),
@@ -57,7 +59,7 @@ impl Axes {
 
     /// What tells a row from the others of its workload and link.
     pub(super) fn label(&self, cell: &Cell) -> String {
-        let inner = |(name, _): &&Axis| !matches!(*name, "workload" | "link");
+        let inner = |(name, _): &&Axis| !matches!(*name, "row" | "workload" | "link");
         let values = self
             .differing
             .iter()
@@ -69,8 +71,7 @@ impl Axes {
                 "pages" => format!("{} pages", value(cell)),
                 _ => value(cell),
             });
-        let name = cell.technique.name().to_owned();
-        let parts: Vec<String> = std::iter::once(name).chain(values).collect();
+        let parts: Vec<String> = std::iter::once(cell.way()).chain(values).collect();
         parts.join(", ")
     }
 }

@@ -66,9 +66,13 @@ pub(super) fn all(
     page.close("p");
     for group in groups(cells) {
         let cell = &group[0].cell;
+        let what = format!("{} over a link: {}", cell.workload, cell.link_text());
         page.element(
             "h3",
-            &format!("{} over a link: {}", cell.workload, cell.link_text()),
+            &match &cell.row {
+                Some(row) => format!("{row}: {what}"),
+                None => what,
+            },
         );
         let rows: Vec<Row<'_>> = group
             .iter()
@@ -110,9 +114,9 @@ pub(super) fn all(
     Ok(())
 }
 
-/// Cells of one workload and link, in the order of the plan.
+/// Cells of one row, workload and link, in the order of the plan.
 fn groups(cells: &[CellSummary]) -> Vec<Vec<&CellSummary>> {
-    let key = |cell: &Cell| (cell.workload.clone(), cell.link);
+    let key = |cell: &Cell| (cell.row.clone(), cell.workload.clone(), cell.link);
     let mut groups: Vec<Vec<&CellSummary>> = Vec::new();
     for summary in cells {
         let group = groups

@@ -78,7 +78,13 @@ fn measurement(plan: &Plan, simulated: bool) -> String {
          memory, works for a second, moves once from host a to host b over the loopback, is watched \
          for another second and checks all of its memory."
     };
-    format!("{order} {run}")
+    let peer = if plan.has_qemu() {
+        " A run of QEMU is the same with two QEMUs in place of the daemons; the second of them waits \
+         before the move begins."
+    } else {
+        ""
+    };
+    format!("{order} {run}{peer}")
 }
 
 fn are_alike(starts: &[Start]) -> bool {

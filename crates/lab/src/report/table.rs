@@ -71,7 +71,7 @@ fn row(page: &mut Page, axes: &Axes, summary: &CellSummary) {
     for value in axes.values(&summary.cell) {
         page.classed("td", "text", &value);
     }
-    page.classed("td", "text", summary.cell.technique.name());
+    page.classed("td", "text", &summary.cell.way());
     let (completed, runs) = (summary.completed, summary.runs);
     page.element("td", &format!("{completed} of {runs}"));
     for (_, quantity, value) in COLUMNS {

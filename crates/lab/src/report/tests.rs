@@ -1,7 +1,7 @@
 //! What must and must not stand in a report.
 
 use super::*;
-use crate::sample;
+use crate::{rows, sample};
 
 #[test]
 fn a_report_needs_nothing_else_and_says_what_it_is() {
@@ -61,4 +61,22 @@ fn a_report_of_nothing_is_a_report() {
     let page = html(&results).unwrap();
     assert!(page.contains("0 of 4 runs measured"));
     assert_eq!(page.matches("<svg").count(), 0);
+}
+
+#[test]
+fn a_comparison_has_a_table_for_each_row() {
+    let page = html(&rows::tests::results()).unwrap();
+    for present in [
+        "<h2>Limosa and QEMU</h2>",
+        "<p>QEMU 10.0.2.</p>",
+        "<h3>busy, both: pre-copy, 2 streams</h3>",
+        "3 of 3 moves of limosa, 7 of 9 of QEMU.",
+        "<td class=\"text\">QEMU auto-converge \u{2264} 30 ms</td>\n<td>1 of 3</td>",
+        "<td class=\"text\">best of QEMU</td>\n<td></td>\n<td>multifd \u{2264} 30 ms</td>",
+        "<td class=\"text\">limosa / best of QEMU</td>\n<td></td>\n<td>0.50</td>",
+        "cancelled: no reason was given",
+    ] {
+        assert!(page.contains(present), "{present}\n{page}");
+    }
+    assert!(!html(&sample::results()).unwrap().contains("QEMU"));
 }

@@ -10,7 +10,8 @@ pub(super) fn chart(rows: &[Row<'_>]) -> anyhow::Result<Option<String>> {
     let series: Vec<(palette::Colour, Vec<f64>)> = rows
         .iter()
         .filter_map(|row| {
-            let rounds = &row.middle(|one| Some(one.total_ms))?.rounds;
+            let middle = row.middle(|one| Some(one.total_ms))?;
+            let rounds = middle.rounds.as_ref()?;
             let pages = rounds.iter().map(|round| round.pages as f64);
             Some((palette::technique(row.technique), pages.collect()))
         })
