@@ -204,6 +204,7 @@ mod tests {
             "scale",
             "smoke",
             "techniques",
+            "versus-qemu",
         ];
         assert_eq!(names, expect);
     }
