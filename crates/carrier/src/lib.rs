@@ -17,6 +17,7 @@ mod guest;
 mod hold;
 mod journal_file;
 mod missing;
+mod modesty;
 mod outcome;
 mod pull_server;
 mod receiver;

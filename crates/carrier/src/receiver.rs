@@ -10,12 +10,13 @@
 use crate::digest::PageHashes;
 use crate::faults::{Faults, Way};
 use crate::missing;
+use crate::modesty::be_modest;
 use limosa_engine::wire::{
     CODED_LENGTH_BYTES, Coding, PUSH_HEADER_BYTES, PushHeader, WireError, bits_bytes,
     check_coded_length,
 };
+use limosa_os::SharedMemory;
 use limosa_os::userfault::InstallError;
-use limosa_os::{PageKind, SharedMemory};
 use limosa_pages::codec::{CodecError, delta, lz4};
 use limosa_pages::{PAGE_SIZE_USIZE, PageCount, PageRange, PageSet};
 use std::io::{self, Read};
@@ -175,6 +176,7 @@ pub(crate) fn start(
     thread::Builder::new()
         .name(format!("receive-{index}"))
         .spawn(move || {
+            be_modest();
             let mut stream = PushStream {
                 index,
                 socket,
@@ -427,10 +429,10 @@ impl PushStream {
         Ok(())
     }
 
-    /// True if nothing came for these small pages before: they are best written into the file, which
+    /// True if nothing came for these pages before and they are best written into the file, which
     /// makes each without zeroing it first.
     fn is_fresh(&self, range: PageRange) -> bool {
-        self.shared.memory.kind() == PageKind::Small
+        self.shared.memory.is_written_by_page()
             && self.shared.filled().count_range(range) == PageCount::ZERO
     }
 

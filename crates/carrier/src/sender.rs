@@ -14,6 +14,7 @@
 use crate::bucket::Bucket;
 use crate::coding::{self, Coder};
 use crate::missing;
+use crate::modesty::be_modest;
 use limosa_engine::source::{Piece, SentPiece};
 use limosa_engine::wire::{PUSH_HEADER_BYTES, PUSH_PAGES_MAX, PushHeader};
 use limosa_os::SharedMemory;
@@ -110,6 +111,7 @@ pub(crate) fn start(
     thread::Builder::new()
         .name(format!("push-{index}"))
         .spawn(move || {
+            be_modest();
             let unsent = shared.unsent();
             let mut stream = PushStream {
                 index,

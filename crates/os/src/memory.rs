@@ -12,6 +12,7 @@
 
 mod existing;
 mod extents;
+mod folios;
 mod transfer;
 mod warm;
 
@@ -154,11 +155,15 @@ impl SharedMemory {
             PageKind::Huge => 0,
         };
         match Mapping::new(file.as_fd(), length, Access::ReadWrite, flags) {
-            Ok(mapping) => Ok(Self {
-                file,
-                mapping,
-                kind,
-            }),
+            Ok(mapping) => {
+                let memory = Self {
+                    file,
+                    mapping,
+                    kind,
+                };
+                memory.forbid_large_folios();
+                Ok(memory)
+            }
             Err(error) if kind == PageKind::Huge && error.raw_os_error() == Some(libc::ENOMEM) => {
                 Err(MemoryError::NoHugePages {
                     needed: bytes / unit,
@@ -169,6 +174,21 @@ impl SharedMemory {
                 source,
             }),
         }
+    }
+
+    /// Small pages stay single where the host backs shared memory by transparent huge pages
+    /// (`shmem_enabled`): a page that came would bring its neighbours into being, as zeros, and a
+    /// guest that misses them would read those.
+    fn forbid_large_folios(&self) {
+        if self.kind == PageKind::Huge {
+            return;
+        }
+        let (Ok(start), len) = (self.mapping.at(0, 0), self.mapping.len()) else {
+            return;
+        };
+        // SAFETY: the range is the mapping; the advice changes no content. A kernel that does not
+        // know it has no such pages.
+        let _unknown = unsafe { libc::madvise(start.cast(), len, libc::MADV_NOHUGEPAGE) };
     }
 
     /// The memory file, to be lent to another process.
@@ -225,8 +245,15 @@ impl SharedMemory {
         Ok(())
     }
 
+    /// True if the kernel makes a page by itself when the memory file is written where there is none,
+    /// and not its neighbours along with it.
+    pub fn is_written_by_page(&self) -> bool {
+        self.kind == PageKind::Small && !folios::may_be_large()
+    }
+
     /// Copies bytes into the memory file without touching the mapping. For pages that do not exist
     /// this is the fastest way: the kernel makes each without zeroing it first and without a fault.
+    /// Where missing pages matter, ask [`SharedMemory::is_written_by_page`] first.
     ///
     /// # Errors
     /// `InvalidInput` if they do not fit into the memory there; the kernel refuses, as it does for
