@@ -20,6 +20,7 @@ mod missing;
 mod modesty;
 mod outcome;
 mod pull_server;
+mod push_order;
 mod receiver;
 mod sender;
 mod source;
@@ -30,6 +31,7 @@ pub use connection::Dial;
 pub use guest::{CommitError, Guest, GuestError, Running, Saved};
 pub use journal_file::{JournalError, replay_file};
 pub use outcome::tell_memory_lost;
+pub use push_order::PushOrder;
 pub use source::{
     AbortTooLate, MigrateRequest, Migration, MigrationStatus, RATE_MIN, StartError, draw_id,
 };

@@ -103,7 +103,7 @@ impl PullServer {
     }
 
     fn answer(&self, range: PageRange) -> io::Result<()> {
-        self.unsent.lock().remove_range(range);
+        self.unsent.asked_for(range);
         let parts: Vec<([u8; PUSH_HEADER_BYTES], Option<PageRange>)> = self
             .shared
             .parts(range)?

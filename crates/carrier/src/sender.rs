@@ -15,6 +15,8 @@ use crate::bucket::Bucket;
 use crate::coding::{self, Coder};
 use crate::missing;
 use crate::modesty::be_modest;
+use crate::push_order::{Chooser, PushOrder};
+use crate::source::MigrateRequest;
 use limosa_engine::source::{Piece, SentPiece};
 use limosa_engine::wire::{PUSH_HEADER_BYTES, PUSH_PAGES_MAX, PushHeader};
 use limosa_os::SharedMemory;
@@ -72,6 +74,25 @@ pub(crate) enum Report {
     },
 }
 
+/// How pages are sent, as far as an operator chooses.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Manner {
+    /// Whether they are coded.
+    pub(crate) compression: coding::Compression,
+    /// In which order missing ones are pushed.
+    pub(crate) push_order: PushOrder,
+}
+
+impl Manner {
+    /// As asked for.
+    pub(crate) const fn of(request: &MigrateRequest) -> Self {
+        Self {
+            compression: request.compression,
+            push_order: request.push_order,
+        }
+    }
+}
+
 /// What all streams of a migration share.
 #[derive(Debug)]
 pub(crate) struct Shared {
@@ -97,7 +118,10 @@ pub(crate) struct Shared {
 /// streams of one generation share it. Each generation has its own, or a stream that does not know
 /// yet that its connection broke would take pages away from its successor.
 #[derive(Debug)]
-pub(crate) struct Unsent(Mutex<PageSet>);
+pub(crate) struct Unsent {
+    pages: Mutex<PageSet>,
+    chooser: Mutex<Chooser>,
+}
 
 /// Starts the thread of stream `index`. It ends when the sender of orders is dropped or the socket
 /// breaks.
@@ -290,6 +314,8 @@ impl PushStream {
     fn push(&mut self, piece: Piece) -> io::Result<SentPiece> {
         let mut sent = SentPiece::default();
         let mut batch = Batch::default();
+        // By another order than by address it may send what belongs to other pieces meanwhile: they
+        // are the shorter for it, and all are empty in the end.
         while let Some(runs) = self.unsent.take(piece.range) {
             let again = self.mark(&runs);
             sent.resent = sent.resent.saturating_add(again);
@@ -373,20 +399,20 @@ impl Shared {
         is_serving: bool,
         limit: Arc<Bucket>,
         link: Arc<Bucket>,
-        compression: coding::Compression,
+        manner: Manner,
     ) -> Self {
         let pages = memory.page_count();
         Self {
             existing: ExistingPages::new(Arc::clone(&memory)),
             memory,
             ever_sent: Mutex::new(PageSet::empty(pages)),
-            unsent: Mutex::new(Arc::new(Unsent::new(pages))),
+            unsent: Mutex::new(Arc::new(Unsent::new(pages, manner.push_order))),
             is_serving: AtomicBool::new(is_serving),
             pages_out: AtomicU64::new(0),
             pulled_out: AtomicU64::new(0),
             limit,
             link,
-            coding: coding::Shared::new(compression),
+            coding: coding::Shared::new(manner.compression),
         }
     }
 
@@ -420,36 +446,41 @@ impl Shared {
 
     /// Fresh connections begin: what earlier ones still take from their set is of no interest.
     pub(crate) fn renew_unsent(&self) {
-        let fresh = Arc::new(Unsent::new(self.memory.page_count()));
+        let order = self.unsent().chooser().order();
+        let fresh = Arc::new(Unsent::new(self.memory.page_count(), order));
         *self.unsent.lock().unwrap_or_else(PoisonError::into_inner) = fresh;
     }
 }
 
 impl Unsent {
-    fn new(memory: PageCount) -> Self {
-        Self(Mutex::new(PageSet::empty(memory)))
+    fn new(memory: PageCount, order: PushOrder) -> Self {
+        Self {
+            pages: Mutex::new(PageSet::empty(memory)),
+            chooser: Mutex::new(Chooser::new(order)),
+        }
     }
 
     /// Access to the set.
     pub(crate) fn lock(&self) -> MutexGuard<'_, PageSet> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.pages.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Takes the next few pages within `range`; `None` if there is none.
+    /// What chooses the next of them; locked after the set where both are.
+    pub(crate) fn chooser(&self) -> MutexGuard<'_, Chooser> {
+        self.chooser.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// These pages were asked for and go now.
+    pub(crate) fn asked_for(&self, range: PageRange) {
+        self.lock().remove_range(range);
+        self.chooser().asked_for(range);
+    }
+
+    /// Takes the next few pages while there are some within `range`.
     fn take(&self, range: PageRange) -> Option<Vec<PageRange>> {
         let mut unsent = self.lock();
-        let mut left = PUSH_PAGES;
-        let mut runs = Vec::new();
-        for run in unsent.runs_in(range) {
-            let count = run.count.get().min(left);
-            runs.push(PageRange::new(run.first, PageCount::new(count)));
-            left -= count;
-            if left == 0 {
-                break;
-            }
-        }
-        runs.iter().for_each(|&run| unsent.remove_range(run));
-        (!runs.is_empty()).then_some(runs)
+        let max = PageCount::new(PUSH_PAGES);
+        self.chooser().take(&mut unsent, range, max)
     }
 }
 

@@ -19,7 +19,8 @@ pub use status::MigrationStatus;
 use crate::bucket::Bucket;
 use crate::coding::Compression;
 use crate::guest::{Guest, GuestError};
-use crate::sender;
+use crate::push_order::PushOrder;
+use crate::sender::{self, Manner};
 use driver::{Driver, Inbox};
 use limosa_engine::handover::MigrationId;
 use limosa_engine::journal::Journaled;
@@ -74,6 +75,8 @@ pub struct MigrateRequest {
     pub link: Option<BytesPerSecond>,
     /// Whether pages are coded to take fewer bytes.
     pub compression: Compression,
+    /// In which order missing pages are pushed.
+    pub push_order: PushOrder,
 }
 
 /// Why a migration did not start. The guest was not touched.
@@ -114,7 +117,7 @@ pub struct Migration {
 struct Carriage {
     is_recovery: bool,
     link: Option<BytesPerSecond>,
-    compression: Compression,
+    manner: Manner,
     journal: Option<PathBuf>,
 }
 
@@ -147,6 +150,7 @@ impl Migration {
             return Err(StartError::TooSlow(rate.get()));
         }
         let vm = guest.description()?;
+        let manner = Manner::of(&request);
         let config = SourceConfig {
             id: request.id,
             peer: request.peer,
@@ -162,7 +166,7 @@ impl Migration {
         let carriage = Carriage {
             is_recovery: false,
             link: request.link,
-            compression: request.compression,
+            manner,
             journal,
         };
         Self::spawn(guest, config, carriage, on_finish)
@@ -179,6 +183,7 @@ impl Migration {
         request: MigrateRequest,
         on_finish: OnFinish,
     ) -> Result<Arc<Self>, StartError> {
+        let manner = Manner::of(&request);
         let config = SourceConfig {
             id: request.id,
             peer: request.peer,
@@ -194,7 +199,7 @@ impl Migration {
         let carriage = Carriage {
             is_recovery: true,
             link: request.link,
-            compression: request.compression,
+            manner,
             journal: None,
         };
         Self::spawn(guest, config, carriage, on_finish)
@@ -228,7 +233,7 @@ impl Migration {
             Arc::clone(&shared),
             events.clone(),
             link,
-            carriage.compression,
+            carriage.manner,
         );
         let pages = driver.pages();
         let done = Arc::clone(&shared);

@@ -5,7 +5,7 @@
 mod thread_guest;
 
 use limosa_carrier::{
-    Compression, Guest, Listener, MigrateRequest, Migration, draw_id, replay_file,
+    Compression, Guest, Listener, MigrateRequest, Migration, PushOrder, draw_id, replay_file,
 };
 use limosa_engine::handover::Phase;
 use limosa_engine::policy::{Limits, Mode};
@@ -42,6 +42,7 @@ fn request(peer: SocketAddr, mode: Mode) -> MigrateRequest {
         verify: true,
         link: None,
         compression: Compression::default(),
+        push_order: PushOrder::default(),
     }
 }
 
@@ -88,6 +89,10 @@ fn every_mode_moves_a_busy_guest_whole() {
         let guest = ThreadGuest::new(8192, 3000, true);
         let request = MigrateRequest {
             compression,
+            push_order: match compression {
+                Compression::On => PushOrder::Bubbling,
+                _ => PushOrder::Hottest,
+            },
             ..request(listener.local_addr(), mode)
         };
         let migration = start(&guest, request);

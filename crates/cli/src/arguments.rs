@@ -4,7 +4,7 @@ use crate::{demo, lab};
 use clap::{Args, Parser, Subcommand};
 use clap_complete::Shell;
 use limosa_engine::policy::Mode;
-use limosa_host::api::{Compression, TrackerKind};
+use limosa_host::api::{Compression, PushOrder, TrackerKind};
 use limosa_lab::values::{Milliseconds, OrNone, Rate, Size, compression, mode};
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -226,6 +226,10 @@ pub(crate) struct Migrate {
     /// Code pages to take fewer bytes: auto (where that is quicker), on (whatever shrinks), off
     #[arg(long, value_name = "auto|on|off", default_value = "auto", value_parser = compression)]
     pub compress: Compression,
+    /// In which order missing pages are pushed: address, bubbling (outwards from the pages that were
+    /// asked for last), hottest (what was written most often in the rounds before)
+    #[arg(long, value_name = "ORDER", default_value = "address")]
+    pub push_order: PushOrder,
     /// Push streams, 1 to 16 [default: 2]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u8).range(1..=16))]
     pub streams: Option<u8>,

@@ -10,7 +10,7 @@
 mod machine;
 mod migration;
 
-pub use limosa_carrier::Compression;
+pub use limosa_carrier::{Compression, PushOrder};
 pub use limosa_os::dirty::TrackerKind;
 pub use machine::{
     CommandBody, CommandKind, FirstError, GuestReport, SectionInfo, Stall, VcpuReport, VmInfo,

@@ -12,7 +12,7 @@
 
 use crate::machine::Shape;
 use crate::state_dir::VmName;
-use limosa_carrier::{Compression, MigrateRequest, RATE_MIN};
+use limosa_carrier::{Compression, MigrateRequest, PushOrder, RATE_MIN};
 use limosa_engine::handover::MigrationId;
 use limosa_engine::policy::{Limits, Mode};
 use limosa_engine::wire::STREAMS_MAX;
@@ -72,6 +72,7 @@ impl Departure {
             verify: false,
             link: self.link.filter(possible),
             compression: Compression::Auto,
+            push_order: PushOrder::default(),
         }
     }
 }

@@ -17,7 +17,7 @@ use crate::qemu::{QemuWay, Variant};
 use crate::values::{Milliseconds, PageRate, Rate, Size};
 use crate::workload::{Content, GuestProgram, Pattern, Rest, Workload};
 use limosa_engine::policy::Mode;
-use limosa_host::api::{Compression, TrackerKind};
+use limosa_host::api::{Compression, PushOrder, TrackerKind};
 use limosa_pages::{ByteCount, BytesPerSecond};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -84,6 +84,9 @@ pub struct Cell {
     /// Who notices which pages the guest writes.
     #[serde(default)]
     pub dirty_tracker: TrackerKind,
+    /// In which order missing pages are pushed.
+    #[serde(default)]
+    pub push_order: PushOrder,
     /// How QEMU moves the guest, if it is QEMU's.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub qemu: Option<QemuWay>,
@@ -120,6 +123,9 @@ impl Cell {
         if self.huge_pages {
             return Some("the simulator knows no huge pages: leave huge_pages out of the plan");
         }
+        if self.push_order != PushOrder::default() {
+            return Some("the simulator pushes by address: leave push_orders out of the plan");
+        }
         let problem = "the simulator has one dirty tracker: leave dirty_trackers out of the plan";
         (self.dirty_tracker != TrackerKind::default()).then_some(problem)
     }
@@ -146,6 +152,9 @@ impl fmt::Display for Cell {
         }
         if self.dirty_tracker != TrackerKind::default() {
             write!(f, ", dirty tracker {}", self.dirty_tracker)?;
+        }
+        if self.push_order != PushOrder::default() {
+            write!(f, ", push order {}", self.push_order.name())?;
         }
         match &self.row {
             None => Ok(()),
@@ -273,6 +282,8 @@ struct MatrixTable {
     huge_pages: Vec<bool>,
     #[serde(default = "dirty_trackers_default")]
     dirty_trackers: Vec<TrackerKind>,
+    #[serde(default = "push_orders_default")]
+    push_orders: Vec<PushOrder>,
 }
 
 /// Who moves the guests.
@@ -327,6 +338,10 @@ fn links_default() -> Vec<Text<Link>> {
 
 fn huge_pages_default() -> Vec<bool> {
     vec![false]
+}
+
+fn push_orders_default() -> Vec<PushOrder> {
+    vec![PushOrder::default()]
 }
 
 fn dirty_trackers_default() -> Vec<TrackerKind> {
@@ -467,6 +482,7 @@ impl MatrixTable {
             row: self.row.clone(),
             huge_pages: self.huge_pages[digit(self.huge_pages.len())],
             dirty_tracker: self.dirty_trackers[digit(self.dirty_trackers.len())],
+            push_order: self.push_orders[digit(self.push_orders.len())],
             link: self.links[digit(self.links.len())].0.0,
             vcpus: self.vcpus[digit(self.vcpus.len())],
             memory_bytes: self.memory[digit(self.memory.len())].0.bytes(),
@@ -484,6 +500,7 @@ impl MatrixTable {
             ("links", self.links.len()),
             ("huge_pages", self.huge_pages.len()),
             ("dirty_trackers", self.dirty_trackers.len()),
+            ("push_orders", self.push_orders.len()),
         ];
         if let Some((name, _)) = lists.iter().find(|(_, len)| *len == 0) {
             return Err(format!("{name} is empty"));

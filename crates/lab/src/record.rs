@@ -7,7 +7,7 @@
 use crate::qemu::QemuFigures;
 use limosa_engine::policy::{Mode, PauseReason};
 use limosa_host::api::{
-    Compression, Downtime, FaultLatency, ModeChange, Report, Round, TrackerKind,
+    Compression, Downtime, FaultLatency, ModeChange, PushOrder, Report, Round, TrackerKind,
 };
 use serde::{Deserialize, Serialize};
 
@@ -32,6 +32,8 @@ pub struct Setup {
     pub streams: Option<u8>,
     /// Whether pages were coded.
     pub compress: Compression,
+    /// In which order missing pages were pushed.
+    pub push_order: PushOrder,
     /// The downtime that pre-copy aimed at.
     pub downtime_max_ms: f64,
     /// Whether digests were compared.

@@ -2,10 +2,11 @@
 
 use super::{Shared, lock};
 use crate::bucket::Bucket;
-use crate::coding::Compression;
 use crate::connection::{self, ControlWriter, ReadError};
 use crate::digest;
 use crate::guest::{Guest, GuestError, Saved};
+use crate::push_order::Heat;
+use crate::sender::Manner;
 use crate::{hold, journal_file, outcome, pull_server, sender};
 use limosa_engine::Timestamp;
 use limosa_engine::handover::Resolution;
@@ -79,6 +80,8 @@ pub(super) struct Driver {
     skip_holes: bool,
     /// Pages that the target was told to miss.
     told: PageSet,
+    /// How often each page was found dirty.
+    heat: Heat,
     /// Pages that the vCPUs need first.
     first: Arc<Vec<Pfn>>,
     /// The last saved state, for the digest.
@@ -99,7 +102,7 @@ impl Driver {
         shared: Arc<Shared>,
         events: Sender<Inbox>,
         link: Arc<Bucket>,
-        compression: Compression,
+        manner: Manner,
     ) -> Self {
         let memory = guest.memory();
         let limit = Arc::new(Bucket::new(None));
@@ -110,11 +113,12 @@ impl Driver {
             is_serving,
             Arc::clone(&limit),
             Arc::clone(&link),
-            compression,
+            manner,
         );
         let pages = Arc::new(pages);
         let set = Arc::new(PageSet::empty(config.memory));
         let told = PageSet::empty(config.memory);
+        let heat = Heat::none(config.memory);
         Self {
             guest,
             config,
@@ -129,6 +133,7 @@ impl Driver {
             set,
             skip_holes: false,
             told,
+            heat,
             first: Arc::default(),
             state: Vec::new(),
             timer: None,
@@ -483,6 +488,7 @@ impl Driver {
             set = PageSet::full(self.config.memory);
             self.existing_pages()?
         } else {
+            self.heat.add(&set);
             self.counts(&set)
         };
         self.set = Arc::new(set);
@@ -555,6 +561,8 @@ impl Driver {
         self.told.union_with(&set);
         self.set = Arc::new(set);
         let is_needed = !missing.is_empty();
+        let heat = std::mem::replace(&mut self.heat, Heat::none(PageCount::ZERO));
+        self.pages.unsent().chooser().set_heat(heat);
         *self.pages.unsent().lock() = missing;
         self.pages.is_serving.store(is_needed, Ordering::SeqCst);
     }

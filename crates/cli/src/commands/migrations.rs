@@ -35,6 +35,7 @@ pub(super) fn migrate(follower: &Follower, migrate: &Migrate) -> Result<()> {
         rounds_max: migrate.rounds_max,
         streams: migrate.streams,
         compress: migrate.compress,
+        push_order: migrate.push_order,
         verify: migrate.verify,
         link: migrate.link.map(Rate::get),
         insecure: migrate.insecure,

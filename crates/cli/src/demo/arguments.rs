@@ -4,7 +4,7 @@ use anyhow::bail;
 use clap::Args;
 use clap::builder::{PossibleValue, PossibleValuesParser, TypedValueParser};
 use limosa_engine::policy::Mode;
-use limosa_host::api::{Compression, TrackerKind};
+use limosa_host::api::{Compression, PushOrder, TrackerKind};
 use limosa_lab::record::Setup;
 use limosa_lab::values::{Milliseconds, PageRate, Rate, Size, compression, mode};
 use limosa_lab::workload::{Content, GuestProgram, Pattern, Rest, Workload};
@@ -67,6 +67,10 @@ pub(crate) struct Arguments {
     /// Code pages to take fewer bytes: auto (where that is quicker), on (whatever shrinks), off
     #[arg(long, value_name = "auto|on|off", default_value = "auto", value_parser = compression)]
     pub compress: Compression,
+
+    /// In which order missing pages are pushed: address, bubbling, hottest
+    #[arg(long, value_name = "ORDER", default_value = "address")]
+    pub push_order: PushOrder,
     /// Push streams, 1 to 16
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u8).range(1..=16))]
     pub streams: Option<u8>,
@@ -145,6 +149,7 @@ impl Arguments {
             link: self.link.map(Rate::get),
             streams: self.streams,
             compress: self.compress,
+            push_order: self.push_order,
             downtime_max_ms: self.downtime_max.get(),
             verify: self.verifies(),
             seed: self.seed,

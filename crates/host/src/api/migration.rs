@@ -1,7 +1,7 @@
 //! Migrations as the control interface tells them, and how they follow from the engine's report.
 
 use super::{duration, milliseconds};
-use limosa_carrier::{Compression, RATE_MIN};
+use limosa_carrier::{Compression, PushOrder, RATE_MIN};
 use limosa_engine::handover::MigrationId;
 use limosa_engine::policy::{Limits, Mode, PauseReason};
 use limosa_engine::report::{self, FaultReport, MigrationReport, Outcome};
@@ -46,6 +46,11 @@ pub struct MigrateBody {
     #[serde(default)]
     #[schema(value_type = String, example = "auto")]
     pub compress: Compression,
+    /// In which order missing pages are pushed: `address`, `bubbling` (outwards from those that were
+    /// asked for last) or `hottest` (what was written most often in the rounds before).
+    #[serde(default)]
+    #[schema(value_type = String, example = "address")]
+    pub push_order: PushOrder,
     /// Behave as over a link of so many bytes a second.
     #[serde(default)]
     pub link: Option<u64>,
@@ -67,6 +72,7 @@ impl MigrateBody {
             streams: None,
             verify: false,
             compress: Compression::default(),
+            push_order: PushOrder::default(),
             link: None,
             insecure: false,
         }

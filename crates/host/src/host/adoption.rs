@@ -5,7 +5,7 @@ use crate::machine::{Activity, Machine};
 use crate::registry::{Adoption, Hold, Slot, Vm, adoption};
 use crate::state_dir::VmName;
 use anyhow::Context;
-use limosa_carrier::{Compression, Guest, Listener, MigrateRequest, Migration};
+use limosa_carrier::{Compression, Guest, Listener, MigrateRequest, Migration, PushOrder};
 use limosa_engine::handover::{MigrationId, Phase};
 use limosa_engine::policy::{Limits, Mode};
 use std::collections::BTreeSet;
@@ -76,6 +76,7 @@ impl Host {
                     verify: false,
                     link: None,
                     compression: Compression::Auto,
+                    push_order: PushOrder::default(),
                 },
                 |departure| departure.request(id),
             );

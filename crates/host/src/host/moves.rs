@@ -81,6 +81,7 @@ impl Host {
             verify: body.verify,
             link: body.link.map(BytesPerSecond::new),
             compression: body.compress,
+            push_order: body.push_order,
         };
         let departure = Departure::new(name, vm.machine.shape(), &request);
         self.departures.note(id, &departure).map_err(|error| {

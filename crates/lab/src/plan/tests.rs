@@ -87,7 +87,7 @@ fn a_key_or_word_that_is_unknown_is_told_with_its_line_and_the_known_ones() {
         "line 21: unknown field `link`, expected one of `vmm`, `row`, `techniques`, \
          `variants`, `downtime_limits`, `cancel_after`, `workloads`, `memory`, `vcpus`, `links`, \
          `streams`, `compress`, `huge_pages`, \
-         `dirty_trackers`",
+         `dirty_trackers`, `push_orders`",
     );
     check(
         "touch =",

@@ -6,7 +6,7 @@ use super::{MatrixTable, Vmm, parsed};
 use crate::qemu::QemuWay;
 use crate::values::Milliseconds;
 use limosa_engine::policy::Mode;
-use limosa_host::api::{Compression, TrackerKind};
+use limosa_host::api::{Compression, PushOrder, TrackerKind};
 
 /// The longest row's name that still fits into a table.
 const ROW_CHARACTERS_MAX: usize = 60;
@@ -78,10 +78,12 @@ impl MatrixTable {
         if let Some((key, _)) = ours.into_iter().find(|(_, is_there)| *is_there) {
             return Err(format!("{key} is limosa's: QEMU has variants"));
         }
-        if self.huge_pages != [false] || self.dirty_trackers != [TrackerKind::default()] {
-            return Err(
-                "huge_pages and dirty_trackers are limosa's: leave them to QEMU".to_owned(),
-            );
+        let is_ours = self.huge_pages != [false]
+            || self.dirty_trackers != [TrackerKind::default()]
+            || self.push_orders != [PushOrder::default()];
+        if is_ours {
+            let keys = "huge_pages, dirty_trackers and push_orders";
+            return Err(format!("{keys} are limosa's: QEMU has variants"));
         }
         if self.vcpus != [1] {
             return Err("a guest of QEMU has one vCPU".to_owned());

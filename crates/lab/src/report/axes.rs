@@ -7,7 +7,7 @@ use std::collections::HashSet;
 type Axis = (&'static str, fn(&Cell) -> String);
 
 /// From the outer to the inner grouping. The technique is no axis: it stands in every row.
-const AXES: [Axis; 9] = [
+const AXES: [Axis; 10] = [
     ("row", |cell| cell.row.clone().unwrap_or_default()),
     ("workload", |cell| cell.workload.clone()),
     ("link", Cell::link_text),
@@ -21,6 +21,7 @@ const AXES: [Axis; 9] = [
         if cell.huge_pages { "huge" } else { "small" }.to_owned()
     }),
     ("tracker", |cell| cell.dirty_tracker.name().to_owned()),
+    ("push order", |cell| cell.push_order.name().to_owned()),
 ];
 
 /// The axes along which an experiment differs.
@@ -90,7 +91,7 @@ mod tests {
         let axes = Axes::of(&cells);
         assert_eq!(
             axes.same,
-            "workload i, memory 64.0 MiB, vCPUs 1, compress auto, pages small, tracker bitmap"
+            "workload i, memory 64.0 MiB, vCPUs 1, compress auto, pages small, tracker bitmap, push order address"
         );
         assert_eq!(axes.names().collect::<Vec<_>>(), ["link", "streams"]);
         assert_eq!(

@@ -23,6 +23,7 @@ fn bed(variant: Variant, arguments: &str) -> Option<QemuBed> {
         dirty_tracker: limosa_host::api::TrackerKind::default(),
         link: None,
         streams: Some(1),
+        push_order: limosa_host::api::PushOrder::default(),
         compress: Compression::Off,
         downtime_max_ms: 5.0,
         verify: false,
