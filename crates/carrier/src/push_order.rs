@@ -24,9 +24,9 @@ const HEAT_LEVELS: usize = 3;
 #[serde(rename_all = "kebab-case")]
 pub enum PushOrder {
     /// Ascending.
-    #[default]
     Address,
     /// Outwards from what was asked for last.
+    #[default]
     Bubbling,
     /// What was written most often first.
     Hottest,

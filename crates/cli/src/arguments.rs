@@ -228,7 +228,7 @@ pub(crate) struct Migrate {
     pub compress: Compression,
     /// In which order missing pages are pushed: address, bubbling (outwards from the pages that were
     /// asked for last), hottest (what was written most often in the rounds before)
-    #[arg(long, value_name = "ORDER", default_value = "address")]
+    #[arg(long, value_name = "ORDER", default_value = "bubbling")]
     pub push_order: PushOrder,
     /// Push streams, 1 to 16 [default: 2]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u8).range(1..=16))]

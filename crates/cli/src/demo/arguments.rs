@@ -69,7 +69,7 @@ pub(crate) struct Arguments {
     pub compress: Compression,
 
     /// In which order missing pages are pushed: address, bubbling, hottest
-    #[arg(long, value_name = "ORDER", default_value = "address")]
+    #[arg(long, value_name = "ORDER", default_value = "bubbling")]
     pub push_order: PushOrder,
     /// Push streams, 1 to 16
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u8).range(1..=16))]

@@ -49,7 +49,7 @@ pub struct MigrateBody {
     /// In which order missing pages are pushed: `address`, `bubbling` (outwards from those that were
     /// asked for last) or `hottest` (what was written most often in the rounds before).
     #[serde(default)]
-    #[schema(value_type = String, example = "address")]
+    #[schema(value_type = String, example = "bubbling")]
     pub push_order: PushOrder,
     /// Behave as over a link of so many bytes a second.
     #[serde(default)]

@@ -91,7 +91,7 @@ mod tests {
         let axes = Axes::of(&cells);
         assert_eq!(
             axes.same,
-            "workload i, memory 64.0 MiB, vCPUs 1, compress auto, pages small, tracker bitmap, push order address"
+            "workload i, memory 64.0 MiB, vCPUs 1, compress auto, pages small, tracker bitmap, push order bubbling"
         );
         assert_eq!(axes.names().collect::<Vec<_>>(), ["link", "streams"]);
         assert_eq!(
