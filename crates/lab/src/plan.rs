@@ -124,7 +124,9 @@ impl Cell {
             return Some("the simulator knows no huge pages: leave huge_pages out of the plan");
         }
         if self.push_order != PushOrder::default() {
-            return Some("the simulator has no model of the order of pushes: leave push_orders out of the plan");
+            return Some(
+                "the simulator has no model of the order of pushes: leave push_orders out of the plan",
+            );
         }
         let problem = "the simulator has one dirty tracker: leave dirty_trackers out of the plan";
         (self.dirty_tracker != TrackerKind::default()).then_some(problem)
