@@ -2,16 +2,23 @@
 //!
 //! Control messages leave at once: one write a message and no Nagle. Whatever is read from a peer
 //! has a limit and, during the handshake, a time-out.
+//!
+//! With credentials a connection is encrypted before the first byte of the protocol; without them
+//! nothing is.
 
 use crate::bucket::Bucket;
+use crate::channel::handshake::{self, HandshakeError};
+use crate::channel::{Channel, Handle, Reader, Writer};
+use crate::credentials::Credentials;
 use limosa_engine::wire::{ControlFrame, PREAMBLE_BYTES, Preamble, WireError};
 use limosa_os::socket;
+use rustls::pki_types::ServerName;
 use std::io::{self, Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpStream, ToSocketAddrs};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-/// How long a connection, its preamble and the first answer may take.
+/// How long a connection, its TLS handshake, its preamble and the first answer may take, each.
 pub(crate) const HANDSHAKE_MAX: Duration = Duration::from_secs(5);
 /// How long one control frame may take to be written: longer, and the peer has stopped reading.
 const WRITE_MAX: Duration = Duration::from_secs(10);
@@ -21,6 +28,9 @@ const WRITE_MAX: Duration = Duration::from_secs(10);
 const UNACKNOWLEDGED_MAX: Duration = Duration::from_secs(40);
 /// Longest frame that does not wait for its turn on an emulated link: all but states.
 const SMALL_FRAME_BYTES: usize = 4 << 10;
+/// How long a peer that is sent away may take to read why, and how much it may say meanwhile.
+const FAREWELL_MAX: Duration = Duration::from_secs(1);
+const FAREWELL_BYTES_MAX: usize = 64 << 10;
 /// Step by which the buffer for a frame grows, so that memory follows what arrived and not what
 /// was announced.
 const GROW_STEP: usize = 64 << 10;
@@ -46,6 +56,20 @@ pub enum Dial {
         #[source]
         source: io::Error,
     },
+    /// Its name can be in no certificate.
+    #[error("{peer} is no name that a certificate can be checked against")]
+    Name {
+        /// As given.
+        peer: String,
+    },
+    /// Somebody answers, and one of the two does not believe the other.
+    #[error("no encrypted connection to {peer}: {reason}")]
+    Tls {
+        /// As given.
+        peer: String,
+        /// In words.
+        reason: String,
+    },
 }
 
 /// Why a frame could not be read.
@@ -54,6 +78,9 @@ pub(crate) enum ReadError {
     /// The connection broke or was closed.
     #[error("the connection broke: {}", in_words(.0))]
     Broken(#[from] io::Error),
+    /// The peer would be encrypted, and this host is not.
+    #[error("this host does not speak TLS: start it with --tls, or the other side without")]
+    Encrypted,
     /// The peer sent nonsense.
     #[error(transparent)]
     Wire(#[from] WireError),
@@ -73,31 +100,73 @@ pub(crate) fn in_words(error: &io::Error) -> String {
     }
 }
 
-/// Connects and sends the preamble.
-pub(crate) fn dial(peer: &str, preamble: Preamble) -> Result<TcpStream, Dial> {
-    let unreachable = |source| Dial::Unreachable {
-        peer: peer.to_owned(),
-        source,
-    };
-    let addresses: Vec<SocketAddr> = peer
-        .to_socket_addrs()
-        .map_err(|source| Dial::Address {
-            peer: peer.to_owned(),
+/// Where connections go, and how.
+#[derive(Clone, Debug)]
+pub(crate) struct Dialler {
+    /// The other daemon's address for hosts, `HOST:PORT`.
+    pub(crate) peer: String,
+    /// With these, every connection is encrypted.
+    pub(crate) credentials: Option<Arc<Credentials>>,
+}
+
+impl Dialler {
+    /// Connects and sends the preamble.
+    pub(crate) fn dial(&self, preamble: Preamble) -> Result<Channel, Dial> {
+        let peer = || self.peer.clone();
+        let unreachable = |source| Dial::Unreachable {
+            peer: peer(),
             source,
-        })?
-        .collect();
-    let mut last = io::Error::from(io::ErrorKind::AddrNotAvailable);
-    for address in addresses {
-        match TcpStream::connect_timeout(&address, HANDSHAKE_MAX) {
-            Ok(mut stream) => {
-                prepare(&stream).map_err(unreachable)?;
-                stream.write_all(&preamble.encode()).map_err(unreachable)?;
-                return Ok(stream);
+        };
+        let socket = self.connect()?;
+        prepare(&socket).map_err(unreachable)?;
+        let mut channel = match &self.credentials {
+            None => Channel::plain(socket),
+            Some(credentials) => {
+                let name = server_name(&self.peer).ok_or_else(|| Dial::Name { peer: peer() })?;
+                handshake::connect(socket, name, credentials, HANDSHAKE_MAX).map_err(|error| {
+                    Dial::Tls {
+                        peer: peer(),
+                        reason: error.to_string(),
+                    }
+                })?
             }
-            Err(error) => last = error,
-        }
+        };
+        channel
+            .writer
+            .write_all(&preamble.encode())
+            .map_err(unreachable)?;
+        Ok(channel)
     }
-    Err(unreachable(last))
+
+    fn connect(&self) -> Result<TcpStream, Dial> {
+        let addresses: Vec<SocketAddr> = self
+            .peer
+            .to_socket_addrs()
+            .map_err(|source| Dial::Address {
+                peer: self.peer.clone(),
+                source,
+            })?
+            .collect();
+        let mut last = io::Error::from(io::ErrorKind::AddrNotAvailable);
+        for address in addresses {
+            match TcpStream::connect_timeout(&address, HANDSHAKE_MAX) {
+                Ok(socket) => return Ok(socket),
+                Err(error) => last = error,
+            }
+        }
+        Err(Dial::Unreachable {
+            peer: self.peer.clone(),
+            source: last,
+        })
+    }
+}
+
+/// The name in `HOST:PORT` that the other side's certificate has to be for.
+fn server_name(peer: &str) -> Option<ServerName<'static>> {
+    let (host, _) = peer.rsplit_once(':')?;
+    let host = host.strip_prefix('[').unwrap_or(host);
+    let host = host.strip_suffix(']').unwrap_or(host);
+    ServerName::try_from(host.to_owned()).ok()
 }
 
 fn prepare(stream: &TcpStream) -> io::Result<()> {
@@ -106,12 +175,59 @@ fn prepare(stream: &TcpStream) -> io::Result<()> {
     socket::set_unacknowledged_max(stream, UNACKNOWLEDGED_MAX)
 }
 
+/// Makes a socket that was accepted a connection: encrypted if this host has credentials, and the other
+/// side then has some that are as good. A peer that is not served hears why, as far as it listens.
+pub(crate) fn accept(
+    socket: TcpStream,
+    credentials: Option<&Credentials>,
+) -> Result<Channel, HandshakeError> {
+    prepare(&socket)?;
+    let Some(credentials) = credentials else {
+        return Ok(Channel::plain(socket));
+    };
+    handshake::accept(socket, credentials, HANDSHAKE_MAX).map_err(|(error, mut socket)| {
+        if let HandshakeError::PeerIsPlain = error {
+            let reason = "the other side speaks TLS only: start this host with --tls, too";
+            let frame = ControlFrame::Refuse {
+                reason: reason.to_owned(),
+            };
+            if let Err(error) = socket.write_all(&frame.encode()) {
+                tracing::debug!(%error, "a refused peer did not listen");
+            }
+        }
+        farewell(&socket);
+        error
+    })
+}
+
+/// Closes a socket so that what was written last arrives: a close with bytes unread would take it back.
+pub(crate) fn farewell(mut socket: &TcpStream) {
+    let until = Instant::now() + FAREWELL_MAX;
+    let mut left = FAREWELL_BYTES_MAX;
+    let mut bytes = [0; 1024];
+    if socket.shutdown(Shutdown::Write).is_err() {
+        return;
+    }
+    loop {
+        let time = until.saturating_duration_since(Instant::now());
+        if time.is_zero() || socket.set_read_timeout(Some(time)).is_err() {
+            return;
+        }
+        match socket.read(&mut bytes) {
+            Ok(count @ 1..) if count < left => left -= count,
+            _ => return,
+        }
+    }
+}
+
 /// Reads the preamble of a connection that was accepted.
-pub(crate) fn read_preamble(stream: &mut TcpStream) -> Result<Preamble, ReadError> {
-    prepare(stream)?;
-    stream.set_read_timeout(Some(HANDSHAKE_MAX))?;
+pub(crate) fn read_preamble(reader: &mut Reader) -> Result<Preamble, ReadError> {
+    reader.set_timeout(Some(HANDSHAKE_MAX))?;
     let mut bytes = [0; PREAMBLE_BYTES];
-    stream.read_exact(&mut bytes)?;
+    reader.read_exact(&mut bytes)?;
+    if handshake::is_hello(&bytes) {
+        return Err(ReadError::Encrypted);
+    }
     Ok(Preamble::decode(&bytes)?)
 }
 
@@ -132,14 +248,16 @@ pub(crate) fn read_frame(stream: &mut impl Read) -> Result<ControlFrame, ReadErr
 /// The writing half of a control stream.
 #[derive(Debug)]
 pub(crate) struct ControlWriter {
-    stream: Mutex<TcpStream>,
+    writer: Mutex<Writer>,
+    handle: Handle,
     link: Arc<Bucket>,
 }
 
 impl ControlWriter {
-    pub(crate) fn new(stream: TcpStream, link: Arc<Bucket>) -> Self {
+    pub(crate) fn new(writer: Writer, link: Arc<Bucket>) -> Self {
         Self {
-            stream: Mutex::new(stream),
+            handle: writer.handle(),
+            writer: Mutex::new(writer),
             link,
         }
     }
@@ -153,7 +271,7 @@ impl ControlWriter {
         } else {
             self.link.take(bytes.len() as u64);
         }
-        self.stream
+        self.writer
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
             .write_all(&bytes)
@@ -161,14 +279,7 @@ impl ControlWriter {
 
     /// Ends the connection for both halves.
     pub(crate) fn close(&self) {
-        close(&self.stream.lock().unwrap_or_else(PoisonError::into_inner));
-    }
-}
-
-/// Ends a connection; one that is broken already needs no ending.
-pub(crate) fn close(stream: &TcpStream) {
-    if let Err(error) = stream.shutdown(Shutdown::Both) {
-        tracing::trace!(%error, "closing a connection that is gone");
+        self.handle.close();
     }
 }
 

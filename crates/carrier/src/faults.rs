@@ -10,6 +10,7 @@
 //! and go. What was asked for on one that broke is asked again on the next: who waits is written
 //! down here, whoever brings the page. A page that is not missing is resolved without the network.
 
+use crate::channel::{Reader, Writer};
 use crate::receiver;
 use hdrhistogram::Histogram;
 use limosa_engine::report::{FAULT_BUCKETS, FaultReport};
@@ -20,7 +21,6 @@ use limosa_os::userfault::{InstallError, PageInstaller};
 use limosa_pages::{ByteCount, PAGE_SIZE_USIZE, PageCount, PageRange, PageSet, Pfn};
 use std::collections::BTreeMap;
 use std::io::{self, Read, Write};
-use std::net::TcpStream;
 use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -46,7 +46,7 @@ pub(crate) struct Faults {
     installer: Arc<PageInstaller>,
     state: Mutex<State>,
     /// Requests for pages go here, while there is a connection.
-    pull: Mutex<Option<TcpStream>>,
+    pull: Mutex<Option<Writer>>,
     is_over: AtomicBool,
     /// All pages are there, and that was told.
     is_told: AtomicBool,
@@ -162,18 +162,18 @@ impl Faults {
     /// There is nobody to ask for now.
     pub(crate) fn detach(&self) {
         if let Some(pull) = self.pull().take() {
-            crate::connection::close(&pull);
+            pull.handle().close();
         }
     }
 
     /// The source can be asked for pages from now on.
-    pub(crate) fn attach(&self, pull: TcpStream) {
+    pub(crate) fn attach(&self, pull: Writer) {
         *self.pull() = Some(pull);
     }
 
     /// The same after a reconnection: the source is told what is missing, and asked again for what
     /// somebody waits for; how many pages are missing.
-    pub(crate) fn reattach(&self, mut pull: TcpStream) -> io::Result<PageCount> {
+    pub(crate) fn reattach(&self, mut pull: Writer) -> io::Result<PageCount> {
         let mut slot = self.pull();
         let mut missing = PageSet::empty(self.installer.page_count());
         self.installer.missing_set(&mut missing);
@@ -199,7 +199,7 @@ impl Faults {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn pull(&self) -> MutexGuard<'_, Option<TcpStream>> {
+    fn pull(&self) -> MutexGuard<'_, Option<Writer>> {
         self.pull.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -251,7 +251,7 @@ impl State {
     }
 }
 
-fn want(pull: &mut TcpStream, run: PageRange) -> io::Result<()> {
+fn want(pull: &mut Writer, run: PageRange) -> io::Result<()> {
     let most = u64::from(limosa_engine::wire::PUSH_PAGES_MAX);
     let mut first = run.first;
     while first < run.end() {
@@ -319,12 +319,12 @@ enum AnswerError {
 
 /// Starts the thread that takes the answers of one pull stream; it ends with the connection.
 pub(crate) fn take_answers(
-    mut pull: TcpStream,
+    mut pull: Reader,
     shared: Arc<receiver::Shared>,
     faults: Arc<Faults>,
     report: impl Fn(receiver::Report) + Send + 'static,
 ) -> io::Result<()> {
-    pull.set_read_timeout(None)?;
+    pull.set_timeout(None)?;
     thread::Builder::new()
         .name("answers".to_owned())
         .spawn(move || {
@@ -355,7 +355,7 @@ pub(crate) fn take_answers(
 }
 
 fn take_answer(
-    pull: &mut TcpStream,
+    pull: &mut Reader,
     shared: &receiver::Shared,
     faults: &Faults,
     content: &mut Vec<u8>,

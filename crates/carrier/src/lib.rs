@@ -8,9 +8,15 @@
 //! Absent on purpose: policy, retries of a migration, names of VMs, HTTP.
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
+// Tests share what they need with those that see this crate from outside.
+#[cfg(test)]
+extern crate self as limosa_carrier;
+
 mod bucket;
+mod channel;
 mod coding;
 mod connection;
+mod credentials;
 mod digest;
 mod faults;
 mod guest;
@@ -28,6 +34,7 @@ mod target;
 
 pub use coding::Compression;
 pub use connection::Dial;
+pub use credentials::{CA_CERTIFICATE, Credentials, CredentialsError, HOST_CERTIFICATE, HOST_KEY};
 pub use guest::{CommitError, Guest, GuestError, Running, Saved};
 pub use journal_file::{JournalError, replay_file};
 pub use outcome::tell_memory_lost;

@@ -5,13 +5,13 @@
 //! buffer, or lost with an earlier connection. After a reconnection the target first says all that it
 //! misses, which becomes the set of unsent pages.
 
+use crate::channel::Channel;
 use crate::missing;
 use crate::sender::{Shared, Unsent};
 use limosa_engine::wire::{PUSH_HEADER_BYTES, PullHeader, PushHeader, WireError, bits_bytes};
 use limosa_os::thread::ThreadId;
 use limosa_pages::{PageRange, PageSet};
 use std::io::{self, Read};
-use std::net::TcpStream;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::thread;
@@ -37,7 +37,7 @@ enum ServeError {
 
 /// Starts the thread; it ends with the connection.
 pub(crate) fn start(
-    socket: TcpStream,
+    channel: Channel,
     shared: Arc<Shared>,
     report: impl Fn(Report) + Send + 'static,
 ) -> io::Result<()> {
@@ -50,7 +50,7 @@ pub(crate) fn start(
             let mut server = PullServer {
                 missing: PageSet::empty(shared.memory.page_count()),
                 unsent: shared.unsent(),
-                socket,
+                channel,
                 shared,
             };
             if let Err(error) = server.run(&report) {
@@ -63,7 +63,7 @@ pub(crate) fn start(
 }
 
 struct PullServer {
-    socket: TcpStream,
+    channel: Channel,
     shared: Arc<Shared>,
     unsent: Arc<Unsent>,
     missing: PageSet,
@@ -74,7 +74,7 @@ impl PullServer {
         let memory = self.shared.memory.page_count();
         loop {
             let mut header = [0; PUSH_HEADER_BYTES];
-            if let Err(error) = self.socket.read_exact(&mut header) {
+            if let Err(error) = self.channel.reader.read_exact(&mut header) {
                 // A target that needs no pulls closes this stream with the others, before the rest.
                 let is_needed = self.shared.is_serving.load(Ordering::SeqCst);
                 return if is_needed { Err(error.into()) } else { Ok(()) };
@@ -88,7 +88,7 @@ impl PullServer {
                 PullHeader::Missing(range) => self.missing.insert_range(range),
                 PullHeader::MissingBits(range) => {
                     let mut bits = vec![0; bits_bytes(range)];
-                    self.socket.read_exact(&mut bits)?;
+                    self.channel.reader.read_exact(&mut bits)?;
                     for run in missing::decode(range, &bits) {
                         self.missing.insert_range(run);
                     }
@@ -102,7 +102,7 @@ impl PullServer {
         }
     }
 
-    fn answer(&self, range: PageRange) -> io::Result<()> {
+    fn answer(&mut self, range: PageRange) -> io::Result<()> {
         self.unsent.asked_for(range);
         let parts: Vec<([u8; PUSH_HEADER_BYTES], Option<PageRange>)> = self
             .shared
@@ -119,7 +119,9 @@ impl PullServer {
         });
         self.shared.limit.take_first(bytes);
         self.shared.link.take_first(bytes);
-        self.shared.memory.send_parts(&self.socket, &parts)?;
+        self.channel
+            .writer
+            .send_parts(&self.shared.memory, &parts)?;
         let pages = range.count.get();
         self.shared.pages_out.fetch_add(pages, Ordering::Relaxed);
         self.shared.pulled_out.fetch_add(pages, Ordering::Release);

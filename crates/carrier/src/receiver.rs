@@ -7,6 +7,7 @@
 //! whatever a peer sends; after [`Shared::serve`] pages are received into a buffer of the stream and
 //! put in by the installer, at most once and never over what the guest wrote.
 
+use crate::channel::Reader;
 use crate::digest::PageHashes;
 use crate::faults::{Faults, Way};
 use crate::missing;
@@ -20,7 +21,6 @@ use limosa_os::userfault::InstallError;
 use limosa_pages::codec::{CodecError, delta, lz4};
 use limosa_pages::{PAGE_SIZE_USIZE, PageCount, PageRange, PageSet};
 use std::io::{self, Read};
-use std::net::TcpStream;
 use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
@@ -167,19 +167,19 @@ impl Shared {
 /// Starts the thread of stream `index`; it ends with the connection.
 pub(crate) fn start(
     index: u8,
-    socket: TcpStream,
+    reader: Reader,
     shared: Arc<Shared>,
     report: impl Fn(Report) + Send + 'static,
 ) -> io::Result<()> {
     // Between rounds a stream may be silent for long; the control stream watches the peer.
-    socket.set_read_timeout(None)?;
+    reader.set_timeout(None)?;
     thread::Builder::new()
         .name(format!("receive-{index}"))
         .spawn(move || {
             be_modest();
             let mut stream = PushStream {
                 index,
-                socket,
+                reader,
                 shared,
                 buffer: vec![0; BUFFER_BYTES],
                 content: Vec::new(),
@@ -245,7 +245,7 @@ pub(crate) fn decode_deltas(mut coded: &[u8], content: &mut [u8]) -> Result<(), 
 #[derive(Debug)]
 struct PushStream {
     index: u8,
-    socket: TcpStream,
+    reader: Reader,
     shared: Arc<Shared>,
     buffer: Vec<u8>,
     /// Pages on their way to the installer.
@@ -373,7 +373,7 @@ impl PushStream {
         let ahead = into.len().min(self.end - self.start);
         into[..ahead].copy_from_slice(&self.buffer[self.start..self.start + ahead]);
         self.start += ahead;
-        self.socket.read_exact(&mut into[ahead..])
+        self.reader.read_exact(&mut into[ahead..])
     }
 
     fn read_header(&mut self) -> io::Result<[u8; PUSH_HEADER_BYTES]> {
@@ -381,7 +381,7 @@ impl PushStream {
             self.buffer.copy_within(self.start..self.end, 0);
             self.end -= self.start;
             self.start = 0;
-            let read = self.socket.read(&mut self.buffer[self.end..])?;
+            let read = self.reader.read(&mut self.buffer[self.end..])?;
             if read == 0 {
                 return Err(io::ErrorKind::UnexpectedEof.into());
             }
@@ -414,9 +414,9 @@ impl PushStream {
             .write_at(offset, &self.buffer[self.start..self.start + ahead])?;
         self.start += ahead;
         if ahead < length {
-            self.shared
-                .memory
-                .receive(&self.socket, offset + ahead as u64, length - ahead)?;
+            let rest = offset + ahead as u64;
+            self.reader
+                .receive(&self.shared.memory, rest, length - ahead)?;
         }
         self.shared.filled().insert_range(range);
         self.arrived_in_place(range)?;

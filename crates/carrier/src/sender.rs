@@ -5,13 +5,14 @@
 //! file are never read: a page that was never touched is zero at the target anyway.
 //!
 //! Where that is quicker, pages go in a coding ([`coding`]); otherwise the kernel is given their place
-//! in the guest's memory, and they are copied nowhere else.
+//! in the guest's memory, and they are copied nowhere else, unless they have to be encrypted.
 //!
 //! For a guest that runs at the target it sends what is not sent yet: a page is taken out of that
 //! set, which the pull stream shares, just before it is read, so that it goes once. These batches
 //! are small, and so is the socket's buffer: what somebody waits for comes through between them.
 
 use crate::bucket::Bucket;
+use crate::channel::Writer;
 use crate::coding::{self, Coder};
 use crate::missing;
 use crate::modesty::be_modest;
@@ -21,10 +22,8 @@ use limosa_engine::source::{Piece, SentPiece};
 use limosa_engine::wire::{PUSH_HEADER_BYTES, PUSH_PAGES_MAX, PushHeader};
 use limosa_os::SharedMemory;
 use limosa_os::memory::ExistingPages;
-use limosa_os::socket::set_send_buffer;
 use limosa_pages::{ByteCount, PageCount, PageRange, PageSet, Pfn};
 use std::io::{self, Write};
-use std::net::TcpStream;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -127,7 +126,7 @@ pub(crate) struct Unsent {
 /// breaks.
 pub(crate) fn start(
     index: u8,
-    socket: TcpStream,
+    writer: Writer,
     shared: Arc<Shared>,
     report: impl Fn(Report) + Send + 'static,
 ) -> io::Result<Sender<Order>> {
@@ -139,7 +138,7 @@ pub(crate) fn start(
             let unsent = shared.unsent();
             let mut stream = PushStream {
                 index,
-                socket,
+                writer,
                 shared,
                 unsent,
                 coder: Coder::new(),
@@ -157,7 +156,7 @@ pub(crate) fn start(
 #[derive(Debug)]
 struct PushStream {
     index: u8,
-    socket: TcpStream,
+    writer: Writer,
     shared: Arc<Shared>,
     unsent: Arc<Unsent>,
     coder: Coder,
@@ -196,7 +195,7 @@ impl PushStream {
                     });
                 }
                 Order::Push { piece } => {
-                    set_send_buffer(&self.socket, PUSH_BUFFER_BYTES)?;
+                    self.writer.set_send_buffer(PUSH_BUFFER_BYTES)?;
                     let sent = self.push(piece)?;
                     report(Report::Sent {
                         piece,
@@ -205,7 +204,7 @@ impl PushStream {
                     });
                 }
                 Order::Barrier { round } => {
-                    self.socket
+                    self.writer
                         .write_all(&PushHeader::Barrier { round }.encode())?;
                 }
             }
@@ -288,7 +287,7 @@ impl PushStream {
         let length = bytes.len() as u64;
         self.shared.limit.take(length);
         self.shared.link.take(length);
-        self.socket.write_all(&bytes)?;
+        self.writer.write_all(&bytes)?;
         Ok(SentPiece {
             bytes: ByteCount::new(length),
             ..SentPiece::default()
@@ -380,8 +379,8 @@ impl PushStream {
         let began = Instant::now();
         self.shared.limit.take(bytes);
         self.shared.link.take(bytes);
-        self.shared.memory.send_parts(&self.socket, &batch.parts)?;
-        self.socket.write_all(&self.coder.out)?;
+        self.writer.send_parts(&self.shared.memory, &batch.parts)?;
+        self.writer.write_all(&self.coder.out)?;
         self.coder.out.clear();
         self.coder.sent(bytes, began.elapsed());
         sent.bytes = sent.bytes.saturating_add(ByteCount::new(bytes));

@@ -18,6 +18,7 @@ pub use status::MigrationStatus;
 
 use crate::bucket::Bucket;
 use crate::coding::Compression;
+use crate::credentials::Credentials;
 use crate::guest::{Guest, GuestError};
 use crate::push_order::PushOrder;
 use crate::sender::{self, Manner};
@@ -77,6 +78,8 @@ pub struct MigrateRequest {
     pub compression: Compression,
     /// In which order missing pages are pushed.
     pub push_order: PushOrder,
+    /// With these, every connection to the target is encrypted, and nothing is without.
+    pub credentials: Option<Arc<Credentials>>,
 }
 
 /// Why a migration did not start. The guest was not touched.
@@ -108,6 +111,7 @@ pub struct AbortTooLate;
 #[derive(Debug)]
 pub struct Migration {
     id: MigrationId,
+    is_encrypted: bool,
     shared: Arc<Shared>,
     pages: Arc<sender::Shared>,
     events: Sender<Inbox>,
@@ -118,6 +122,7 @@ struct Carriage {
     is_recovery: bool,
     link: Option<BytesPerSecond>,
     manner: Manner,
+    credentials: Option<Arc<Credentials>>,
     journal: Option<PathBuf>,
 }
 
@@ -167,6 +172,7 @@ impl Migration {
             is_recovery: false,
             link: request.link,
             manner,
+            credentials: request.credentials,
             journal,
         };
         Self::spawn(guest, config, carriage, on_finish)
@@ -200,6 +206,7 @@ impl Migration {
             is_recovery: true,
             link: request.link,
             manner,
+            credentials: request.credentials,
             journal: None,
         };
         Self::spawn(guest, config, carriage, on_finish)
@@ -225,15 +232,15 @@ impl Migration {
             finished: Mutex::new(false),
             finishing: Condvar::new(),
         });
+        let is_encrypted = carriage.credentials.is_some();
         let link = Arc::new(Bucket::new(carriage.link));
         let mut driver = Driver::new(
             guest,
             config,
-            carriage.is_recovery,
+            &carriage,
             Arc::clone(&shared),
             events.clone(),
             link,
-            carriage.manner,
         );
         let pages = driver.pages();
         let done = Arc::clone(&shared);
@@ -251,6 +258,7 @@ impl Migration {
             .map_err(|error| StartError::System(error.to_string()))?;
         Ok(Arc::new(Self {
             id,
+            is_encrypted,
             shared,
             pages,
             events,
@@ -260,6 +268,11 @@ impl Migration {
     /// The attempt.
     pub fn id(&self) -> MigrationId {
         self.id
+    }
+
+    /// Whether its connections are encrypted.
+    pub fn is_encrypted(&self) -> bool {
+        self.is_encrypted
     }
 
     /// Where it stands.

@@ -8,19 +8,22 @@
 //! ```
 //!
 //! Whoever connects has [`HANDSHAKE_MAX`] to say what it wants, and at most [`HANDSHAKES_MAX`] may
-//! be saying it at once. A session that has ended stays barred: its id is never accepted again.
+//! be saying it at once. On a host with credentials it has the same time to show its own first, and
+//! nothing else of it is read before. A session that has ended stays barred: its id is never accepted again.
 
 mod driver;
 mod session;
 
-use crate::connection::{self, HANDSHAKE_MAX};
+use crate::channel::{Channel, Reader};
+use crate::connection::{self, ControlWriter, HANDSHAKE_MAX, ReadError};
+use crate::credentials::Credentials;
 use crate::guest::Guest;
 use driver::Driver;
 use limosa_engine::handover::{MigrationId, Resolution};
 use limosa_engine::target::TargetOutcome;
 use limosa_engine::wire::{ControlFrame, Preamble, Role, Start, clip};
 use serde::Serialize;
-use session::Session;
+use session::{Session, control_writer};
 use std::collections::{HashMap, VecDeque};
 use std::io::Write;
 use std::net::{SocketAddr, TcpListener, TcpStream};
@@ -91,6 +94,7 @@ pub struct Listener {
 
 struct Shared {
     host: Arc<dyn TargetHost>,
+    credentials: Option<Arc<Credentials>>,
     registry: Mutex<Registry>,
     /// A session was opened or closed.
     opened: Condvar,
@@ -111,15 +115,21 @@ struct Registry {
 }
 
 impl Listener {
-    /// Listens on `address` and accepts in threads of its own until it is dropped.
+    /// Listens on `address` and accepts in threads of its own until it is dropped. With `credentials`
+    /// every connection is encrypted, and nothing is without.
     ///
     /// # Errors
     /// The address cannot be bound.
-    pub fn bind(address: SocketAddr, host: Arc<dyn TargetHost>) -> io::Result<Self> {
+    pub fn bind(
+        address: SocketAddr,
+        host: Arc<dyn TargetHost>,
+        credentials: Option<Arc<Credentials>>,
+    ) -> io::Result<Self> {
         let listener = TcpListener::bind(address)?;
         let address = listener.local_addr()?;
         let shared = Arc::new(Shared {
             host,
+            credentials,
             registry: Mutex::default(),
             opened: Condvar::new(),
             handshakes: AtomicUsize::new(0),
@@ -211,7 +221,7 @@ impl Shared {
     }
 
     /// Hears a connection out in a thread of its own, if not too many are being heard.
-    fn greet(self: &Arc<Self>, mut stream: TcpStream, from: SocketAddr) {
+    fn greet(self: &Arc<Self>, socket: TcpStream, from: SocketAddr) {
         if self.handshakes.fetch_add(1, Ordering::SeqCst) >= HANDSHAKES_MAX {
             self.handshakes.fetch_sub(1, Ordering::SeqCst);
             tracing::warn!(%from, "too many connections at once: this one is closed");
@@ -221,14 +231,10 @@ impl Shared {
         let spawned = thread::Builder::new()
             .name("greet".to_owned())
             .spawn(move || {
-                let preamble = connection::read_preamble(&mut stream);
+                let heard = shared.hear(socket, from);
                 shared.handshakes.fetch_sub(1, Ordering::SeqCst);
-                match preamble {
-                    Ok(preamble) => shared.serve(stream, from, preamble),
-                    Err(error) => {
-                        tracing::warn!(%from, %error, "a connection was refused");
-                        refuse(&mut stream, &error.to_string());
-                    }
+                if let Some((channel, preamble)) = heard {
+                    shared.serve(channel, from, preamble);
                 }
             });
         if let Err(error) = spawned {
@@ -237,28 +243,57 @@ impl Shared {
         }
     }
 
-    fn serve(self: &Arc<Self>, mut stream: TcpStream, from: SocketAddr, preamble: Preamble) {
+    /// What a connection is for; whoever is sent away is told why, as far as it listens.
+    fn hear(&self, socket: TcpStream, from: SocketAddr) -> Option<(Channel, Preamble)> {
+        let refused = |error: &dyn std::fmt::Display| {
+            tracing::warn!(%from, %error, "a connection was refused");
+        };
+        let accepted = connection::accept(socket, self.credentials.as_deref());
+        let mut channel = accepted.inspect_err(|error| refused(error)).ok()?;
+        match connection::read_preamble(&mut channel.reader) {
+            Ok(preamble) => Some((channel, preamble)),
+            Err(error) => {
+                refused(&error);
+                let is_encrypted = matches!(error, ReadError::Encrypted);
+                refuse(&mut channel, &error.to_string());
+                if is_encrypted {
+                    connection::farewell(channel.reader.socket());
+                }
+                None
+            }
+        }
+    }
+
+    fn serve(self: &Arc<Self>, mut channel: Channel, from: SocketAddr, preamble: Preamble) {
         let Preamble {
             migration: id,
             role,
             generation,
         } = preamble;
-        let opened = match role {
-            Role::Control => self.open(id, (from, generation), &stream),
-            Role::Resume => self.resume(id, (from, generation), &stream),
+        match role {
             Role::Push(_) | Role::Pull => {
                 return match self.wait_for_session(id) {
-                    Some(session) => session.attach(generation, role, stream),
+                    Some(session) => session.attach(generation, role, channel),
                     None => tracing::warn!(migration_id = %id, %from, "pages for no migration"),
                 };
             }
-            Role::Resolve => return self.answer(id, &mut stream),
+            Role::Resolve => return self.answer(id, &mut channel),
+            Role::Control | Role::Resume => {}
+        }
+        let Channel { reader, writer } = channel;
+        let control = Arc::new(control_writer(writer));
+        let opened = if role == Role::Control {
+            self.open(id, (from, generation), &control)
+        } else {
+            self.resume(id, (from, generation), &control)
         };
         match opened {
-            Ok(session) => self.read_control(&session, generation, stream),
+            Ok(session) => self.read_control(&session, generation, reader),
             Err(reason) => {
                 tracing::warn!(migration_id = %id, %from, %reason, "a migration was refused");
-                refuse(&mut stream, &reason);
+                if let Err(error) = control.send(&refusal(&reason)) {
+                    tracing::debug!(%error, "a refused peer did not listen");
+                }
             }
         }
     }
@@ -268,12 +303,11 @@ impl Shared {
         &self,
         id: MigrationId,
         (from, generation): (SocketAddr, u32),
-        stream: &TcpStream,
+        control: &Arc<ControlWriter>,
     ) -> Result<Arc<Session>, String> {
         let session = self.registry().sessions.get(&id).cloned();
         let session = session.ok_or("the guest of this migration does not wait here for pages")?;
-        let control = stream.try_clone().map_err(|error| error.to_string())?;
-        session.resume(from, generation, control)?;
+        session.resume(from, generation, Arc::clone(control))?;
         Ok(session)
     }
 
@@ -282,9 +316,8 @@ impl Shared {
         self: &Arc<Self>,
         id: MigrationId,
         (from, generation): (SocketAddr, u32),
-        stream: &TcpStream,
+        control: &Arc<ControlWriter>,
     ) -> Result<Arc<Session>, String> {
-        let control = stream.try_clone().map_err(|error| error.to_string())?;
         let registry = self.registry();
         if registry.sessions.contains_key(&id) || registry.barred.contains(&id) {
             return Err("this migration was begun before: start a new one".to_owned());
@@ -294,6 +327,7 @@ impl Shared {
         }
         drop(registry);
         let host = Arc::clone(&self.host);
+        let control = Arc::clone(control);
         let (session, driver) = Session::new(id, (from, generation), control, host);
         self.begin(id, Arc::clone(&session), driver)
             .map_err(|error| error.to_string())?;
@@ -346,15 +380,15 @@ impl Shared {
         self.opened.notify_all();
     }
 
-    fn read_control(&self, session: &Session, generation: u32, mut stream: TcpStream) {
+    fn read_control(&self, session: &Session, generation: u32, mut reader: Reader) {
         loop {
-            match connection::read_frame(&mut stream) {
+            match connection::read_frame(&mut reader) {
                 Ok(frame) => {
                     // The first frame had to come soon; between later ones the engine watches.
                     if matches!(
                         frame,
                         ControlFrame::Start(_) | ControlFrame::Reattach { .. }
-                    ) && let Err(error) = stream.set_read_timeout(None)
+                    ) && let Err(error) = reader.set_timeout(None)
                     {
                         return session.lost(generation, &error.to_string());
                     }
@@ -366,21 +400,21 @@ impl Shared {
     }
 
     /// Answers how an attempt ended, and hears whether the source is done.
-    fn answer(&self, id: MigrationId, stream: &mut TcpStream) {
-        let resolution = match connection::read_frame(stream) {
+    fn answer(&self, id: MigrationId, channel: &mut Channel) {
+        let resolution = match connection::read_frame(&mut channel.reader) {
             Ok(ControlFrame::Resolve) => self.resolve(id),
             Ok(_) | Err(_) => return,
         };
         let Some(resolution) = resolution else { return };
         tracing::info!(migration_id = %id, ?resolution, "a source asked for an outcome");
         let answer = ControlFrame::Resolved(resolution).encode();
-        if stream.write_all(&answer).is_err() || resolution == Resolution::Barred {
+        if channel.writer.write_all(&answer).is_err() || resolution == Resolution::Barred {
             return;
         }
-        if stream.set_read_timeout(Some(DONE_MAX)).is_err() {
+        if channel.reader.set_timeout(Some(DONE_MAX)).is_err() {
             return;
         }
-        match connection::read_frame(stream) {
+        match connection::read_frame(&mut channel.reader) {
             Ok(ControlFrame::Done) => self.host.confirmed(id),
             Ok(ControlFrame::Lost { reason }) if resolution == Resolution::Needs => {
                 self.source_is_gone(id, &clip(&reason));
@@ -413,11 +447,14 @@ impl Registry {
 }
 
 /// Tells a peer why it is not served, as far as it listens.
-fn refuse(stream: &mut TcpStream, reason: &str) {
-    let frame = ControlFrame::Refuse {
-        reason: clip(reason),
-    };
-    if let Err(error) = stream.write_all(&frame.encode()) {
+fn refuse(channel: &mut Channel, reason: &str) {
+    if let Err(error) = channel.writer.write_all(&refusal(reason).encode()) {
         tracing::debug!(%error, "a refused peer did not listen");
+    }
+}
+
+fn refusal(reason: &str) -> ControlFrame {
+    ControlFrame::Refuse {
+        reason: clip(reason),
     }
 }

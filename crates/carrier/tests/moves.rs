@@ -24,7 +24,7 @@ const PATIENCE: Duration = Duration::from_secs(60);
 
 fn listen() -> (Arc<ThreadHost>, Listener) {
     let host = Arc::new(ThreadHost::default());
-    let listener = Listener::bind("127.0.0.1:0".parse().unwrap(), host.clone()).unwrap();
+    let listener = Listener::bind("127.0.0.1:0".parse().unwrap(), host.clone(), None).unwrap();
     (host, listener)
 }
 
@@ -43,6 +43,7 @@ fn request(peer: SocketAddr, mode: Mode) -> MigrateRequest {
         link: None,
         compression: Compression::default(),
         push_order: PushOrder::default(),
+        credentials: None,
     }
 }
 

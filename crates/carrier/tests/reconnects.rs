@@ -98,6 +98,7 @@ fn begin(guest: &Arc<ThreadGuest>, peer: SocketAddr, mode: Mode) -> Arc<Migratio
         link: Some(BytesPerSecond::new(8_000_000)),
         compression: Compression::Off,
         push_order: PushOrder::Bubbling,
+        credentials: None,
     };
     Migration::start(guest, request, None, Box::new(|_| {})).unwrap()
 }
@@ -106,7 +107,7 @@ fn begin(guest: &Arc<ThreadGuest>, peer: SocketAddr, mode: Mode) -> Arc<Migratio
 fn a_link_that_breaks_delays_the_pages_and_loses_none() {
     for mode in [Mode::Demand, Mode::PostCopy, Mode::Hybrid] {
         let host = Arc::new(ThreadHost::default());
-        let listener = Listener::bind("127.0.0.1:0".parse().unwrap(), host.clone()).unwrap();
+        let listener = Listener::bind("127.0.0.1:0".parse().unwrap(), host.clone(), None).unwrap();
         let link = Link::to(listener.local_addr());
         let guest = ThreadGuest::new(8192, 3000, true);
         let migration = begin(&guest, link.address, mode);

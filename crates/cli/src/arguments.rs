@@ -1,6 +1,6 @@
 //! What can be typed: commands, options, examples.
 
-use crate::{demo, lab};
+use crate::{cert, demo, lab};
 use clap::{Args, Parser, Subcommand};
 use clap_complete::Shell;
 use limosa_engine::policy::Mode;
@@ -43,7 +43,7 @@ Examples:
   limosa demo                                       the main job, with nothing set up before
   limosa host &                                     the daemon of this host
   limosa run web --micro writer --memory 1G         a virtual machine
-  limosa migrate web --to 192.0.2.7:7070 --insecure to another host";
+  limosa migrate web --to 192.0.2.7:7070            to another host";
 
 /// Whether to answer with JSON.
 #[derive(Clone, Copy, Debug, Args)]
@@ -88,6 +88,8 @@ pub(crate) enum Command {
     Demo(Box<demo::Arguments>),
     /// Run experiments that are described by a plan, and report on them
     Lab(lab::Arguments),
+    /// Make the certificates with which hosts believe each other
+    Cert(cert::Arguments),
     /// Replay the journal of a migration and check that the engine decides the same
     Replay(Replay),
     /// Print the description of the daemon's control interface
@@ -113,13 +115,19 @@ pub(crate) enum Command {
 Examples:
   limosa host
   limosa host --state-dir /tmp/a --listen 127.0.0.1:7071
-  limosa host --listen 192.0.2.7:7070 --insecure")]
+  limosa host --listen 192.0.2.7:7070 --tls /etc/limosa/tls
+  limosa host --listen 192.0.2.7:7070 --insecure
+
+'limosa cert' makes what --tls needs; docs/encryption.md has more.")]
 pub(crate) struct Host {
     /// Address for other hosts; port 0 takes any that is free
     #[arg(long, value_name = "IP:PORT", default_value = limosa_host::daemon::LISTEN)]
     pub listen: SocketAddr,
-    /// Listen beyond this machine although connections are not encrypted yet
-    #[arg(long)]
+    /// Directory with ca.pem, host.pem and host.key: every connection to other hosts is mutual TLS
+    #[arg(long, value_name = "DIR")]
+    pub tls: Option<PathBuf>,
+    /// Listen beyond this machine although nothing is encrypted
+    #[arg(long, conflicts_with = "tls")]
     pub insecure: bool,
 }
 
@@ -191,14 +199,14 @@ Examples:
   limosa migrate web --to 127.0.0.1:7071
   limosa migrate web --to 127.0.0.1:7071 --mode stop-and-copy
   limosa migrate web --to 127.0.0.1:7071 --mode demand && limosa drain web
-  limosa migrate web --to 192.0.2.7:7070 --insecure --downtime-max 10ms --bandwidth-max 500M
+  limosa migrate web --to 192.0.2.7:7070 --downtime-max 10ms --bandwidth-max 500M
   limosa migrate web --to 127.0.0.1:7071 --detach && limosa status web --follow
 
 The modes are explained in docs/techniques.md.")]
 pub(crate) struct Migrate {
     /// Name of the virtual machine
     pub vm: String,
-    /// The target: where its daemon listens for hosts
+    /// The target: where its daemon listens for hosts; with --tls its certificate has to be for HOST
     #[arg(long, value_name = "HOST:PORT")]
     pub to: String,
     /// The technique: auto, pre-copy, hybrid, post-copy, demand or stop-and-copy
@@ -242,7 +250,7 @@ pub(crate) struct Migrate {
     /// Start it and return at once with its id
     #[arg(long)]
     pub detach: bool,
-    /// Allow a target on another machine although the connection is not encrypted yet
+    /// Allow a target on another machine although this daemon runs without --tls
     #[arg(long)]
     pub insecure: bool,
     #[command(flatten)]

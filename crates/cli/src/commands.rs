@@ -9,7 +9,7 @@ pub(crate) use migrations::tests;
 use crate::arguments::{Arguments, Command, Host, Replay};
 use crate::follow::Follower;
 use crate::output::{Output, count, print};
-use crate::{demo, lab};
+use crate::{cert, demo, lab};
 use anyhow::{Context, Result};
 use clap::CommandFactory;
 use limosa_host::client::Client;
@@ -56,6 +56,7 @@ pub(crate) fn run(arguments: Arguments) -> Result<()> {
         }
         Command::Demo(arguments) => demo::run(&arguments),
         Command::Lab(arguments) => lab::run(&arguments, output),
+        Command::Cert(arguments) => cert::run(&arguments, output),
         Command::Replay(arguments) => replay(&arguments, output(arguments.format.json)),
         Command::Openapi => print(&serde_json::to_string_pretty(&limosa_host::openapi())?),
         Command::Completions { shell } => {
@@ -93,6 +94,7 @@ fn serve(host: &Host, place: &Place) -> Result<()> {
     daemon::serve(&daemon::Options {
         state_dir: place.state_dir()?,
         listen: host.listen,
+        tls: host.tls.clone(),
         insecure: host.insecure,
     })
 }

@@ -6,6 +6,7 @@
 
 mod arguments;
 mod bed;
+mod cert;
 mod commands;
 mod demo;
 mod follow;

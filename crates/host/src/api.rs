@@ -35,6 +35,8 @@ pub struct HostInfo {
     /// Where other daemons reach this one.
     #[schema(example = "127.0.0.1:7070")]
     pub peer_address: String,
+    /// Every connection to other daemons is encrypted, and they have to show certificates.
+    pub encrypted: bool,
     /// Identifies the running kernel; hosts with equal ids share one clock.
     pub boot_id: String,
     /// Directory of sockets, logs, ledger and journals.

@@ -188,7 +188,7 @@ mod tests {
         let state = StateDir::open(dir.path()).unwrap();
         let machines = Arc::new(FakeMachines::default());
         let ledger = Ledger::open(&state.ledger()).unwrap();
-        let host = Host::new(state, Box::new(Arc::clone(&machines)), ledger);
+        let host = Host::new(state, Box::new(Arc::clone(&machines)), ledger, None);
         (Arrivals(host), machines, dir)
     }
 

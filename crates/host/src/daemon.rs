@@ -11,7 +11,7 @@ use crate::ledger::Ledger;
 use crate::machine::process::Processes;
 use crate::state_dir::StateDir;
 use anyhow::{Context, Result, bail};
-use limosa_carrier::Listener;
+use limosa_carrier::{Credentials, Listener};
 use std::fs;
 use std::net::SocketAddr;
 use std::os::unix::fs::PermissionsExt;
@@ -39,36 +39,32 @@ pub struct Options {
     pub state_dir: PathBuf,
     /// Where other hosts reach it.
     pub listen: SocketAddr,
-    /// Listen beyond the loopback although nothing is encrypted yet.
+    /// Directory of the certificates and the key with which every connection is encrypted.
+    pub tls: Option<PathBuf>,
+    /// Listen beyond the loopback although nothing is encrypted.
     pub insecure: bool,
 }
 
 /// Runs a daemon until it is told to stop.
 ///
 /// # Errors
-/// One line: another daemon is there, an address is taken or not allowed.
+/// One line: another daemon is there, an address is taken or not allowed, a certificate is broken.
 pub fn serve(options: &Options) -> Result<()> {
-    if !options.listen.ip().is_loopback() && !options.insecure {
-        bail!(
-            "{} can be reached from other machines and connections are not encrypted yet: \
-             listen on 127.0.0.1, or use --insecure if the network is trusted",
-            options.listen
-        );
-    }
+    let credentials = credentials(options)?;
     let state = StateDir::open(&options.state_dir)?;
     let socket = state.host_socket();
     let ledger = Ledger::open(&state.ledger())?;
     let processes = Processes::new(state.root());
     let root = state.root().display().to_string();
-    let host = Host::new(state, Box::new(processes), ledger);
+    let host = Host::new(state, Box::new(processes), ledger, credentials.clone());
     host.adopt_all()?;
-    let peers = Listener::bind(options.listen, Arc::new(Arrivals(Arc::clone(&host))))
-        .with_context(|| {
-            format!(
-                "cannot listen on {} for other hosts (--listen gives another address)",
-                options.listen
-            )
-        })?;
+    let arrivals = Arc::new(Arrivals(Arc::clone(&host)));
+    let peers = Listener::bind(options.listen, arrivals, credentials).with_context(|| {
+        format!(
+            "cannot listen on {} for other hosts (--listen gives another address)",
+            options.listen
+        )
+    })?;
     let address = peers.local_addr();
     host.listens(peers);
 
@@ -83,8 +79,13 @@ pub fn serve(options: &Options) -> Result<()> {
     let served = runtime.block_on(async {
         let control = listen_privately(&socket)?;
         let vms = host.vms().len();
+        let hosts = if options.tls.is_some() {
+            "hosts with certificates"
+        } else {
+            "hosts"
+        };
         eprintln!(
-            "limosa host {} listens for hosts on {address} and for commands on {} ({vms} VMs)",
+            "limosa host {} listens for {hosts} on {address} and for commands on {} ({vms} VMs)",
             env!("CARGO_PKG_VERSION"),
             socket.display()
         );
@@ -115,6 +116,21 @@ pub fn serve(options: &Options) -> Result<()> {
         eprintln!("{run_on} without a daemon: 'limosa host --state-dir {root}' finds them again");
     }
     served
+}
+
+/// How other hosts are met: on a network with certificates, or at the operator's word.
+fn credentials(options: &Options) -> Result<Option<Arc<Credentials>>> {
+    let is_safe = options.listen.ip().is_loopback() || options.tls.is_some();
+    if !is_safe && !options.insecure {
+        bail!(
+            "{} can be reached from other machines and connections would not be encrypted: give \
+             --tls DIR ('limosa cert' makes what is in it), or use --insecure if the network is \
+             trusted",
+            options.listen
+        );
+    }
+    let credentials = options.tls.as_deref().map(Credentials::load);
+    Ok(credentials.transpose()?.map(Arc::new))
 }
 
 /// Ends what can be ended while the control interface is silent; a second signal cuts it short.

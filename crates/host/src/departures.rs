@@ -12,7 +12,7 @@
 
 use crate::machine::Shape;
 use crate::state_dir::VmName;
-use limosa_carrier::{Compression, MigrateRequest, PushOrder, RATE_MIN};
+use limosa_carrier::{Compression, Credentials, MigrateRequest, PushOrder, RATE_MIN};
 use limosa_engine::handover::MigrationId;
 use limosa_engine::policy::{Limits, Mode};
 use limosa_engine::wire::STREAMS_MAX;
@@ -21,6 +21,7 @@ use serde::{Deserialize, Serialize};
 use std::fs;
 use std::io;
 use std::path::PathBuf;
+use std::sync::Arc;
 
 /// A migration away, as far as it matters when all else about it is gone.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -59,7 +60,11 @@ impl Departure {
     }
 
     /// What a restarted daemon asks for to take it up again.
-    pub fn request(&self, id: MigrationId) -> MigrateRequest {
+    pub fn request(
+        &self,
+        id: MigrationId,
+        credentials: Option<Arc<Credentials>>,
+    ) -> MigrateRequest {
         let possible = |rate: &BytesPerSecond| *rate >= RATE_MIN;
         let mut limits = self.limits;
         limits.bandwidth_max = limits.bandwidth_max.filter(possible);
@@ -73,6 +78,7 @@ impl Departure {
             link: self.link.filter(possible),
             compression: Compression::Auto,
             push_order: PushOrder::default(),
+            credentials,
         }
     }
 }
@@ -205,7 +211,7 @@ mod tests {
             link: rate,
             ..departure()
         };
-        let request = damaged.request(MigrationId(1));
+        let request = damaged.request(MigrationId(1), None);
         assert_eq!((request.streams, request.link), (1, None));
         assert_eq!(request.limits.bandwidth_max, None);
     }

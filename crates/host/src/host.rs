@@ -20,7 +20,7 @@ use crate::migrations::Migrations;
 use crate::refusal::Refusal;
 use crate::registry::Registry;
 use crate::state_dir::{StateDir, VmName};
-use limosa_carrier::{IncomingStatus, Listener, Migration};
+use limosa_carrier::{Credentials, IncomingStatus, Listener, Migration};
 use limosa_engine::policy::Mode;
 use limosa_engine::source::Stage;
 use std::net::SocketAddr;
@@ -40,12 +40,18 @@ pub struct Host {
     migrations: Mutex<Migrations>,
     ledger: Mutex<Ledger>,
     departures: Departures,
+    credentials: Option<Arc<Credentials>>,
     peers: OnceLock<Listener>,
 }
 
 impl Host {
-    /// A host without virtual machines.
-    pub fn new(state: StateDir, machines: Box<dyn Machines>, ledger: Ledger) -> Arc<Self> {
+    /// A host without virtual machines. With `credentials` whatever it dials is encrypted.
+    pub fn new(
+        state: StateDir,
+        machines: Box<dyn Machines>,
+        ledger: Ledger,
+        credentials: Option<Arc<Credentials>>,
+    ) -> Arc<Self> {
         Arc::new_cyclic(|me| Self {
             me: me.clone(),
             departures: Departures::new(state.departures()),
@@ -54,6 +60,7 @@ impl Host {
             registry: Mutex::default(),
             migrations: Mutex::default(),
             ledger: Mutex::new(ledger),
+            credentials,
             peers: OnceLock::new(),
         })
     }
@@ -104,6 +111,7 @@ impl Host {
             peer_address: self
                 .peer_address()
                 .map_or_else(String::new, |address| address.to_string()),
+            encrypted: self.credentials.is_some(),
             boot_id: facts.boot_id,
             state_dir: self.state.root().display().to_string(),
             open_fds: facts.open_fds,

@@ -12,6 +12,7 @@
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
 pub mod api;
+pub mod certificates;
 pub mod client;
 pub mod daemon;
 mod departures;

@@ -6,7 +6,7 @@
 
 use crate::api::{MigrationInfo, Report, milliseconds};
 use crate::refusal::Refusal;
-use limosa_carrier::{Migration, MigrationStatus};
+use limosa_carrier::Migration;
 use limosa_engine::handover::MigrationId;
 use limosa_os::dirty::TrackerKind;
 use limosa_pages::BytesPerSecond;
@@ -136,16 +136,18 @@ impl Record {
     }
 
     fn info_of(&self, migration: &Migration) -> MigrationInfo {
-        info(migration.status(), &self.vm, &self.to, self.tracker)
+        info(migration, &self.vm, &self.to, self.tracker)
     }
 }
 
 /// A status as the interface tells it.
-fn info(status: MigrationStatus, vm: &str, to: &str, tracker: TrackerKind) -> MigrationInfo {
+fn info(migration: &Migration, vm: &str, to: &str, tracker: TrackerKind) -> MigrationInfo {
+    let status = migration.status();
     MigrationInfo {
         id: status.id.to_string(),
         vm: vm.to_owned(),
         to: to.to_owned(),
+        encrypted: migration.is_encrypted(),
         mode: status.mode,
         stage: status.stage,
         round: status.round,

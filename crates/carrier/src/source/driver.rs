@@ -1,12 +1,12 @@
 //! The driver: takes events, asks the engine, carries its actions out.
 
-use super::{Shared, lock};
+use super::{Carriage, Shared, lock};
 use crate::bucket::Bucket;
-use crate::connection::{self, ControlWriter, ReadError};
+use crate::channel::{Channel, Handle, Reader};
+use crate::connection::{self, ControlWriter, Dialler, ReadError};
 use crate::digest;
 use crate::guest::{Guest, GuestError, Saved};
 use crate::push_order::Heat;
-use crate::sender::Manner;
 use crate::{hold, journal_file, outcome, pull_server, sender};
 use limosa_engine::Timestamp;
 use limosa_engine::handover::Resolution;
@@ -15,7 +15,6 @@ use limosa_engine::wire::{ControlFrame, Preamble, Role};
 use limosa_pages::{PageCount, PageRange, PageSet, Pfn};
 use std::collections::VecDeque;
 use std::io;
-use std::net::TcpStream;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -56,9 +55,12 @@ impl Inbox {
 struct Links {
     control: ControlWriter,
     /// For the thread that reads control frames.
-    reader: Option<TcpStream>,
-    streams: Vec<TcpStream>,
-    pull: Option<TcpStream>,
+    reader: Option<Reader>,
+    /// For the threads of the page streams.
+    streams: Vec<Channel>,
+    pull: Option<Channel>,
+    /// Closes what these threads have.
+    handles: Vec<Handle>,
     orders: Vec<Sender<sender::Order>>,
 }
 
@@ -66,6 +68,7 @@ struct Links {
 pub(super) struct Driver {
     guest: Arc<dyn Guest>,
     config: SourceConfig,
+    dialler: Dialler,
     is_recovery: bool,
     shared: Arc<Shared>,
     events: Sender<Inbox>,
@@ -98,12 +101,16 @@ impl Driver {
     pub(super) fn new(
         guest: Arc<dyn Guest>,
         config: SourceConfig,
-        is_recovery: bool,
+        carriage: &Carriage,
         shared: Arc<Shared>,
         events: Sender<Inbox>,
         link: Arc<Bucket>,
-        manner: Manner,
     ) -> Self {
+        let dialler = Dialler {
+            peer: config.peer.clone(),
+            credentials: carriage.credentials.clone(),
+        };
+        let is_recovery = carriage.is_recovery;
         let memory = guest.memory();
         let limit = Arc::new(Bucket::new(None));
         // After a restart the guest is long gone: its memory is as it left it.
@@ -113,7 +120,7 @@ impl Driver {
             is_serving,
             Arc::clone(&limit),
             Arc::clone(&link),
-            manner,
+            carriage.manner,
         );
         let pages = Arc::new(pages);
         let set = Arc::new(PageSet::empty(config.memory));
@@ -122,6 +129,7 @@ impl Driver {
         Self {
             guest,
             config,
+            dialler,
             is_recovery,
             shared,
             events,
@@ -225,6 +233,7 @@ impl Driver {
                     reader: None,
                     streams: Vec::new(),
                     pull: None,
+                    handles: Vec::new(),
                     orders: Vec::new(),
                 });
                 self.handle(SourceEvent::Resolved(resolution));
@@ -334,29 +343,22 @@ impl Driver {
     fn connect(&mut self, role: Role) {
         self.generation += 1;
         let preamble = self.preamble(role);
-        let (peer, streams) = (self.config.peer.clone(), self.config.streams);
+        let (dialler, streams) = (self.dialler.clone(), self.config.streams);
         let link = Arc::clone(&self.link);
         let report = self.reporter();
         self.spawn("connect", move || {
-            let dial = |role| connection::dial(&peer, Preamble { role, ..preamble });
+            let dial = |role| dialler.dial(Preamble { role, ..preamble });
             let dialled = || -> Result<Links, connection::Dial> {
                 let control = dial(role)?;
-                let reader =
-                    control
-                        .try_clone()
-                        .map_err(|source| connection::Dial::Unreachable {
-                            peer: peer.clone(),
-                            source,
-                        })?;
                 let pull = dial(Role::Pull)?;
                 let streams = (0..streams).map(|index| dial(Role::Push(index)));
                 let streams = streams.collect::<Result<_, _>>()?;
-                let control = ControlWriter::new(control, link);
                 Ok(Links {
-                    control,
-                    reader: Some(reader),
+                    control: ControlWriter::new(control.writer, link),
+                    reader: Some(control.reader),
                     streams,
                     pull: Some(pull),
+                    handles: Vec::new(),
                     orders: Vec::new(),
                 })
             };
@@ -384,6 +386,8 @@ impl Driver {
             .reader
             .take()
             .expect("a dialled connection has a reading half");
+        let (streams, pull) = (std::mem::take(&mut links.streams), links.pull.take());
+        links.handles = streams.iter().chain(&pull).map(Channel::handle).collect();
         self.pages.renew_unsent();
         let report = self.reporter();
         thread::Builder::new()
@@ -395,20 +399,17 @@ impl Driver {
                         Err(error) => {
                             let reason = match error {
                                 ReadError::Broken(error) => broken(&error),
-                                ReadError::Wire(error) => error.to_string(),
+                                error => error.to_string(),
                             };
                             return report(News::Event(SourceEvent::ConnectionLost { reason }));
                         }
                     }
                 }
             })?;
-        for (index, stream) in (0u8..).zip(&links.streams) {
+        for (index, stream) in (0u8..).zip(streams) {
             let report = self.reporter();
-            let orders = sender::start(
-                index,
-                stream.try_clone()?,
-                Arc::clone(&self.pages),
-                move |news| {
+            let orders =
+                sender::start(index, stream.writer, Arc::clone(&self.pages), move |news| {
                     report(News::Event(match news {
                         sender::Report::Sent {
                             piece,
@@ -426,14 +427,13 @@ impl Driver {
                             ),
                         },
                     }));
-                },
-            )?;
+                })?;
             links.orders.push(orders);
         }
-        if let Some(pull) = &links.pull {
+        if let Some(pull) = pull {
             let report = self.reporter();
             let pages = Arc::clone(&self.pages);
-            pull_server::start(pull.try_clone()?, pages, move |news| {
+            pull_server::start(pull, pages, move |news| {
                 report(match news {
                     pull_server::Report::Reconciled(missing) => News::Reconciled(missing),
                     pull_server::Report::Broken { reason } => {
@@ -454,11 +454,7 @@ impl Driver {
         self.link.hurry();
         if let Some(links) = self.links.take() {
             links.control.close();
-            links
-                .streams
-                .iter()
-                .chain(&links.pull)
-                .for_each(connection::close);
+            links.handles.iter().for_each(Handle::close);
         }
     }
 
@@ -626,11 +622,11 @@ impl Driver {
 
     fn resolve(&mut self) {
         self.generation += 1;
-        let (preamble, peer) = (self.preamble(Role::Resolve), self.config.peer.clone());
+        let (preamble, dialler) = (self.preamble(Role::Resolve), self.dialler.clone());
         let link = Arc::clone(&self.link);
         let report = self.reporter();
         self.spawn("resolve", move || {
-            report(match outcome::ask(&peer, preamble, link) {
+            report(match outcome::ask(&dialler, preamble, link) {
                 Ok((resolution, writer)) => News::Answer(resolution, writer),
                 Err(reason) => News::Event(SourceEvent::ResolveFailed { reason }),
             });

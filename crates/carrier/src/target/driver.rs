@@ -4,8 +4,9 @@
 //! waiting for streams, the digest) has a thread of its own, which tells the driver what came of it.
 
 use super::TargetHost;
-use super::session::{News, Session, control_writer};
-use crate::connection::{self, ControlWriter};
+use super::session::{News, Session};
+use crate::channel::Handle;
+use crate::connection::ControlWriter;
 use crate::faults::Faults;
 use crate::guest::{CommitError, Guest};
 use crate::{hold, receiver};
@@ -24,7 +25,7 @@ pub(super) struct Driver {
     session: Arc<Session>,
     host: Arc<dyn TargetHost>,
     /// `None` while the source is away.
-    pub(super) control: Option<ControlWriter>,
+    pub(super) control: Option<Arc<ControlWriter>>,
     inbox: Receiver<News>,
     engine: Target,
     pub(super) guest: Option<Arc<dyn Guest>>,
@@ -107,7 +108,7 @@ impl Driver {
             }
             News::Resumed(generation, control) => {
                 if self.session.inside().generation == generation {
-                    if let Some(old) = self.control.replace(control_writer(control)) {
+                    if let Some(old) = self.control.replace(control) {
                         old.close();
                     }
                     self.detach_streams();
@@ -312,10 +313,8 @@ impl Driver {
             faults.detach();
         }
         inside.pull = None;
-        inside
-            .receiving
-            .drain(..)
-            .for_each(|stream| connection::close(&stream));
+        inside.receiving.iter().for_each(Handle::close);
+        inside.receiving.clear();
     }
 
     fn pages(&self) -> Option<Arc<receiver::Shared>> {

@@ -6,6 +6,7 @@
 use super::driver::{Driver, now, stop};
 use super::{IncomingStatus, TargetHost};
 use crate::bucket::Bucket;
+use crate::channel::{Channel, Handle, Writer};
 use crate::connection::{ControlWriter, HANDSHAKE_MAX};
 use crate::faults::{self, Faults};
 use crate::guest::Guest;
@@ -14,7 +15,7 @@ use limosa_engine::handover::{MigrationId, Resolution};
 use limosa_engine::target::{Target, TargetEvent};
 use limosa_engine::wire::{ControlFrame, Role, Start};
 use limosa_pages::PageCount;
-use std::net::{SocketAddr, TcpStream};
+use std::net::SocketAddr;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Sender, channel};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -35,7 +36,7 @@ pub(super) enum News {
     /// What a connection said; of no interest when a later one has taken its place.
     Of(Generation, TargetEvent),
     /// The source has come back on another connection.
-    Resumed(Generation, TcpStream),
+    Resumed(Generation, Arc<ControlWriter>),
 }
 
 /// Tells the connections of one attempt of the source from those of an earlier one.
@@ -49,10 +50,10 @@ pub(super) struct Inside {
     /// Streams that have come, and for what.
     pub(super) streams: Vec<Stream>,
     /// Handles of the streams that deliver pages, to close them.
-    pub(super) receiving: Vec<TcpStream>,
+    pub(super) receiving: Vec<Handle>,
     pub(super) pages: Option<Arc<receiver::Shared>>,
     /// The other end of requests for pages, until faults are served.
-    pub(super) pull: Option<TcpStream>,
+    pub(super) pull: Option<Writer>,
     /// A guest that was made and not yet taken over by the driver.
     pub(super) made: Option<Arc<dyn Guest>>,
     /// A guest is being made, in a thread of its own.
@@ -67,20 +68,20 @@ pub(super) struct Inside {
 pub(super) struct Stream {
     generation: Generation,
     role: Role,
-    socket: TcpStream,
+    channel: Channel,
 }
 
 /// The streams of one generation.
 struct Streams {
-    push: Vec<TcpStream>,
-    pull: TcpStream,
+    push: Vec<Channel>,
+    pull: Channel,
 }
 
 impl Session {
     pub(super) fn new(
         id: MigrationId,
         (from, generation): (SocketAddr, Generation),
-        control: TcpStream,
+        control: Arc<ControlWriter>,
         host: Arc<dyn TargetHost>,
     ) -> (Arc<Self>, Driver) {
         let engine = Target::new(id, limosa_os::boot_id(), now());
@@ -90,7 +91,7 @@ impl Session {
             ..Inside::default()
         };
         let (session, mut driver) = Self::with(id, engine, inside, host);
-        driver.control = Some(control_writer(control));
+        driver.control = Some(control);
         (session, driver)
     }
 
@@ -152,14 +153,14 @@ impl Session {
     }
 
     /// A stream has come.
-    pub(super) fn attach(&self, generation: Generation, role: Role, socket: TcpStream) {
+    pub(super) fn attach(&self, generation: Generation, role: Role, channel: Channel) {
         let mut inside = self.inside();
         let is_new = |known: &Stream| (known.generation, known.role) != (generation, role);
         if inside.streams.iter().all(is_new) && !inside.over {
             inside.streams.push(Stream {
                 generation,
                 role,
-                socket,
+                channel,
             });
             self.changed.notify_all();
         }
@@ -170,7 +171,7 @@ impl Session {
         &self,
         from: SocketAddr,
         generation: Generation,
-        control: TcpStream,
+        control: Arc<ControlWriter>,
     ) -> Result<(), &'static str> {
         if !self.committed.load(Ordering::SeqCst) {
             return Err("the guest does not run here: begin a new migration");
@@ -257,16 +258,16 @@ impl Session {
         let at = streams
             .iter()
             .position(|stream| stream.role == Role::Pull)?;
-        let pull = streams.swap_remove(at).socket;
-        let mut push: Vec<(u8, TcpStream)> = streams
+        let pull = streams.swap_remove(at).channel;
+        let mut push: Vec<(u8, Channel)> = streams
             .into_iter()
             .filter_map(|stream| match stream.role {
-                Role::Push(index) => Some((index, stream.socket)),
+                Role::Push(index) => Some((index, stream.channel)),
                 _ => None,
             })
             .collect();
         push.sort_by_key(|(index, _)| *index);
-        let push = push.into_iter().map(|(_, socket)| socket).collect();
+        let push = push.into_iter().map(|(_, channel)| channel).collect();
         Some(Streams { push, pull })
     }
 
@@ -365,11 +366,10 @@ impl Session {
         self: &Arc<Self>,
         streams: Streams,
         pages: &Arc<receiver::Shared>,
-    ) -> std::io::Result<TcpStream> {
-        let mut handles = vec![streams.pull.try_clone()?];
-        for stream in &streams.push {
-            handles.push(stream.try_clone()?);
-        }
+    ) -> std::io::Result<Writer> {
+        let pull = [&streams.pull];
+        let handles = streams.push.iter().chain(pull).map(Channel::handle);
+        let handles = handles.collect();
         let generation = {
             let mut inside = self.inside();
             inside.receiving = handles;
@@ -377,15 +377,15 @@ impl Session {
         };
         for (index, stream) in (0u8..).zip(streams.push) {
             let report = self.reporter(generation, pages);
-            receiver::start(index, stream, Arc::clone(pages), report)?;
+            receiver::start(index, stream.reader, Arc::clone(pages), report)?;
         }
-        let asks = streams.pull.try_clone()?;
+        let Channel { reader, writer } = streams.pull;
         if let Some(faults) = &pages.faults {
             let report = self.reporter(generation, pages);
             let (pages, faults) = (Arc::clone(pages), Arc::clone(faults));
-            faults::take_answers(streams.pull, pages, faults, report)?;
+            faults::take_answers(reader, pages, faults, report)?;
         }
-        Ok(asks)
+        Ok(writer)
     }
 
     /// Turns what streams report into events.
@@ -412,6 +412,6 @@ impl Session {
 }
 
 /// Nothing is shaped on the way to the source.
-pub(super) fn control_writer(control: TcpStream) -> ControlWriter {
+pub(super) fn control_writer(control: Writer) -> ControlWriter {
     ControlWriter::new(control, Arc::new(Bucket::new(None)))
 }

@@ -326,13 +326,19 @@ fn tracker(info: &MigrationInfo) -> String {
 }
 
 /// Everything about one migration.
+/// The migration in one line.
+fn which(info: &MigrationInfo) -> String {
+    let encrypted = if info.encrypted { ", encrypted" } else { "" };
+    format!(
+        "{} of {} to {}, {}{encrypted}",
+        info.id, info.vm, info.to, info.mode
+    )
+}
+
 fn details(info: &MigrationInfo) -> String {
     let report = &info.report;
     let mut lines = vec![
-        (
-            "migration",
-            format!("{} of {} to {}, {}", info.id, info.vm, info.to, info.mode),
-        ),
+        ("migration", which(info)),
         ("stage", stage_name(info.stage).to_owned()),
         ("tracker", tracker(info)),
         ("limits", limits(info)),
@@ -490,7 +496,8 @@ pub(crate) mod tests {
             "wire_bytes": 268_435_456, "state_bytes": 10240, "digest_equal": null
         });
         serde_json::from_value(serde_json::json!({
-            "id": id, "vm": vm, "to": "127.0.0.1:7071", "mode": "pre-copy", "stage": "copying",
+            "id": id, "vm": vm, "to": "127.0.0.1:7071", "encrypted": false, "mode": "pre-copy",
+            "stage": "copying",
             "round": 1, "round_pages": 1000, "round_sent_pages": 250, "remaining_pages": 750,
             "unsent_pages": 0, "dirty_pages_per_s": 50000, "bandwidth": 1_288_490_188,
             "predicted_downtime_ms": 3.1, "elapsed_ms": 1234.0, "time_left_ms": 400.0,

@@ -54,7 +54,7 @@ pub struct MigrateBody {
     /// Behave as over a link of so many bytes a second.
     #[serde(default)]
     pub link: Option<u64>,
-    /// Allow a peer that is not on the loopback: nothing is encrypted yet.
+    /// Allow a peer that is not on the loopback although this daemon does not encrypt.
     #[serde(default)]
     pub insecure: bool,
 }
@@ -214,6 +214,8 @@ pub struct MigrationInfo {
     pub vm: String,
     /// The target daemon.
     pub to: String,
+    /// Its connections are encrypted, and both daemons have shown certificates.
+    pub encrypted: bool,
     /// The technique as it is now; `mode_changes` of the report tells how it came to be.
     #[schema(schema_with = mode_schema)]
     pub mode: Mode,

@@ -77,8 +77,9 @@ impl Host {
                     link: None,
                     compression: Compression::Auto,
                     push_order: PushOrder::default(),
+                    credentials: self.credentials.clone(),
                 },
-                |departure| departure.request(id),
+                |departure| departure.request(id, self.credentials.clone()),
             );
             let on_finish = self.on_finish(name);
             let migration = Migration::recover(machine.guest(), request, on_finish)
@@ -179,7 +180,7 @@ mod tests {
             ..FakeMachines::default()
         });
         let ledger = Ledger::open(&state.ledger()).unwrap();
-        let host = Host::new(state, Box::new(machines), ledger);
+        let host = Host::new(state, Box::new(machines), ledger, None);
         host.adopt_all().unwrap();
         host
     }

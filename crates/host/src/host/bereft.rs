@@ -4,11 +4,11 @@
 use super::Host;
 use crate::departures::Departure;
 use crate::state_dir::VmName;
-use limosa_carrier::tell_memory_lost;
+use limosa_carrier::{Credentials, tell_memory_lost};
 use limosa_engine::handover::{MigrationId, Resolution};
 use limosa_engine::source::RESOLVE_BACKOFF;
 use std::collections::BTreeSet;
-use std::sync::Weak;
+use std::sync::{Arc, Weak};
 use std::thread;
 
 impl Host {
@@ -58,9 +58,9 @@ impl Host {
         tracing::warn!(migration_id = %id, vm = %name, to, "a guest that was leaving is not here any more");
         self.registry()
             .list_ended(&name, departure.shape, asking.clone());
-        let host = self.me.clone();
+        let (host, credentials) = (self.me.clone(), self.credentials.clone());
         let tell = move || {
-            let Some(resolution) = tell_until_known(&host, id, &to) else {
+            let Some(resolution) = tell_until_known(&host, credentials, id, &to) else {
                 return;
             };
             let Some(host) = host.upgrade() else { return };
@@ -85,12 +85,17 @@ impl Host {
 
 /// Tells the target until it says that nothing is open any more. `None` if nobody wants to know
 /// it.
-fn tell_until_known(host: &Weak<Host>, id: MigrationId, to: &str) -> Option<Resolution> {
+fn tell_until_known(
+    host: &Weak<Host>,
+    credentials: Option<Arc<Credentials>>,
+    id: MigrationId,
+    to: &str,
+) -> Option<Resolution> {
     let reason = "its process at the source has ended, and the missing pages are lost with it";
     let (mut backoff, longest) = RESOLVE_BACKOFF;
     loop {
         host.upgrade()?.departures.look_up(id)?;
-        match tell_memory_lost(to, id, reason) {
+        match tell_memory_lost(to, credentials.clone(), id, reason) {
             Ok(Resolution::Needs) => {}
             Ok(resolution) => return Some(resolution),
             Err(reason) if backoff < longest => {

@@ -82,6 +82,7 @@ impl Host {
             link: body.link.map(BytesPerSecond::new),
             compression: body.compress,
             push_order: body.push_order,
+            credentials: self.credentials.clone(),
         };
         let departure = Departure::new(name, vm.machine.shape(), &request);
         self.departures.note(id, &departure).map_err(|error| {
@@ -119,7 +120,7 @@ impl Host {
         })
     }
 
-    /// Until connections are encrypted, a peer beyond this machine needs the operator's word.
+    /// Without encryption, a peer beyond this machine needs the operator's word.
     fn check_peer(&self, to: &str, insecure: bool) -> Result<(), Refusal> {
         let addresses: Vec<SocketAddr> = to
             .to_socket_addrs()
@@ -137,11 +138,12 @@ impl Host {
             )));
         }
         let is_local = addresses.iter().all(|address| address.ip().is_loopback());
-        if is_local || insecure {
+        if is_local || insecure || self.credentials.is_some() {
             return Ok(());
         }
         Err(Refusal::bad_request(format!(
-            "{to} is another machine and the connection would not be encrypted: use --insecure if the network is trusted"
+            "{to} is another machine and the connection would not be encrypted: start both daemons \
+             with --tls ('limosa cert' makes what they need), or use --insecure if the network is trusted"
         )))
     }
 
