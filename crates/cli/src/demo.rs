@@ -19,7 +19,7 @@ pub(crate) use arguments::Arguments;
 
 use crate::bed::{self, Bed, Interrupt, Interrupted};
 use crate::output::{self, count, print};
-use anyhow::Context;
+use anyhow::{Context, bail};
 use limosa_engine::policy::Mode;
 use limosa_lab::machine::Machine;
 use limosa_lab::record::Setup;
@@ -103,6 +103,9 @@ fn bed(arguments: &Arguments, setup: &Setup, interrupt: &Interrupt) -> anyhow::R
         bed::kvm_problem()
     };
     if let Some(why) = without_kvm {
+        if setup.tls {
+            bail!("simulated: {why}; the simulator encrypts nothing: leave --tls out");
+        }
         print(&format!("simulated: {why}\n{}", describe(setup)))?;
         return Ok((Bed::simulated(setup, &arguments.workload()?)?, true));
     }
@@ -123,11 +126,12 @@ fn describe(setup: &Setup) -> String {
         |link| format!("{} a second", ByteCount::new(link)),
     );
     format!(
-        "guest {} ({}) with {} and {} vCPU, link {link}",
+        "guest {} ({}) with {} and {} vCPU, link {link}{}",
         setup.guest,
         setup.arguments,
         ByteCount::new(setup.memory_bytes),
         setup.vcpus,
+        if setup.tls { ", encrypted" } else { "" },
     )
 }
 

@@ -144,6 +144,7 @@ fn measure(plan: &Plan, run: &schedule::Run, way: &Way, title: &str) -> Result<M
         streams: Some(cell.streams),
         compress: cell.compress,
         push_order: cell.push_order,
+        tls: cell.tls,
         downtime_max_ms: plan.downtime_max.get(),
         verify: plan.verify,
         seed,

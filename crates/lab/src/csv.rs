@@ -49,6 +49,7 @@ const COLUMNS: &[Column] = &[
         run.cell.dirty_tracker.name().to_owned()
     }),
     ("push_order", |run| run.cell.push_order.name().to_owned()),
+    ("tls", |run| run.cell.tls.to_string()),
     ("repeat", |run| run.repeat.to_string()),
     ("failure", |run| shown(run.failure.as_ref())),
     ("outcome", |run| of(run, |one| Some(one.outcome.clone()))),

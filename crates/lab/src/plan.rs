@@ -87,6 +87,9 @@ pub struct Cell {
     /// In which order missing pages are pushed.
     #[serde(default)]
     pub push_order: PushOrder,
+    /// Whether connections are encrypted.
+    #[serde(default)]
+    pub tls: bool,
     /// How QEMU moves the guest, if it is QEMU's.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub qemu: Option<QemuWay>,
@@ -128,6 +131,9 @@ impl Cell {
                 "the simulator has no model of the order of pushes: leave push_orders out of the plan",
             );
         }
+        if self.tls {
+            return Some("the simulator encrypts nothing: leave tls out of the plan");
+        }
         let problem = "the simulator has one dirty tracker: leave dirty_trackers out of the plan";
         (self.dirty_tracker != TrackerKind::default()).then_some(problem)
     }
@@ -157,6 +163,9 @@ impl fmt::Display for Cell {
         }
         if self.push_order != PushOrder::default() {
             write!(f, ", push order {}", self.push_order.name())?;
+        }
+        if self.tls {
+            f.write_str(", TLS")?;
         }
         match &self.row {
             None => Ok(()),
@@ -286,6 +295,8 @@ struct MatrixTable {
     dirty_trackers: Vec<TrackerKind>,
     #[serde(default = "push_orders_default")]
     push_orders: Vec<PushOrder>,
+    #[serde(default = "tls_default")]
+    tls: Vec<bool>,
 }
 
 /// Who moves the guests.
@@ -348,6 +359,10 @@ fn push_orders_default() -> Vec<PushOrder> {
 
 fn dirty_trackers_default() -> Vec<TrackerKind> {
     vec![TrackerKind::default()]
+}
+
+fn tls_default() -> Vec<bool> {
+    vec![false]
 }
 
 fn parsed<T: std::str::FromStr<Err = String>>(text: &str) -> T {
@@ -485,6 +500,7 @@ impl MatrixTable {
             huge_pages: self.huge_pages[digit(self.huge_pages.len())],
             dirty_tracker: self.dirty_trackers[digit(self.dirty_trackers.len())],
             push_order: self.push_orders[digit(self.push_orders.len())],
+            tls: self.tls[digit(self.tls.len())],
             link: self.links[digit(self.links.len())].0.0,
             vcpus: self.vcpus[digit(self.vcpus.len())],
             memory_bytes: self.memory[digit(self.memory.len())].0.bytes(),
@@ -503,6 +519,7 @@ impl MatrixTable {
             ("huge_pages", self.huge_pages.len()),
             ("dirty_trackers", self.dirty_trackers.len()),
             ("push_orders", self.push_orders.len()),
+            ("tls", self.tls.len()),
         ];
         if let Some((name, _)) = lists.iter().find(|(_, len)| *len == 0) {
             return Err(format!("{name} is empty"));

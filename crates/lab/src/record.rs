@@ -34,6 +34,8 @@ pub struct Setup {
     pub compress: Compression,
     /// In which order missing pages were pushed.
     pub push_order: PushOrder,
+    /// Whether connections were encrypted.
+    pub tls: bool,
     /// The downtime that pre-copy aimed at.
     pub downtime_max_ms: f64,
     /// Whether digests were compared.

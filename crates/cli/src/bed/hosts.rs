@@ -8,6 +8,7 @@
 use crate::bed::growth::Resources;
 use crate::bed::interrupt::Interrupt;
 use anyhow::{Context, bail};
+use limosa_host::certificates::{make_authority, make_host};
 use limosa_host::client::Client;
 use rustix::process::{Pid, Signal, kill_process};
 use std::fmt::Write as _;
@@ -51,13 +52,17 @@ pub(crate) struct Hosts {
 }
 
 impl Hosts {
-    /// Starts both.
-    pub(crate) fn start(interrupt: &Interrupt) -> anyhow::Result<Self> {
+    /// Starts both, with certificates that believe each other if connections shall be encrypted.
+    pub(crate) fn start(tls: bool, interrupt: &Interrupt) -> anyhow::Result<Self> {
         let directory = tempfile::Builder::new()
             .prefix("limosa-")
             .tempdir()
             .context("cannot make a temporary directory")?;
-        let start = |name: &str| Host::start(&directory.path().join(name), interrupt);
+        let certificates = tls.then(|| certify(directory.path())).transpose()?;
+        let start = |name: &str| {
+            let state_dir = directory.path().join(name);
+            Host::start(&state_dir, certificates.as_deref(), interrupt)
+        };
         let hosts = [start(NAMES[0])?, start(NAMES[1])?];
         Ok(Self { hosts, directory })
     }
@@ -115,7 +120,11 @@ impl Drop for Hosts {
 }
 
 impl Host {
-    fn start(state_dir: &Path, interrupt: &Interrupt) -> anyhow::Result<Self> {
+    fn start(
+        state_dir: &Path,
+        certificates: Option<&Path>,
+        interrupt: &Interrupt,
+    ) -> anyhow::Result<Self> {
         fs::create_dir(state_dir).context("cannot make a state directory")?;
         let log = File::create(state_dir.join("daemon.log")).context("cannot make a log file")?;
         let program = std::env::current_exe().context("cannot find this program's file")?;
@@ -124,6 +133,8 @@ impl Host {
             .arg("--state-dir")
             .arg(state_dir)
             .args(["--listen", "127.0.0.1:0"])
+            .args(certificates.map(|_| "--tls"))
+            .args(certificates)
             .stdin(Stdio::null())
             .stdout(log.try_clone().context("cannot share a log file")?)
             .stderr(log)
@@ -189,6 +200,15 @@ impl Drop for Host {
     fn drop(&mut self) {
         self.end();
     }
+}
+
+/// Makes what both hosts need, which are one to the world, and gives the directory.
+fn certify(directory: &Path) -> anyhow::Result<PathBuf> {
+    const DAYS: u32 = 30;
+    let (authority, host) = (directory.join("authority"), directory.join("certificates"));
+    make_authority(&authority, DAYS)?;
+    make_host(&authority, &host, &["127.0.0.1".to_owned()], DAYS)?;
+    Ok(host)
 }
 
 /// Log files of a daemon: its own and those of its VM processes.

@@ -63,7 +63,7 @@ impl Loopback {
     /// Starts the daemons and the guest, and waits until it works.
     pub(crate) fn start(setup: &Setup, interrupt: &Interrupt) -> anyhow::Result<Self> {
         let observer = Observer::start(VM)?;
-        let hosts = Hosts::start(interrupt)?;
+        let hosts = Hosts::start(setup.tls, interrupt)?;
         let idle = hosts.resources()?;
         let this = Self {
             hosts,

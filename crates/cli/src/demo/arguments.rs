@@ -71,6 +71,9 @@ pub(crate) struct Arguments {
     /// In which order missing pages are pushed: address, bubbling, hottest
     #[arg(long, value_name = "ORDER", default_value = "bubbling")]
     pub push_order: PushOrder,
+    /// Encrypt every connection, with certificates that are made for the occasion
+    #[arg(long)]
+    pub tls: bool,
     /// Push streams, 1 to 16
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u8).range(1..=16))]
     pub streams: Option<u8>,
@@ -101,6 +104,7 @@ Examples:
   limosa demo --memory 4G --working-set 256M --touch 768M
   limosa demo --rate max --link 500M --modes pre-copy,hybrid,auto
   limosa demo --content text --rate 40000 --link 125M --modes pre-copy --compress auto
+  limosa demo --modes pre-copy --repeat 5 --tls
   limosa demo --vcpus 2 --moves 200 --seed 7
 
 The columns of the table and the names in the file are explained in docs/demo.md.";
@@ -150,6 +154,7 @@ impl Arguments {
             streams: self.streams,
             compress: self.compress,
             push_order: self.push_order,
+            tls: self.tls,
             downtime_max_ms: self.downtime_max.get(),
             verify: self.verifies(),
             seed: self.seed,

@@ -87,7 +87,7 @@ fn a_key_or_word_that_is_unknown_is_told_with_its_line_and_the_known_ones() {
         "line 21: unknown field `link`, expected one of `vmm`, `row`, `techniques`, \
          `variants`, `downtime_limits`, `cancel_after`, `workloads`, `memory`, `vcpus`, `links`, \
          `streams`, `compress`, `huge_pages`, \
-         `dirty_trackers`, `push_orders`",
+         `dirty_trackers`, `push_orders`, `tls`",
     );
     check(
         "touch =",
@@ -238,6 +238,16 @@ fn the_simulator_codes_nothing() {
     let cells: Vec<String> = plan.cells.iter().map(Cell::to_string).collect();
     assert!(cells[8].ends_with(", 2 streams, compress on"), "{cells:?}");
     assert!(plan.simulator_problem().unwrap().contains("compress"));
+}
+
+#[test]
+fn the_simulator_encrypts_nothing() {
+    let text = GOOD.replace("streams = [1, 4]", "tls = [false, true]");
+    let plan = Plan::parse(&text).unwrap();
+    let cells: Vec<String> = plan.cells.iter().map(Cell::to_string).collect();
+    assert!(cells[8].ends_with(", 2 streams"), "{cells:?}");
+    assert!(cells[9].ends_with(", 2 streams, TLS"), "{cells:?}");
+    assert!(plan.simulator_problem().unwrap().contains("tls"));
 }
 
 const PEER: &str = r#"

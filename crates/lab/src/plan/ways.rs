@@ -85,6 +85,9 @@ impl MatrixTable {
             let keys = "huge_pages, dirty_trackers and push_orders";
             return Err(format!("{keys} are limosa's: QEMU has variants"));
         }
+        if self.tls != [false] {
+            return Err("tls is limosa's: leave it to QEMU".to_owned());
+        }
         if self.vcpus != [1] {
             return Err("a guest of QEMU has one vCPU".to_owned());
         }

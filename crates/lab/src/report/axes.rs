@@ -7,7 +7,7 @@ use std::collections::HashSet;
 type Axis = (&'static str, fn(&Cell) -> String);
 
 /// From the outer to the inner grouping. The technique is no axis: it stands in every row.
-const AXES: [Axis; 10] = [
+const AXES: [Axis; 11] = [
     ("row", |cell| cell.row.clone().unwrap_or_default()),
     ("workload", |cell| cell.workload.clone()),
     ("link", Cell::link_text),
@@ -22,6 +22,7 @@ const AXES: [Axis; 10] = [
     }),
     ("tracker", |cell| cell.dirty_tracker.name().to_owned()),
     ("push order", |cell| cell.push_order.name().to_owned()),
+    ("TLS", |cell| if cell.tls { "on" } else { "off" }.to_owned()),
 ];
 
 /// The axes along which an experiment differs.
@@ -68,7 +69,7 @@ impl Axes {
             .map(|(name, value)| match *name {
                 "vCPUs" => counted(cell.vcpus, "vCPU"),
                 "streams" => counted(cell.streams, "stream"),
-                "compress" => format!("compress {}", value(cell)),
+                name @ ("compress" | "TLS") => format!("{name} {}", value(cell)),
                 "pages" => format!("{} pages", value(cell)),
                 _ => value(cell),
             });
@@ -91,7 +92,8 @@ mod tests {
         let axes = Axes::of(&cells);
         assert_eq!(
             axes.same,
-            "workload i, memory 64.0 MiB, vCPUs 1, compress auto, pages small, tracker bitmap, push order bubbling"
+            "workload i, memory 64.0 MiB, vCPUs 1, compress auto, pages small, tracker bitmap, push order bubbling, \
+             TLS off"
         );
         assert_eq!(axes.names().collect::<Vec<_>>(), ["link", "streams"]);
         assert_eq!(

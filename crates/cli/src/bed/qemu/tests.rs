@@ -25,6 +25,7 @@ fn bed(variant: Variant, arguments: &str) -> Option<QemuBed> {
         streams: Some(1),
         push_order: limosa_host::api::PushOrder::default(),
         compress: Compression::Off,
+        tls: false,
         downtime_max_ms: 5.0,
         verify: false,
         seed: 1,
