@@ -47,6 +47,8 @@ pub struct Daemon {
     /// Where it listens for other daemons, once it was started.
     peer_address: String,
     state_dir: PathBuf,
+    /// What it shows to other daemons, if connections are encrypted.
+    certificates: Option<PathBuf>,
     /// Removed after the destructor of this type has run.
     _directory: TempDir,
 }
@@ -65,6 +67,14 @@ impl Daemon {
     /// # Panics
     /// If it does not answer.
     pub fn start_with(hold: Option<&Hold>) -> Self {
+        Self::start_so(hold, None)
+    }
+
+    /// The same, with the certificates of this directory.
+    ///
+    /// # Panics
+    /// If it does not answer.
+    pub fn start_so(hold: Option<&Hold>, certificates: Option<&Path>) -> Self {
         let directory = tempfile::Builder::new()
             .prefix("limosa-e2e-")
             .tempdir()
@@ -75,6 +85,7 @@ impl Daemon {
             child: None,
             peer_address: format!("{}:0", own_loopback()),
             state_dir,
+            certificates: certificates.map(Path::to_owned),
             _directory: directory,
         };
         daemon.spawn(hold);
@@ -173,6 +184,9 @@ impl Daemon {
             .stdin(Stdio::null())
             .stdout(open().expect("a log file"))
             .stderr(open().expect("a log file"));
+        if let Some(certificates) = &self.certificates {
+            command.arg("--tls").arg(certificates);
+        }
         if let Some(hold) = hold {
             command.env(hold::VARIABLE, hold.value());
         }
@@ -271,8 +285,8 @@ impl Drop for Daemon {
     }
 }
 
-/// An address of 127.0.0.0/8 that no other living process uses.
-fn own_loopback() -> Ipv4Addr {
+/// An address of 127.0.0.0/8, where all daemons of this process listen, that no other living process uses.
+pub fn own_loopback() -> Ipv4Addr {
     let pid = std::process::id().to_be_bytes();
     // Process ids have 22 bits; the first and the last number of a network are left out.
     Ipv4Addr::new(127, 64 | (pid[1] & 0x3f), pid[2], pid[3].clamp(1, 254))

@@ -1,7 +1,7 @@
 //! Two hosts and a guest that is moved between them.
 
 use crate::beats::Beats;
-use crate::daemon::Daemon;
+use crate::daemon::{Daemon, own_loopback};
 use crate::guest;
 use crate::hold::Hold;
 use crate::points::Manner;
@@ -9,7 +9,10 @@ use crate::wait::{self, PATIENCE};
 use limosa_engine::policy::Mode;
 use limosa_engine::source::Stage;
 use limosa_host::api::{LimitsPatch, MigrateBody, MigrationInfo, Report, VmSpec, VmState};
+use limosa_host::certificates::{make_authority, make_host};
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
+use tempfile::TempDir;
 
 /// Name of the guest where there is only one.
 pub const VM: &str = "web";
@@ -26,6 +29,8 @@ pub struct Pair {
     pub b: Daemon,
     /// Who runs the guest named [`VM`].
     pub beats: Beats,
+    /// Gone with the daemons.
+    _certificates: Option<Certificates>,
 }
 
 impl Pair {
@@ -35,20 +40,35 @@ impl Pair {
             a: Daemon::start(),
             b: Daemon::start(),
             beats: Beats::listen(),
+            _certificates: None,
         }
     }
 
     /// Starts both daemons; the first migration from `a` to `b` waits at `hold`.
     pub fn start_held(hold: &Hold) -> Self {
-        let (at_a, at_b) = if hold.is_at_source() {
-            (Some(hold), None)
-        } else {
-            (None, Some(hold))
+        Self::start_so(Some(hold), None)
+    }
+
+    /// Starts both daemons, which show certificates to each other; if there is a hold, the first
+    /// migration from `a` to `b` waits there.
+    pub fn start_encrypted(hold: Option<&Hold>) -> Self {
+        Self::start_so(hold, Some(Certificates::make()))
+    }
+
+    fn start_so(hold: Option<&Hold>, certificates: Option<Certificates>) -> Self {
+        let (at_a, at_b) = match hold {
+            Some(hold) if hold.is_at_source() => (Some(hold), None),
+            hold => (None, hold),
         };
+        let [of_a, of_b] = [0, 1].map(|index| {
+            let certificates = certificates.as_ref()?;
+            Some(&*certificates.of_hosts[index])
+        });
         Self {
-            a: Daemon::start_with(at_a),
-            b: Daemon::start_with(at_b),
+            a: Daemon::start_so(at_a, of_a),
+            b: Daemon::start_so(at_b, of_b),
             beats: Beats::listen(),
+            _certificates: certificates,
         }
     }
 
@@ -69,6 +89,36 @@ impl Pair {
     #[track_caller]
     pub fn boot_small(&self) {
         self.boot(Manner::Of(Mode::PreCopy).spec());
+    }
+}
+
+/// An authority, and two hosts that it vouches for.
+#[derive(Debug)]
+pub struct Certificates {
+    /// For `limosa host --tls`.
+    pub of_hosts: [PathBuf; 2],
+    _directory: TempDir,
+}
+
+impl Certificates {
+    /// Makes them.
+    ///
+    /// # Panics
+    /// If they cannot be made.
+    pub fn make() -> Self {
+        let directory = tempfile::tempdir().expect("a temporary directory");
+        let authority = directory.path().join("ca");
+        make_authority(&authority, 1).expect("an authority");
+        let of_hosts = ["a", "b"].map(|name| {
+            let names = [name.to_owned(), own_loopback().to_string()];
+            let host = directory.path().join(name);
+            make_host(&authority, &host, &names, 1).expect("a host");
+            host
+        });
+        Self {
+            of_hosts,
+            _directory: directory,
+        }
     }
 }
 

@@ -68,6 +68,14 @@ pub struct Held {
     pub manner: Manner,
 }
 
+/// How the hosts are connected.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Way {
+    Direct,
+    Link,
+    Encrypted,
+}
+
 /// In place of a point: the guest runs at the target on demand, and nothing else happens.
 pub const SERVING: &str = "serving";
 
@@ -95,7 +103,7 @@ impl Held {
     /// If it does not come there.
     #[track_caller]
     pub fn at(point: &str, manner: Manner) -> Self {
-        Self::begin(point, manner, false)
+        Self::begin(point, manner, Way::Direct)
     }
 
     /// The same, over a link; for [`COMING_BACK`] it has been cut and mended by then.
@@ -104,15 +112,28 @@ impl Held {
     /// If it does not come there.
     #[track_caller]
     pub fn at_over_link(point: &str, manner: Manner) -> Self {
-        Self::begin(point, manner, true)
+        Self::begin(point, manner, Way::Link)
+    }
+
+    /// The same, with every connection encrypted.
+    ///
+    /// # Panics
+    /// If it does not come there.
+    #[track_caller]
+    pub fn at_encrypted(point: &str, manner: Manner) -> Self {
+        Self::begin(point, manner, Way::Encrypted)
     }
 
     #[track_caller]
-    fn begin(point: &str, manner: Manner, is_linked: bool) -> Self {
+    fn begin(point: &str, manner: Manner, way: Way) -> Self {
         let hold = (point != SERVING).then(|| Hold::new(point));
-        let pair = hold.as_ref().map_or_else(Pair::start, Pair::start_held);
+        let pair = match (way, &hold) {
+            (Way::Encrypted, hold) => Pair::start_encrypted(hold.as_ref()),
+            (_, Some(hold)) => Pair::start_held(hold),
+            (_, None) => Pair::start(),
+        };
         pair.boot(manner.spec());
-        let link = is_linked.then(|| Link::to(pair.b.peer_address()));
+        let link = (way == Way::Link).then(|| Link::to(pair.b.peer_address()));
         let address = link
             .as_ref()
             .map_or_else(|| pair.b.peer_address().to_owned(), Link::address);

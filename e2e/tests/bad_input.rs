@@ -103,6 +103,13 @@ host --listen 127.0.0.1 --state-dir $DIR/other
 host --listen $TARGET --state-dir $DIR/other
 host --listen 127.0.0.1:0 --state-dir $STATE
 host --listen 127.0.0.1:0 --state-dir $DIR/text
+host --listen 127.0.0.1:0 --state-dir $DIR/other --tls $DIR/empty
+host --listen 0.0.0.0:0 --state-dir $DIR/other --tls $DIR --insecure
+cert ca --dir $DIR/empty --days 0
+cert ca --dir $DIR/text
+cert host a --ca $DIR/empty --out $DIR/empty
+cert host a:7070 --ca $DIR/empty --out $DIR/empty
+cert host --ca $DIR/empty --out $DIR/empty
 ";
 
 #[test]

@@ -15,6 +15,11 @@ use std::io::{self, Read};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::thread;
+use std::time::Duration;
+
+/// How much sooner the control stream may say why the target refuses this one, too: it was dialled first,
+/// and its reason is the better one.
+const REFUSAL_MAX: Duration = Duration::from_millis(500);
 
 /// What the stream reports.
 #[derive(Debug)]
@@ -79,7 +84,11 @@ impl PullServer {
                 let is_needed = self.shared.is_serving.load(Ordering::SeqCst);
                 return if is_needed { Err(error.into()) } else { Ok(()) };
             }
-            let header = PullHeader::decode(&header, memory)?;
+            let header = PullHeader::decode(&header, memory);
+            if header.is_err() && !self.shared.is_serving.load(Ordering::SeqCst) {
+                thread::sleep(REFUSAL_MAX);
+            }
+            let header = header?;
             if !self.shared.is_serving.load(Ordering::SeqCst) {
                 return Err(ServeError::Early);
             }
