@@ -2,8 +2,8 @@
 //!
 //! Plain, a half is the socket: the same calls, and the kernel is told where pages are. Encrypted,
 //! each half has the keys of its direction and nothing in common with the other, so that neither ever
-//! waits for the other: pages are copied once, from the guest's memory into records that are sealed
-//! many at a time; what comes is opened where it was received and copied once into place.
+//! waits for the other: pages are read into records, which are sealed and leave many at a time; what
+//! comes is opened where it was received and copied once into place.
 //!
 //! Whoever has the socket may close it for both halves, from any thread and without a lock.
 //!

@@ -227,18 +227,18 @@ impl Shared {
             tracing::warn!(%from, "too many connections at once: this one is closed");
             return;
         }
-        let shared = Arc::clone(self);
+        let place = Place(Arc::clone(self));
         let spawned = thread::Builder::new()
             .name("greet".to_owned())
             .spawn(move || {
+                let shared = Arc::clone(&place.0);
                 let heard = shared.hear(socket, from);
-                shared.handshakes.fetch_sub(1, Ordering::SeqCst);
+                drop(place);
                 if let Some((channel, preamble)) = heard {
                     shared.serve(channel, from, preamble);
                 }
             });
         if let Err(error) = spawned {
-            self.handshakes.fetch_sub(1, Ordering::SeqCst);
             tracing::warn!(%error, "no thread for a connection");
         }
     }
@@ -434,6 +434,15 @@ impl Shared {
             self.registry().bar(id);
         }
         Some(resolution)
+    }
+}
+
+/// One of the [`HANDSHAKES_MAX`], given back however its thread ends.
+struct Place(Arc<Shared>);
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        self.0.handshakes.fetch_sub(1, Ordering::SeqCst);
     }
 }
 

@@ -280,6 +280,11 @@ impl Sealer {
     }
 
     #[cfg(test)]
+    pub(super) fn records_of_key(&self) -> u64 {
+        self.sequence
+    }
+
+    #[cfg(test)]
     pub(super) fn limit_records_per_key(&mut self, records: u64) {
         self.sequence_max = records;
     }

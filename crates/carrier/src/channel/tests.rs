@@ -12,7 +12,7 @@ use std::thread;
 #[path = "../../tests/certificates/certificates.rs"]
 #[allow(dead_code, reason = "other tests need it")]
 mod certificates;
-use certificates::{Authority, VALID};
+use certificates::{Authority, EXPIRED, VALID};
 
 const LIMIT: Duration = Duration::from_secs(5);
 
@@ -149,11 +149,45 @@ fn keys_are_replaced_before_they_have_sealed_too_much() {
         .as_mut()
         .unwrap()
         .limit_records_per_key(3);
+    exchange(near.writer, far.reader);
+    far.writer.write_all(b"x").unwrap();
+    near.reader.read_exact(&mut [0]).unwrap();
+}
+
+#[test]
+fn a_key_that_the_other_side_asks_for_is_given_at_once() {
+    let (mut near, mut far) = encrypted();
+    for _ in 0..5 {
+        near.writer.write_all(b"y").unwrap();
+    }
+    let sealed = |writer: &Writer| writer.sealer.as_ref().unwrap().records_of_key();
+    assert_eq!(sealed(&near.writer), 5);
     far.writer.sealer.as_mut().unwrap().ask_for_key_update();
     far.writer.write_all(b"x").unwrap();
     near.reader.read_exact(&mut [0]).unwrap();
+    near.writer.write_all(b"z").unwrap();
+    assert_eq!(sealed(&near.writer), 1);
+    let mut said = [0; 6];
+    far.reader.read_exact(&mut said).unwrap();
+    assert_eq!(&said, b"yyyyyz");
     exchange(near.writer, far.reader);
     exchange(far.writer, near.reader);
+}
+
+/// Without the target's greeting the source would take this connection for a good one.
+#[test]
+fn a_source_knows_that_it_is_not_believed_before_it_says_anything() {
+    let authority = Authority::new("test");
+    let target = authority.host(&["127.0.0.1"], VALID);
+    let (source, target) = shake(&authority.host(&["a"], EXPIRED), &target);
+    let (source, target) = (source.unwrap_err(), target.unwrap_err());
+    let source = source.to_string();
+    assert!(
+        source.contains("refused the certificate of this host: it has expired"),
+        "{source}"
+    );
+    let target = target.to_string();
+    assert!(target.contains("it expired 3 days ago"), "{target}");
 }
 
 #[test]
@@ -245,4 +279,61 @@ fn a_silent_peer_is_given_up_in_time() {
     assert!(error.0.to_string().contains("kept silent"), "{}", error.0);
     assert!(begun.elapsed() < LIMIT);
     drop(far);
+}
+
+/// Passes on what comes, with one byte changed, or cut off there.
+fn pass_spoilt(mut from: &TcpStream, mut to: &TcpStream, at: usize, change: Option<u8>) {
+    let mut bytes = [0; 4096];
+    let mut passed = 0;
+    while let Ok(count @ 1..) = from.read(&mut bytes) {
+        let mut end = count;
+        if let Some(byte) = at
+            .checked_sub(passed)
+            .and_then(|at| bytes[..count].get_mut(at))
+        {
+            match change {
+                Some(change) => *byte ^= change,
+                None => end = at - passed,
+            }
+        }
+        passed += count;
+        if to.write_all(&bytes[..end]).is_err() || end < count {
+            break;
+        }
+    }
+    for socket in [from, to] {
+        socket.shutdown(Shutdown::Both).ok();
+    }
+}
+
+/// Few bytes of a handshake do not matter (those of the old version in a record's header are for show);
+/// none panics.
+#[test]
+fn a_spoilt_handshake_ends_and_nothing_panics() {
+    let host = Authority::new("test").host(&["127.0.0.1"], VALID);
+    let limit = Duration::from_millis(30);
+    let mut failed = 0;
+    for seed in 0..120_u32 {
+        let random = seed.wrapping_mul(2_654_435_761);
+        let (is_from_source, at) = (random & 1 == 0, (random >> 8) as usize % 1200);
+        // Headers more often than others.
+        let at = if seed < 12 { seed as usize / 2 } else { at };
+        let change = (seed % 5 != 4).then_some(1 << (random >> 3 & 7));
+        let ((source, near), (target, far)) = (sockets(), sockets());
+        let spoilt = thread::scope(|scope| {
+            let (out, back) = if is_from_source {
+                (at, usize::MAX)
+            } else {
+                (usize::MAX, at)
+            };
+            let (near, far) = (&near, &far);
+            scope.spawn(move || pass_spoilt(near, far, out, change));
+            scope.spawn(move || pass_spoilt(far, near, back, change));
+            let accepted = scope.spawn(|| handshake::accept(target, &host, limit).is_ok());
+            let connected = handshake::connect(source, localhost(), &host, limit).is_ok();
+            !connected || !accepted.join().unwrap()
+        });
+        failed += u32::from(spoilt);
+    }
+    assert!(failed > 100, "{failed}");
 }
