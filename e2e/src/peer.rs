@@ -86,7 +86,8 @@ pub fn send(stream: &TcpStream, frame: &ControlFrame) {
     write(stream, &frame.encode());
 }
 
-/// The next frame that is no keepalive; `None` if the connection ended instead.
+/// The next frame that is neither a keepalive nor the word that a round has come, which a target gives only
+/// if the round's barriers are there before the state; `None` if the connection ended instead.
 ///
 /// # Panics
 /// If nothing comes in time, or something that is no frame.
@@ -103,7 +104,10 @@ pub fn read(mut stream: &TcpStream) -> Option<ControlFrame> {
             .read_exact(&mut body)
             .expect("a daemon sends whole frames");
         let frame = ControlFrame::decode(&body).expect("a daemon sends sound frames");
-        if frame != ControlFrame::Keepalive {
+        if !matches!(
+            frame,
+            ControlFrame::Keepalive | ControlFrame::RoundReceived { .. }
+        ) {
             return Some(frame);
         }
     }
