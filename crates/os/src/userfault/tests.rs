@@ -377,10 +377,12 @@ fn the_next_daemon_finds_what_is_missing_and_whom_to_wake() {
             let second = bed.installer();
             assert_eq!(second.missing_count(), left);
             let (second, is_over) = (Arc::new(second), &is_over);
-            let server = Arc::clone(&second);
-            scope.spawn(move || serve(&server, is_over));
+            let installer = Arc::clone(&second);
+            let server = scope.spawn(move || serve(&installer, is_over));
             guest.join().unwrap();
             is_over.store(true, Ordering::SeqCst);
+            // The guest sees its last page before the server has noted that it is there.
+            server.join().unwrap();
             second.finish().unwrap();
         });
         bed.gate.close().unwrap();
