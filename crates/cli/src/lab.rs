@@ -201,6 +201,7 @@ mod tests {
         names.sort();
         let expect = [
             "dirty-tracking",
+            "encryption",
             "non-convergence",
             "optimisations",
             "prepaging",
