@@ -116,11 +116,9 @@ impl Chooser {
         self.order
     }
 
-    /// What is known when the guest is paused.
+    /// What is known when the guest is paused; only the order by heat looks at it.
     pub(crate) fn set_heat(&mut self, heat: Heat) {
-        if self.order == PushOrder::Hottest {
-            self.levels = heat.at_least.into();
-        }
+        self.levels = heat.at_least.into();
     }
 
     /// These pages were asked for.

@@ -135,10 +135,7 @@ impl SharedBitmap {
     /// # Panics
     /// If there is no such word, or this is not the maker's mapping.
     pub fn set_bits(&self, index: usize, bits: u64) {
-        assert!(
-            self.access == Access::ReadWrite,
-            "the bitmap is mapped for writing"
-        );
+        self.assert_writable();
         self.word(index).fetch_or(bits, Ordering::Relaxed);
     }
 
@@ -147,10 +144,7 @@ impl SharedBitmap {
     /// # Panics
     /// If there is no such word, or this is not the maker's mapping.
     pub(crate) fn store(&self, index: usize, word: u64) {
-        assert!(
-            self.access == Access::ReadWrite,
-            "the bitmap is mapped for writing"
-        );
+        self.assert_writable();
         self.word(index).store(word, Ordering::Relaxed);
     }
 
@@ -170,10 +164,7 @@ impl SharedBitmap {
     /// # Panics
     /// If there is no such word, or the bitmap is not mapped for writing.
     pub fn take_bits(&self, index: usize, bits: u64) -> u64 {
-        assert!(
-            self.access == Access::ReadWrite,
-            "the bitmap is mapped for writing"
-        );
+        self.assert_writable();
         self.word(index).fetch_and(!bits, Ordering::SeqCst) & bits
     }
 
@@ -182,10 +173,7 @@ impl SharedBitmap {
     /// # Panics
     /// If the range ends beyond the bitmap, or it is not mapped for writing.
     pub fn put_range(&self, range: PageRange) -> PageCount {
-        assert!(
-            self.access == Access::ReadWrite,
-            "the bitmap is mapped for writing"
-        );
+        self.assert_writable();
         let put = |(index, mask)| {
             let before = self.word(index).fetch_or(mask, Ordering::SeqCst);
             u64::from((mask & !before).count_ones())
@@ -229,6 +217,13 @@ impl SharedBitmap {
         page.get() < self.pages.get()
             && self.load_in_order((page.get() / WORD_BITS) as usize) >> (page.get() % WORD_BITS) & 1
                 == 1
+    }
+
+    fn assert_writable(&self) {
+        assert!(
+            self.access == Access::ReadWrite,
+            "the bitmap is mapped for writing"
+        );
     }
 
     fn masks(&self, range: PageRange) -> impl Iterator<Item = (usize, u64)> + use<> {

@@ -18,6 +18,7 @@ use super::records::{self, NextKeys};
 use crate::credentials::{Credentials, describe};
 use limosa_engine::wire::{MAGIC, PREAMBLE_BYTES};
 use rustls::client::{ClientConnectionData, UnbufferedClientConnection};
+use rustls::kernel::KernelConnection;
 use rustls::pki_types::ServerName;
 use rustls::server::{ServerConnectionData, UnbufferedServerConnection};
 use rustls::unbuffered::{ConnectionState, UnbufferedStatus};
@@ -165,6 +166,16 @@ struct Finished {
     next: Box<dyn NextKeys>,
 }
 
+impl<Data: Send + 'static> From<(ExtractedSecrets, KernelConnection<Data>)> for Finished {
+    fn from((secrets, next): (ExtractedSecrets, KernelConnection<Data>)) -> Self {
+        Self {
+            suite: next.negotiated_cipher_suite(),
+            secrets,
+            next: Box::new(next),
+        }
+    }
+}
+
 impl Side for UnbufferedClientConnection {
     type Data = ClientConnectionData;
 
@@ -177,12 +188,7 @@ impl Side for UnbufferedClientConnection {
     }
 
     fn finish(self) -> Result<Finished, rustls::Error> {
-        let (secrets, next) = self.dangerous_into_kernel_connection()?;
-        Ok(Finished {
-            suite: next.negotiated_cipher_suite(),
-            secrets,
-            next: Box::new(next),
-        })
+        Ok(self.dangerous_into_kernel_connection()?.into())
     }
 
     fn is_plain(begin: &[u8]) -> bool {
@@ -203,12 +209,7 @@ impl Side for UnbufferedServerConnection {
     }
 
     fn finish(self) -> Result<Finished, rustls::Error> {
-        let (secrets, next) = self.dangerous_into_kernel_connection()?;
-        Ok(Finished {
-            suite: next.negotiated_cipher_suite(),
-            secrets,
-            next: Box::new(next),
-        })
+        Ok(self.dangerous_into_kernel_connection()?.into())
     }
 
     fn is_plain(begin: &[u8]) -> bool {

@@ -6,7 +6,7 @@ use crate::channel::{Channel, Handle, Reader};
 use crate::connection::{self, ControlWriter, Dialler, ReadError};
 use crate::digest;
 use crate::guest::{Guest, GuestError, Saved};
-use crate::push_order::Heat;
+use crate::push_order::{Heat, PushOrder};
 use crate::{hold, journal_file, outcome, pull_server, sender};
 use limosa_engine::Timestamp;
 use limosa_engine::handover::Resolution;
@@ -83,8 +83,8 @@ pub(super) struct Driver {
     skip_holes: bool,
     /// Pages that the target was told to miss.
     told: PageSet,
-    /// How often each page was found dirty.
-    heat: Heat,
+    /// How often each page was found dirty, if the order of pushes goes by that.
+    heat: Option<Heat>,
     /// Pages that the vCPUs need first.
     first: Arc<Vec<Pfn>>,
     /// The last saved state, for the digest.
@@ -125,7 +125,8 @@ impl Driver {
         let pages = Arc::new(pages);
         let set = Arc::new(PageSet::empty(config.memory));
         let told = PageSet::empty(config.memory);
-        let heat = Heat::none(config.memory);
+        let heat =
+            (carriage.manner.push_order == PushOrder::Hottest).then(|| Heat::none(config.memory));
         Self {
             guest,
             config,
@@ -484,7 +485,9 @@ impl Driver {
             set = PageSet::full(self.config.memory);
             self.existing_pages()?
         } else {
-            self.heat.add(&set);
+            if let Some(heat) = &mut self.heat {
+                heat.add(&set);
+            }
             self.counts(&set)
         };
         self.set = Arc::new(set);
@@ -557,8 +560,9 @@ impl Driver {
         self.told.union_with(&set);
         self.set = Arc::new(set);
         let is_needed = !missing.is_empty();
-        let heat = std::mem::replace(&mut self.heat, Heat::none(PageCount::ZERO));
-        self.pages.unsent().chooser().set_heat(heat);
+        if let Some(heat) = self.heat.take() {
+            self.pages.unsent().chooser().set_heat(heat);
+        }
         *self.pages.unsent().lock() = missing;
         self.pages.is_serving.store(is_needed, Ordering::SeqCst);
     }
