@@ -2,16 +2,19 @@
 //!
 //! One thread a stream. Until the guest's state is loaded nobody else touches that memory, so the
 //! pages are received in place; scattered ones go through a small buffer that saves system calls, and
-//! runs for which nothing was there through one from which the file is written.
+//! runs for which nothing was there through one from which the file is written ([`Gathered`]).
 //! From then on the memory is the guest's: after [`Shared::seal`] nothing is installed any more,
 //! whatever a peer sends; after [`Shared::serve`] pages are received into a buffer of the stream and
 //! put in by the installer, at most once and never over what the guest wrote.
+
+mod gathered;
 
 use crate::channel::Reader;
 use crate::digest::PageHashes;
 use crate::faults::{Faults, Way};
 use crate::missing;
 use crate::modesty::be_modest;
+use gathered::Gathered;
 use limosa_engine::wire::{
     CODED_LENGTH_BYTES, Coding, PUSH_HEADER_BYTES, PushHeader, WireError, bits_bytes,
     check_coded_length,
@@ -61,6 +64,13 @@ enum Owner {
     Guest,
 }
 
+/// What holds for whoever writes the memory file.
+#[derive(Debug, Default)]
+struct Writing {
+    /// Pages are missing, which must not come into being beside others.
+    is_any_missing: bool,
+}
+
 /// What all streams of an arriving guest share.
 #[derive(Debug)]
 pub(crate) struct Shared {
@@ -74,8 +84,9 @@ pub(crate) struct Shared {
     pub(crate) pages_received: AtomicU64,
     pub(crate) bytes_received: AtomicU64,
     owner: AtomicU8,
-    /// Held while pages are written into the memory file.
-    writing: Mutex<()>,
+    /// Held while pages are written into the memory file: the kernel lets one at a time do it, and
+    /// has the others spin.
+    writing: Mutex<Writing>,
 }
 
 impl Shared {
@@ -85,6 +96,7 @@ impl Shared {
         faults: Option<Arc<Faults>>,
     ) -> Self {
         let pages = memory.page_count();
+        memory.make_single_pages();
         Self {
             memory,
             filled: Mutex::new(PageSet::empty(pages)),
@@ -93,7 +105,7 @@ impl Shared {
             pages_received: AtomicU64::new(0),
             bytes_received: AtomicU64::new(0),
             owner: AtomicU8::new(Owner::Streams as u8),
-            writing: Mutex::new(()),
+            writing: Mutex::default(),
         }
     }
 
@@ -118,6 +130,28 @@ impl Shared {
             1 => Owner::Filling,
             _ => Owner::Guest,
         }
+    }
+
+    /// Writes fresh pages, into the memory file where that is the fastest way and makes no others
+    /// that matter.
+    fn write_fresh(&self, range: PageRange, content: &[u8]) -> io::Result<()> {
+        let offset = range.first.file_offset();
+        // Of less than half a huge page, most would be zeros.
+        let is_worth_it = |unit: PageCount| range.count.get() * 2 >= unit.get();
+        if let Some(unit) = self.memory.write_unit().filter(|&unit| is_worth_it(unit)) {
+            let writing = self.writing.lock().unwrap_or_else(PoisonError::into_inner);
+            if unit == PageCount::new(1) || !writing.is_any_missing {
+                return self.memory.write_file_at(offset, content);
+            }
+        }
+        self.memory.write_at(offset, content)
+    }
+
+    /// From here on pages are missing. Whatever is being written into the file is there when this
+    /// returns.
+    fn expect_missing(&self) {
+        let mut writing = self.writing.lock().unwrap_or_else(PoisonError::into_inner);
+        writing.is_any_missing = true;
     }
 
     fn filled(&self) -> MutexGuard<'_, PageSet> {
@@ -182,6 +216,7 @@ pub(crate) fn start(
                 reader,
                 shared,
                 buffer: vec![0; BUFFER_BYTES],
+                gathered: Gathered::default(),
                 content: Vec::new(),
                 coded: Vec::new(),
                 start: 0,
@@ -248,6 +283,8 @@ struct PushStream {
     reader: Reader,
     shared: Arc<Shared>,
     buffer: Vec<u8>,
+    /// Fresh pages on their way into the memory file.
+    gathered: Gathered,
     /// Pages on their way to the installer.
     content: Vec<u8>,
     /// The same before they were decoded.
@@ -261,6 +298,9 @@ impl PushStream {
         let memory = self.shared.memory.page_count();
         loop {
             let header = PushHeader::decode(&self.read_header()?, memory)?;
+            if !self.continues(header) {
+                self.write_gathered()?;
+            }
             match (self.shared.owner(), header) {
                 (Owner::Streams, PushHeader::Pages(range)) => self.install(range)?,
                 (Owner::Streams, PushHeader::Zeros(range)) => self.install_zeros(range)?,
@@ -300,6 +340,7 @@ impl PushStream {
     }
 
     fn mark_missing(&self, range: PageRange) -> Result<(), ReceiveError> {
+        self.shared.expect_missing();
         self.faults()?.installer().mark_missing(range)?;
         Ok(())
     }
@@ -339,15 +380,48 @@ impl PushStream {
         Ok(())
     }
 
-    fn install_content(&self, range: PageRange, content: &[u8]) -> Result<(), ReceiveError> {
-        let (memory, offset) = (&self.shared.memory, range.first.file_offset());
+    fn install_content(&mut self, range: PageRange, content: &[u8]) -> Result<(), ReceiveError> {
         if self.is_fresh(range) {
-            // The kernel lets one at a time do it, and has the others spin.
-            let _one = self.shared.writing.lock();
-            memory.write_file_at(offset, content)?;
-        } else {
-            memory.write_at(offset, content)?;
+            self.gathered.append(range).copy_from_slice(content);
+            return self.write_gathered_units();
         }
+        let (memory, offset) = (&self.shared.memory, range.first.file_offset());
+        memory.write_at(offset, content)?;
+        self.note(range, content)
+    }
+
+    /// True if what this header announces may be gathered behind what is gathered already.
+    fn continues(&self, header: PushHeader) -> bool {
+        match header {
+            PushHeader::Pages(range) | PushHeader::Coded { range, .. } => {
+                self.gathered.is_continued_by(range)
+            }
+            _ => self.gathered.is_empty(),
+        }
+    }
+
+    /// Writes what is gathered if it is worth no further wait.
+    fn write_gathered_units(&mut self) -> Result<(), ReceiveError> {
+        let unit = self.shared.memory.write_unit();
+        if unit.is_none_or(|unit| self.gathered.ends_unit(unit)) {
+            self.write_gathered()?;
+        }
+        Ok(())
+    }
+
+    fn write_gathered(&mut self) -> Result<(), ReceiveError> {
+        if self.gathered.is_empty() {
+            return Ok(());
+        }
+        let (range, content) = (self.gathered.range(), self.gathered.content());
+        self.shared.write_fresh(range, content)?;
+        self.note(range, content)?;
+        self.gathered.clear();
+        Ok(())
+    }
+
+    /// These pages are in place.
+    fn note(&self, range: PageRange, content: &[u8]) -> Result<(), ReceiveError> {
         self.shared.filled().insert_range(range);
         self.arrived_in_place(range)?;
         if let Some(hashes) = &self.shared.hashes {
@@ -398,14 +472,13 @@ impl PushStream {
     /// unless its pages have to be made.
     fn install(&mut self, range: PageRange) -> Result<(), ReceiveError> {
         if range.count >= DETOUR_PAGES_MIN && self.is_fresh(range) {
-            let mut content = std::mem::take(&mut self.content);
-            content.resize(content_length(range), 0);
-            self.read(&mut content)?;
-            self.install_content(range, &content)?;
-            self.content = content;
+            let mut gathered = std::mem::take(&mut self.gathered);
+            self.read(gathered.append(range))?;
+            self.gathered = gathered;
             self.shared.count(range.count, range.bytes().get());
-            return Ok(());
+            return self.write_gathered_units();
         }
+        self.write_gathered()?;
         let offset = range.first.file_offset();
         let length = content_length(range);
         let ahead = length.min(self.end - self.start);
@@ -432,7 +505,7 @@ impl PushStream {
     /// True if nothing came for these pages before and they are best written into the file, which
     /// makes each without zeroing it first.
     fn is_fresh(&self, range: PageRange) -> bool {
-        self.shared.memory.is_written_by_page()
+        self.shared.memory.write_unit().is_some()
             && self.shared.filled().count_range(range) == PageCount::ZERO
     }
 

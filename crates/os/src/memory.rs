@@ -26,6 +26,7 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::os::unix::fs::{FileExt, MetadataExt};
+use std::time::Duration;
 use xxhash_rust::xxh3::xxh3_64;
 
 pub use existing::ExistingPages;
@@ -137,12 +138,7 @@ impl SharedMemory {
             action: "inspect",
             source,
         })?;
-        // The block size of a file on hugetlbfs is that of its pages.
-        let kind = if status.blksize() == HUGE_PAGE_BYTES {
-            PageKind::Huge
-        } else {
-            PageKind::Small
-        };
+        let kind = kind_of(&file)?;
         let (bytes, unit) = (status.size(), kind.bytes());
         let length = usize::try_from(bytes)
             .ok()
@@ -155,15 +151,11 @@ impl SharedMemory {
             PageKind::Huge => 0,
         };
         match Mapping::new(file.as_fd(), length, Access::ReadWrite, flags) {
-            Ok(mapping) => {
-                let memory = Self {
-                    file,
-                    mapping,
-                    kind,
-                };
-                memory.forbid_large_folios();
-                Ok(memory)
-            }
+            Ok(mapping) => Ok(Self {
+                file,
+                mapping,
+                kind,
+            }),
             Err(error) if kind == PageKind::Huge && error.raw_os_error() == Some(libc::ENOMEM) => {
                 Err(MemoryError::NoHugePages {
                     needed: bytes / unit,
@@ -176,10 +168,11 @@ impl SharedMemory {
         }
     }
 
-    /// Small pages stay single where the host backs shared memory by transparent huge pages
-    /// (`shmem_enabled`): a page that came would bring its neighbours into being, as zeros, and a
-    /// guest that misses them would read those.
-    fn forbid_large_folios(&self) {
+    /// From now on what this mapping makes is single pages, also where the host backs shared memory by
+    /// transparent huge pages (`shmem_enabled`). For whoever writes pages beside such as are missing:
+    /// a page that came would bring its neighbours into being, as zeros, and a guest that misses
+    /// them would read those. A mapping on which missing pages are reported needs no such care.
+    pub fn make_single_pages(&self) {
         if self.kind == PageKind::Huge {
             return;
         }
@@ -245,15 +238,21 @@ impl SharedMemory {
         Ok(())
     }
 
-    /// True if the kernel makes a page by itself when the memory file is written where there is none,
-    /// and not its neighbours along with it.
-    pub fn is_written_by_page(&self) -> bool {
-        self.kind == PageKind::Small && !folios::may_be_large()
+    /// How many pages a write to the memory file may make at once where there are none, all but those
+    /// that are written as zeros. `None` if such a file cannot be written.
+    pub fn write_unit(&self) -> Option<PageCount> {
+        match self.kind {
+            PageKind::Huge => None,
+            PageKind::Small if folios::may_be_large() => {
+                Some(PageCount::new(HUGE_PAGE_BYTES / PAGE_SIZE))
+            }
+            PageKind::Small => Some(PageCount::new(1)),
+        }
     }
 
     /// Copies bytes into the memory file without touching the mapping. For pages that do not exist
     /// this is the fastest way: the kernel makes each without zeroing it first and without a fault.
-    /// Where missing pages matter, ask [`SharedMemory::is_written_by_page`] first.
+    /// Where missing pages matter, ask [`SharedMemory::write_unit`] first.
     ///
     /// # Errors
     /// `InvalidInput` if they do not fit into the memory there; the kernel refuses, as it does for
@@ -346,7 +345,25 @@ impl SharedMemory {
 
     /// Takes the content of whole pages away, in every mapping, in one call. Only small pages: of
     /// huge ones, only those that lie completely within the range lose theirs.
+    ///
+    /// A transparent huge page is split first. Where the kernel cannot do that at the moment, since
+    /// somebody holds the page, it leaves zeros and no hole, and says nothing; here that is
+    /// `ResourceBusy`.
     pub(crate) fn punch(&self, range: PageRange) -> io::Result<()> {
+        const ATTEMPTS: u32 = 5;
+        for attempt in 0..ATTEMPTS {
+            if attempt > 0 {
+                std::thread::sleep(Duration::from_micros(100));
+            }
+            self.punch_once(range)?;
+            if self.kind == PageKind::Huge || self.data_extents(range)?.is_empty() {
+                return Ok(());
+            }
+        }
+        Err(io::ErrorKind::ResourceBusy.into())
+    }
+
+    fn punch_once(&self, range: PageRange) -> io::Result<()> {
         let (first, end) = (range.first.file_offset(), range.end().file_offset());
         if end > self.size().get() {
             return Err(io::ErrorKind::InvalidInput.into());
@@ -389,6 +406,24 @@ impl PageKind {
     }
 }
 
+/// What backs a memory file. Its block size does not tell: where transparent huge pages are possible,
+/// it is theirs.
+fn kind_of(file: &File) -> Result<PageKind, MemoryError> {
+    // SAFETY: a record of integers, which may all be zero.
+    let mut system: libc::statfs = unsafe { std::mem::zeroed() };
+    // SAFETY: the descriptor is open, and the kernel writes one such record.
+    if unsafe { libc::fstatfs(file.as_raw_fd(), &raw mut system) } != 0 {
+        return Err(MemoryError::last("inspect"));
+    }
+    let is_huge = system.f_type == libc::HUGETLBFS_MAGIC
+        && u64::try_from(system.f_bsize).is_ok_and(|bytes| bytes == HUGE_PAGE_BYTES);
+    Ok(if is_huge {
+        PageKind::Huge
+    } else {
+        PageKind::Small
+    })
+}
+
 /// Makes an unsealed memory file.
 pub(crate) fn create_file(name: &CStr, flags: u32) -> Result<OwnedFd, MemoryError> {
     let flags = libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING | flags;
@@ -426,9 +461,13 @@ pub(crate) fn check_seals(file: BorrowedFd<'_>) -> Result<(), MemoryError> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::io::Read;
 
     fn small(pages: u64) -> SharedMemory {
-        SharedMemory::create(ByteCount::new(pages * PAGE_SIZE), PageKind::Small).unwrap()
+        let size = ByteCount::new(pages * PAGE_SIZE);
+        let memory = SharedMemory::create(size, PageKind::Small).unwrap();
+        memory.make_single_pages();
+        memory
     }
 
     #[test]
@@ -503,6 +542,43 @@ mod tests {
                 .punch(PageRange::new(Pfn::new(1), all.count))
                 .is_err()
         );
+    }
+
+    /// Has the kernel make one transparent huge page of the first 2 MiB; false if it does not.
+    fn collapse(memory: &SharedMemory) -> bool {
+        let start = memory.mapping.at(0, HUGE_PAGE_BYTES as usize).unwrap();
+        // SAFETY: the range lies within the mapping; its content stays.
+        unsafe { libc::madvise(start.cast(), HUGE_PAGE_BYTES as usize, libc::MADV_COLLAPSE) == 0 }
+    }
+
+    #[test]
+    fn pages_are_taken_out_of_a_transparent_huge_page_or_it_is_said() {
+        let memory = small(1024);
+        let pages = |first, count| PageRange::new(Pfn::new(first), PageCount::new(count));
+        memory.write_at(7 * PAGE_SIZE, b"x").unwrap();
+        if !collapse(&memory) {
+            return println!("skipped: {}", io::Error::last_os_error());
+        }
+        assert_eq!(
+            memory.data_extents(pages(0, 1024)).unwrap(),
+            [pages(0, 512)]
+        );
+        // A pipe that holds one of its pages keeps the kernel from splitting it.
+        let (mut reader, writer) = io::pipe().unwrap();
+        let mut offset = 7 * PAGE_SIZE as i64;
+        // SAFETY: both descriptors are open, and `offset` outlives the call.
+        let spliced = unsafe {
+            let (from, to) = (memory.file().as_raw_fd(), writer.as_raw_fd());
+            libc::splice(from, &raw mut offset, to, std::ptr::null_mut(), 4096, 0)
+        };
+        assert_eq!(spliced, 4096);
+        let held = memory.punch(pages(20, 3)).unwrap_err();
+        assert_eq!(held.kind(), io::ErrorKind::ResourceBusy);
+        reader.read_exact(&mut [0; 4096]).unwrap();
+        memory.punch(pages(20, 3)).unwrap();
+        let left = [pages(0, 20), pages(23, 489)];
+        assert_eq!(memory.data_extents(pages(0, 1024)).unwrap(), left);
+        assert!(!memory.is_zero(Pfn::new(7)));
     }
 
     #[test]

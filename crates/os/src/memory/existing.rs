@@ -79,6 +79,7 @@ mod tests {
     fn what_comes_into_being_is_found_and_what_was_found_stays() {
         let size = PageCount::new(4096).bytes();
         let memory = Arc::new(SharedMemory::create(size, PageKind::Small).unwrap());
+        memory.make_single_pages();
         let existing = ExistingPages::new(Arc::clone(&memory));
         let touch = |page: u64| memory.write_at(page * PAGE_SIZE, b"x").unwrap();
         let check = |from: u64, to: u64, expect: &str| {

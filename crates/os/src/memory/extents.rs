@@ -141,6 +141,7 @@ mod tests {
     #[test]
     fn only_touched_pages_exist() {
         let memory = SharedMemory::create(ByteCount::new(64 << 20), PageKind::Small).unwrap();
+        memory.make_single_pages();
         let last = memory.page_count().get();
         check(&memory, 0, last, "");
         for page in [3, 4, 5, 100, last - 1] {

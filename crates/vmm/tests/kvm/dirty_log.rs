@@ -25,6 +25,18 @@ fn numbers(set: &PageSet) -> BTreeSet<u64> {
     set.iter().map(Pfn::get).collect()
 }
 
+/// Exactly these pages are dirty. Where transparent huge pages back the guest, a clear takes it the
+/// mapping of a whole one, and those that it only reads afterwards, its program and its stack, are
+/// found, too: see [`warm`].
+fn assert_found(machine: &Machine, expect: &BTreeSet<u64>, what: &str) {
+    const READ: [u64; 2] = [512, 768];
+    let mut found = numbers(&harvested(machine));
+    if machine.memory().write_unit() != Some(PageCount::new(1)) {
+        found.retain(|page| expect.contains(page) || !READ.contains(page));
+    }
+    assert_eq!(&found, expect, "{what}");
+}
+
 /// The page of orders, which this process writes as a device would: one tracker sees that.
 fn own_writes(tracker: TrackerKind) -> Option<u64> {
     (tracker == TrackerKind::WriteProtect).then_some(ORDERS_AT / PAGE_SIZE)
@@ -98,13 +110,9 @@ fn check_every_written_page_is_found_exactly_once(tracker: TrackerKind) {
             .collect();
         expect.insert(DONE_AT / PAGE_SIZE + vcpu);
         expect.extend(own_writes(tracker));
-        assert_eq!(numbers(&harvested(&machine)), expect, "order {number}");
+        assert_found(&machine, &expect, &format!("order {number}"));
         if number % 3 == 0 {
-            assert_eq!(
-                numbers(&harvested(&machine)),
-                expect,
-                "reading the log clears nothing"
-            );
+            assert_found(&machine, &expect, "reading the log clears nothing");
         }
         // In two parts, of whole words of the log.
         machine
@@ -157,7 +165,7 @@ fn check_pages_on_both_sides_of_the_hole_are_found(tracker: TrackerKind) {
     let mut expect: BTreeSet<u64> = (first / PAGE_SIZE..first / PAGE_SIZE + 5).collect();
     expect.insert(DONE_AT / PAGE_SIZE);
     expect.extend(own_writes(tracker));
-    assert_eq!(numbers(&harvested(&machine)), expect);
+    assert_found(&machine, &expect, "all that was written");
     for page in 0..5 {
         let at = first + page * PAGE_SIZE;
         assert_eq!(memory.read_word(at).unwrap(), 2, "page {page}");
@@ -167,7 +175,7 @@ fn check_pages_on_both_sides_of_the_hole_are_found(tracker: TrackerKind) {
     machine.clear(across).unwrap();
     let mut left = BTreeSet::from([DONE_AT / PAGE_SIZE]);
     left.extend(own_writes(tracker));
-    assert_eq!(numbers(&harvested(&machine)), left);
+    assert_found(&machine, &left, "what was not cleared");
 }
 
 /// More pages than a vCPU's ring holds, and nobody harvests: the vCPU empties it by itself.
@@ -215,7 +223,7 @@ fn check_a_write_between_harvest_and_clear_is_found_later(tracker: TrackerKind) 
     machine.clear(all(&machine)).unwrap();
     let mut expect = BTreeSet::from([DATA / PAGE_SIZE, DONE_AT / PAGE_SIZE]);
     expect.extend(own_writes(tracker));
-    assert_eq!(numbers(&harvested(&machine)), expect);
+    assert_found(&machine, &expect, "all that was written");
 }
 
 #[test]
