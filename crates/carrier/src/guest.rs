@@ -88,6 +88,10 @@ pub trait Guest: Send + Sync {
     /// As [`Guest::start_tracking`].
     fn harvest(&self, into: &mut PageSet) -> Result<(), GuestError>;
 
+    /// True if a harvest by itself does not slow the guest: what it finds is tracked anew when it is
+    /// cleared, and not at once.
+    fn harvests_freely(&self) -> bool;
+
     /// Clears the bits that the last harvest found within `range`, and tracks those pages anew.
     ///
     /// # Errors

@@ -69,6 +69,11 @@ impl Mode {
         !matches!(self, Self::Demand)
     }
 
+    /// True if it makes a further round only where that is expected to pay.
+    pub const fn weighs_rounds(self) -> bool {
+        matches!(self, Self::Hybrid | Self::Auto)
+    }
+
     /// The policy that carries it out.
     pub fn policy(self) -> &'static dyn Policy {
         match self {
@@ -123,6 +128,9 @@ pub struct Progress {
     pub last_round: PageCount,
     /// Consecutive rounds that shrank the remaining pages by less than a tenth.
     pub rounds_without_progress: u32,
+    /// Pages that the guest is expected to dirty while those that wait are sent. Known after the bulk
+    /// round, if the dirty log was looked at during it.
+    pub next_round: Option<PageCount>,
     /// Payload rate as delivered to the target; `None` before the first round.
     pub bandwidth: Option<BytesPerSecond>,
     /// The part of the downtime that does not depend on the number of pages, as rehearsed.
@@ -139,7 +147,7 @@ impl Progress {
     }
 
     /// Time to copy what remains.
-    fn copy_time(&self) -> Option<Duration> {
+    pub(crate) fn copy_time(&self) -> Option<Duration> {
         self.bandwidth?.time_for(self.remaining.bytes())
     }
 }
@@ -267,13 +275,18 @@ impl Policy for PostCopy {
 /// One bulk round, a second one if that pays, then the switch.
 ///
 /// A second round pays if it is at most half the first: it then takes at most half its time, and
-/// leaves fewer pages to be faulted in.
+/// leaves fewer pages to be faulted in. If it is known that it would leave more than half of its
+/// own, it does not pay.
 #[derive(Debug)]
 pub struct Hybrid;
 
 impl Policy for Hybrid {
     fn verdict(&self, progress: &Progress, limits: &Limits) -> Verdict {
-        let is_small = progress.remaining.get() <= progress.last_round.get() / 2;
+        let is_half = |part: PageCount, whole: PageCount| part.get() <= whole.get() / 2;
+        let is_small = is_half(progress.remaining, progress.last_round)
+            && progress
+                .next_round
+                .is_none_or(|next| is_half(next, progress.remaining));
         match (PreCopy.verdict(progress, limits), progress.rounds) {
             (Verdict::AnotherRound, 0) => Verdict::AnotherRound,
             (Verdict::AnotherRound, 1) if is_small => Verdict::AnotherRound,
@@ -294,7 +307,12 @@ impl Policy for Auto {
     fn verdict(&self, progress: &Progress, limits: &Limits) -> Verdict {
         // A guest that dirtied as much as was sent dirties as much in the next round, which takes
         // as long: no round after it will be smaller.
-        let is_stuck = progress.remaining.get() >= progress.last_round.get() / 10 * 9;
+        // After the bulk round, which says little about it, there may be a forecast, which is
+        // rather too low: pre-copy would send what waits four times over, post-copy once.
+        let is_stuck = progress.remaining.get() >= progress.last_round.get() / 10 * 9
+            || progress
+                .next_round
+                .is_some_and(|next| next.get() >= progress.remaining.get() / 4 * 3);
         match PreCopy.verdict(progress, limits) {
             Verdict::AnotherRound if progress.rounds > 0 && is_stuck => {
                 Verdict::SwitchNow(PauseReason::Predicted)
@@ -319,6 +337,7 @@ mod tests {
             remaining: PageCount::new(remaining),
             last_round: PageCount::new(2000),
             rounds_without_progress: 0,
+            next_round: None,
             bandwidth: Some(BytesPerSecond::new(4096 * 1000)),
             fixed_cost: Duration::from_millis(2),
             elapsed: Duration::from_secs(1),
@@ -356,6 +375,23 @@ mod tests {
         check_mode(Mode::Auto, 1, 1800, "SwitchNow(Predicted)");
         check_mode(Mode::Auto, 5, 3, "PauseAndCopy(WithinBudget)");
         check_mode(Mode::Auto, 30, 1000, "SwitchNow(RoundsMax)");
+    }
+
+    #[test]
+    fn a_round_that_is_known_not_to_pay_is_left_out() {
+        let check = |mode: Mode, next, expect: &str| {
+            let progress = Progress {
+                next_round: Some(PageCount::new(next)),
+                ..progress(1, 1000)
+            };
+            let verdict = mode.policy().verdict(&progress, &Limits::default());
+            assert_eq!(alloc::format!("{verdict:?}"), expect, "{mode} {next}");
+        };
+        check(Mode::Auto, 749, "AnotherRound");
+        check(Mode::Auto, 750, "SwitchNow(Predicted)");
+        check(Mode::Hybrid, 500, "AnotherRound");
+        check(Mode::Hybrid, 501, "SwitchNow(BulkDone)");
+        check(Mode::PreCopy, 1000, "AnotherRound");
     }
 
     #[test]
@@ -406,13 +442,15 @@ mod tests {
     proptest! {
         #[test]
         fn every_policy_ends(rest in 0..u64::MAX / 8192, last in 0..u64::MAX / 8192, max in 0..100u32, stuck in 0..9u32,
-                                rate in prop::option::of(0..u64::MAX), elapsed in 0..u64::MAX / 4) {
+                                rate in prop::option::of(0..u64::MAX), elapsed in 0..u64::MAX / 4,
+                                next in prop::option::of(0..u64::MAX)) {
             let limits = Limits { rounds_max: max, ..Limits::default() };
             let progress = Progress {
                 rounds: max.max(1),
                 remaining: PageCount::new(rest),
                 last_round: PageCount::new(last),
                 rounds_without_progress: stuck,
+                next_round: next.map(PageCount::new),
                 bandwidth: rate.map(BytesPerSecond::new),
                 fixed_cost: Duration::from_nanos(elapsed),
                 elapsed: Duration::from_nanos(elapsed),

@@ -27,6 +27,7 @@
 mod copying;
 mod ending;
 mod event;
+mod forecast;
 mod preparing;
 mod rounds;
 mod switching;
@@ -43,6 +44,7 @@ use alloc::string::String;
 use alloc::vec;
 use alloc::vec::Vec;
 use core::time::Duration;
+use forecast::Forecast;
 use limosa_pages::{ByteCount, PageCount};
 use rounds::Round;
 use serde::{Deserialize, Serialize};
@@ -173,6 +175,8 @@ pub struct Source {
     heard: Timestamp,
     moved: Timestamp,
     round: Option<Round>,
+    /// Made in a bulk round, used after it.
+    forecast: Option<Forecast>,
     progress: Progress,
     previous_remaining: Option<PageCount>,
     /// Bytes of the round that gave the bandwidth.
@@ -225,6 +229,7 @@ impl Source {
             remaining: config.memory,
             last_round: PageCount::ZERO,
             rounds_without_progress: 0,
+            next_round: None,
             bandwidth: None,
             fixed_cost: Duration::ZERO,
             elapsed: Duration::ZERO,
@@ -244,6 +249,7 @@ impl Source {
             heard: Timestamp::ZERO,
             moved: Timestamp::ZERO,
             round: None,
+            forecast: None,
             progress,
             previous_remaining: None,
             // A round of zero pages sends next to nothing and says nothing.
@@ -492,6 +498,7 @@ impl Machine for Source {
                 self.rehearsed(now, state, stall, save)
             }
             SourceEvent::Harvested { round, dirty } => self.harvested(now, round, &dirty),
+            SourceEvent::Looked { dirty } => self.looked(now, dirty),
             SourceEvent::Cleared(piece) => self.cleared(now, piece),
             SourceEvent::Sent {
                 piece,

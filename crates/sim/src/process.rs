@@ -32,6 +32,7 @@ pub(crate) enum Request {
     StopTracking,
     Rehearse,
     Harvest { round: u32, is_stale: bool },
+    Look,
     Clear(Piece),
     Pause { harvest: bool },
     Resume,
@@ -65,6 +66,10 @@ pub(crate) enum Answer {
     Harvested {
         round: u32,
         is_stale: bool,
+        log: PageSet,
+    },
+    /// In the bulk round.
+    Looked {
         log: PageSet,
     },
     Cleared(Piece),

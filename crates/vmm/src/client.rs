@@ -17,6 +17,7 @@ use limosa_engine::Timestamp;
 use limosa_engine::handover::{MigrationId, Phase};
 use limosa_micro_abi::{CommandKind, PAGE_BYTES, Report, memory_map};
 use limosa_os::bitmap::BitmapError;
+use limosa_os::dirty::TrackerKind;
 use limosa_os::process::Process;
 use limosa_os::userfault::{FaultPath, InstallError, PageInstaller};
 use limosa_os::{MemoryError, SharedBitmap, SharedMemory, socket};
@@ -323,6 +324,14 @@ impl VmHandle {
     /// If the process has no machine.
     pub fn description(&self) -> Vec<u8> {
         self.lent().config.to_description()
+    }
+
+    /// Who notices which pages its guest writes.
+    ///
+    /// # Panics
+    /// If the process has no machine.
+    pub fn dirty_tracker(&self) -> TrackerKind {
+        self.lent().config.dirty_tracker
     }
 
     /// The machine's memory, mapped here.

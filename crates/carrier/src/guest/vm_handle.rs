@@ -4,6 +4,7 @@ use super::{CommitError, Guest, GuestError, Running, Saved};
 use limosa_engine::Timestamp;
 use limosa_engine::handover::{MigrationId, Phase};
 use limosa_os::SharedMemory;
+use limosa_os::dirty::TrackerKind;
 use limosa_os::userfault::PageInstaller;
 use limosa_pages::{PageRange, PageSet};
 use limosa_vmm::answer::RunState;
@@ -58,6 +59,10 @@ impl Guest for VmHandle {
 
     fn harvest(&self, into: &mut PageSet) -> Result<(), GuestError> {
         Ok(self.harvest(into)?)
+    }
+
+    fn harvests_freely(&self) -> bool {
+        self.dirty_tracker() == TrackerKind::Bitmap
     }
 
     fn clear(&self, range: PageRange) -> Result<(), GuestError> {

@@ -276,6 +276,7 @@ impl Driver {
             SourceAction::StopTracking => self.guest.stop_tracking()?,
             SourceAction::Rehearse => return self.rehearse().map(Some),
             SourceAction::Harvest { round } => return self.harvest(round).map(Some),
+            SourceAction::Look => return self.look().map(Some),
             SourceAction::HarvestStale { round } => return self.harvest_stale(round).map(Some),
             SourceAction::Clear(piece) => {
                 self.guest.clear(piece.range)?;
@@ -492,6 +493,17 @@ impl Driver {
         };
         self.set = Arc::new(set);
         Ok(SourceEvent::Harvested { round, dirty })
+    }
+
+    /// In the bulk round, in which all that exists is sent: what it finds may be cleared, too.
+    fn look(&self) -> Result<SourceEvent, GuestError> {
+        let mut dirty = Vec::new();
+        if self.guest.harvests_freely() {
+            let mut set = PageSet::empty(self.config.memory);
+            self.guest.harvest(&mut set)?;
+            dirty = self.counts(&set);
+        }
+        Ok(SourceEvent::Looked { dirty })
     }
 
     /// What no earlier pass told the target to be stale.

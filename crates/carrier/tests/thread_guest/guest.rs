@@ -270,6 +270,10 @@ impl Guest for ThreadGuest {
         Ok(())
     }
 
+    fn harvests_freely(&self) -> bool {
+        true
+    }
+
     fn harvest(&self, into: &mut PageSet) -> Result<(), GuestError> {
         let mut inside = self.lock();
         inside.harvested = inside.dirty.clone();

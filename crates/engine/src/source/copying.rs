@@ -1,5 +1,6 @@
 //! Rounds of pages: harvest, decide, clear, send, confirm; the last one with the guest paused.
 
+use super::forecast::Forecast;
 use super::rounds::{Round, Step};
 use super::{
     BANDWIDTH_SAMPLE_MIN, Paused, Piece, SentPiece, Source, SourceAction, SourceFault, State,
@@ -61,6 +62,7 @@ impl Source {
         }
         let round = Round::live(round, dirty, &self.config, now);
         self.progress.remaining = round.progress().0;
+        self.forecast_next(now, dirty);
         if let Some(last) = self.report.rounds.last_mut() {
             last.dirty_after = self.progress.remaining;
         }
@@ -78,6 +80,28 @@ impl Source {
         }
         self.round = Some(round.with_fault(self.fault));
         self.decide(now)
+    }
+
+    /// Says what the round that begins will leave, if that is known, or begins to find it out.
+    fn forecast_next(&mut self, now: Timestamp, dirty: &[u32]) {
+        let forecast = self.forecast.take();
+        self.progress.next_round = forecast.and_then(|forecast| {
+            let time = self.progress.copy_time()?;
+            Some(forecast.dirtied_in(dirty, now, time))
+        });
+        if self.progress.rounds == 0 && self.config.mode.weighs_rounds() {
+            self.forecast = Some(Forecast::new(&self.config, self.progress.remaining, now));
+        }
+    }
+
+    pub(super) fn looked(&mut self, now: Timestamp, dirty: Vec<u32>) -> Vec<SourceAction> {
+        if dirty.is_empty() {
+            self.forecast = None;
+        }
+        if let Some(forecast) = &mut self.forecast {
+            forecast.looked(dirty, now);
+        }
+        Vec::new()
     }
 
     pub(super) fn paused(&mut self, now: Timestamp, paused: Paused) -> Vec<SourceAction> {
@@ -145,6 +169,9 @@ impl Source {
         if let Some(round) = &mut self.round {
             round.cleared(piece);
         }
+        if let Some(forecast) = &mut self.forecast {
+            forecast.cleared(piece, now);
+        }
         self.next_pieces()
     }
 
@@ -167,6 +194,12 @@ impl Source {
             round.sent(piece, stream, sent);
         }
         let mut actions = self.next_pieces();
+        if let (State::Rounds, Some(round), Some(forecast)) =
+            (&self.state, &self.round, &mut self.forecast)
+            && forecast.is_due(round.progress().1, now)
+        {
+            actions.push(SourceAction::Look);
+        }
         actions.extend(self.commit_if_ready(now));
         actions
     }

@@ -153,6 +153,11 @@ pub enum SourceEvent {
         /// Pages to send of each chunk, in order. For round 0 pages that exist.
         dirty: Vec<u32>,
     },
+    /// The dirty log was looked at in the bulk round.
+    Looked {
+        /// Dirty pages of each chunk, in order; none at all if a look would slow the guest.
+        dirty: Vec<u32>,
+    },
     /// The dirty log of a piece's range was cleared: from now on new writes are seen.
     Cleared(Piece),
     /// A piece was handed to the kernel.
@@ -224,6 +229,9 @@ pub enum SourceAction {
         /// The round that it is for.
         round: u32,
     },
+    /// Read the dirty log in the bulk round, for a forecast; it changes nothing about what is sent.
+    /// Answer: `Looked`.
+    Look,
     /// Read the dirty log without clearing it; the round's set is what no earlier pass told the
     /// target to be stale. Answer: `Harvested`.
     HarvestStale {
@@ -321,6 +329,7 @@ impl SourceAction {
             Self::StopTracking => "stop-tracking",
             Self::Rehearse => "rehearse",
             Self::Harvest { .. } => "harvest",
+            Self::Look => "look",
             Self::HarvestStale { .. } => "harvest-stale",
             Self::Clear(_) => "clear",
             Self::SendPiece { .. } => "send-piece",

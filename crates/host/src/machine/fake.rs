@@ -154,6 +154,10 @@ impl Guest for FakeGuest {
         unreachable!("no migration of a fake gets so far")
     }
 
+    fn harvests_freely(&self) -> bool {
+        true
+    }
+
     fn clear(&self, _: PageRange) -> Result<(), GuestError> {
         unreachable!("no migration of a fake gets so far")
     }

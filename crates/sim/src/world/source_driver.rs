@@ -225,6 +225,7 @@ impl World {
                 let is_stale = true;
                 self.ask(vm, caller, Request::Harvest { round, is_stale });
             }
+            SourceAction::Look => self.ask(vm, caller, Request::Look),
             SourceAction::Clear(piece) => self.ask(vm, caller, Request::Clear(piece)),
             SourceAction::SendPiece { .. }
             | SourceAction::SendStale { .. }
@@ -347,6 +348,11 @@ impl World {
             } => {
                 let dirty = self.take_harvest(job, round, is_stale, log);
                 SourceEvent::Harvested { round, dirty }
+            }
+            Answer::Looked { log } => {
+                let chunk = self.sources[job].config.chunk;
+                let dirty = count_by_chunk(&log, chunk);
+                SourceEvent::Looked { dirty }
             }
             Answer::Cleared(piece) => SourceEvent::Cleared(piece),
             Answer::Paused {

@@ -88,6 +88,11 @@ impl World {
                 };
                 (Some(answer), self.random.micros(20, 200))
             }
+            Request::Look => {
+                self.catch_up(vm);
+                let log = self.vms[vm].memory.harvest();
+                (Some(Answer::Looked { log }), self.random.micros(20, 200))
+            }
             Request::Rehearse => self.begin_rehearsal(vm),
             Request::Pause { harvest } => self.begin_pause(vm, *harvest),
             Request::CommitAndRun { id, keeps_faults } => (
@@ -212,7 +217,7 @@ impl World {
                 self.start_guest(vm);
                 draft.unwrap_or_else(|| refused("nothing was saved"))
             }
-            Request::Harvest { .. } | Request::Pause { .. } => {
+            Request::Harvest { .. } | Request::Look | Request::Pause { .. } => {
                 draft.unwrap_or_else(|| refused("nothing was read"))
             }
             Request::Clear(piece) => {
@@ -363,6 +368,7 @@ const fn name(answer: &Answer) -> &'static str {
         Answer::TrackingStopped => "tracking stopped",
         Answer::Rehearsed { .. } => "rehearsed",
         Answer::Harvested { .. } => "harvested",
+        Answer::Looked { .. } => "looked",
         Answer::Cleared(_) => "cleared",
         Answer::Paused { .. } => "paused",
         Answer::Resumed => "resumed",
