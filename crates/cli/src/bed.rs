@@ -12,6 +12,7 @@
 mod beats;
 mod growth;
 mod guest_clock;
+pub(crate) mod host_pages;
 mod hosts;
 mod interrupt;
 mod loopback;

@@ -17,6 +17,7 @@ mod progress;
 
 pub(crate) use arguments::Arguments;
 
+use crate::bed::host_pages::HostPages;
 use crate::bed::qemu::program;
 use crate::bed::{self, Bed, Interrupt, Interrupted};
 use crate::output::Output;
@@ -63,6 +64,11 @@ fn make_runs(arguments: &Run, output: Output) -> Result<()> {
     };
     if plan.has_qemu() {
         program::check(&way.qemu)?;
+    }
+    if !simulated {
+        for cell in &plan.cells {
+            HostPages::check(cell.pages)?;
+        }
     }
     let start = Start {
         begun: timestamp(SystemTime::now()),
@@ -138,7 +144,7 @@ fn measure(plan: &Plan, run: &schedule::Run, way: &Way, title: &str) -> Result<M
         arguments: workload.arguments(seed),
         memory_bytes: cell.memory_bytes,
         vcpus: cell.vcpus,
-        huge_pages: cell.huge_pages,
+        pages: cell.pages,
         dirty_tracker: cell.dirty_tracker,
         link: cell.link,
         streams: Some(cell.streams),

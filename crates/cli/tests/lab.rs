@@ -158,13 +158,7 @@ fn every_plan_runs_in_a_small_form() {
 
 /// A plan for the simulator, of tens of runs.
 fn small_form(text: &str) -> String {
-    const UNKNOWN: [&str; 5] = [
-        "compress",
-        "huge_pages",
-        "dirty_trackers",
-        "push_orders",
-        "tls",
-    ];
+    const UNKNOWN: [&str; 4] = ["compress", "dirty_trackers", "push_orders", "tls"];
     let mut plan: toml::Table = text.parse().unwrap();
     plan.insert("repeats".to_owned(), 1.into());
     let workloads = plan["workloads"].as_table_mut().unwrap();

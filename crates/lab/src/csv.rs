@@ -44,7 +44,7 @@ const COLUMNS: &[Column] = &[
     ("link_bytes_per_s", |run| shown(run.cell.link)),
     ("streams", |run| run.cell.streams.to_string()),
     ("compress", |run| run.cell.compress.name().to_owned()),
-    ("huge_pages", |run| run.cell.huge_pages.to_string()),
+    ("pages", |run| run.cell.pages.name().to_owned()),
     ("dirty_tracker", |run| {
         run.cell.dirty_tracker.name().to_owned()
     }),

@@ -15,6 +15,7 @@
 //! Deliberately absent: daemons, guests and clocks. Whoever makes the moves is above this crate.
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
+pub mod backing;
 pub mod csv;
 pub mod machine;
 pub mod plan;

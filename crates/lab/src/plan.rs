@@ -13,6 +13,7 @@
 mod text;
 mod ways;
 
+use crate::backing::Backing;
 use crate::qemu::{QemuWay, Variant};
 use crate::values::{Milliseconds, PageRate, Rate, Size};
 use crate::workload::{Content, GuestProgram, Pattern, Rest, Workload};
@@ -78,9 +79,9 @@ pub struct Cell {
     pub streams: u8,
     /// Whether pages are coded.
     pub compress: Compression,
-    /// Whether 2 MiB pages back the guest's memory.
+    /// What backs the guest's memory.
     #[serde(default)]
-    pub huge_pages: bool,
+    pub pages: Backing,
     /// Who notices which pages the guest writes.
     #[serde(default)]
     pub dirty_tracker: TrackerKind,
@@ -123,9 +124,6 @@ impl Cell {
         if self.compress != Compression::Auto {
             return Some("the simulator does not code pages: leave compress out of the plan");
         }
-        if self.huge_pages {
-            return Some("the simulator knows no huge pages: leave huge_pages out of the plan");
-        }
         if self.push_order != PushOrder::default() {
             return Some(
                 "the simulator has no model of the order of pushes: leave push_orders out of the plan",
@@ -155,8 +153,8 @@ impl fmt::Display for Cell {
         if self.compress != Compression::Auto && self.qemu.is_none() {
             write!(f, ", compress {}", self.compress.name())?;
         }
-        if self.huge_pages {
-            f.write_str(", huge pages")?;
+        if self.pages != Backing::default() {
+            write!(f, ", {} pages", self.pages)?;
         }
         if self.dirty_tracker != TrackerKind::default() {
             write!(f, ", dirty tracker {}", self.dirty_tracker)?;
@@ -289,8 +287,8 @@ struct MatrixTable {
     links: Vec<Text<Link>>,
     streams: Option<Vec<u8>>,
     compress: Option<Vec<Compression>>,
-    #[serde(default = "huge_pages_default")]
-    huge_pages: Vec<bool>,
+    #[serde(default = "pages_default")]
+    pages: Vec<Backing>,
     #[serde(default = "dirty_trackers_default")]
     dirty_trackers: Vec<TrackerKind>,
     #[serde(default = "push_orders_default")]
@@ -349,8 +347,8 @@ fn links_default() -> Vec<Text<Link>> {
     vec![Text(Link(None))]
 }
 
-fn huge_pages_default() -> Vec<bool> {
-    vec![false]
+fn pages_default() -> Vec<Backing> {
+    vec![Backing::default()]
 }
 
 fn push_orders_default() -> Vec<PushOrder> {
@@ -497,7 +495,7 @@ impl MatrixTable {
             streams: way.streams,
             qemu: way.qemu,
             row: self.row.clone(),
-            huge_pages: self.huge_pages[digit(self.huge_pages.len())],
+            pages: self.pages[digit(self.pages.len())],
             dirty_tracker: self.dirty_trackers[digit(self.dirty_trackers.len())],
             push_order: self.push_orders[digit(self.push_orders.len())],
             tls: self.tls[digit(self.tls.len())],
@@ -516,7 +514,7 @@ impl MatrixTable {
             ("memory", self.memory.len()),
             ("vcpus", self.vcpus.len()),
             ("links", self.links.len()),
-            ("huge_pages", self.huge_pages.len()),
+            ("pages", self.pages.len()),
             ("dirty_trackers", self.dirty_trackers.len()),
             ("push_orders", self.push_orders.len()),
             ("tls", self.tls.len()),

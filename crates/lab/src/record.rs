@@ -4,6 +4,7 @@
 //! saw side by side. A value that could not be measured is `null`, never a made-up zero. The names are part of
 //! the program's interface: `docs/demo.md` explains each of them.
 
+use crate::backing::Backing;
 use crate::qemu::QemuFigures;
 use limosa_engine::policy::{Mode, PauseReason};
 use limosa_host::api::{
@@ -22,8 +23,8 @@ pub struct Setup {
     pub memory_bytes: u64,
     /// Its vCPUs.
     pub vcpus: u8,
-    /// Whether 2 MiB pages backed its memory.
-    pub huge_pages: bool,
+    /// What backed its memory.
+    pub pages: Backing,
     /// Who noticed which pages it wrote.
     pub dirty_tracker: TrackerKind,
     /// The emulated link, in bytes a second.

@@ -8,6 +8,7 @@
 //! The best variant is chosen with the results at hand and for each figure anew, which nobody who
 //! runs QEMU can: it is the strongest peer that there can be.
 
+use crate::backing::Backing;
 use crate::plan::{Cell, counted};
 use crate::record::MoveRecord;
 use crate::statistics::{Spread, median};
@@ -77,7 +78,7 @@ pub struct Comparison {
     /// The cell of limosa.
     #[serde(skip)]
     pub cell: Cell,
-    /// The same in words: technique, streams and coding.
+    /// The same in words: technique, streams, coding and pages.
     pub limosa: String,
     /// How many moves of both were completed.
     pub completed: String,
@@ -189,11 +190,14 @@ fn line(results: &Results, figure: &Figure, ours: &Cell, peers: &[&Cell]) -> Lin
 
 /// What tells a cell of limosa from the others of its row.
 fn label(cell: &Cell) -> String {
-    let streams = counted(cell.streams, "stream");
-    match cell.compress {
-        Compression::Auto => format!("{}, {streams}", cell.way()),
-        other => format!("{}, {streams}, compress {}", cell.way(), other.name()),
+    let mut label = format!("{}, {}", cell.way(), counted(cell.streams, "stream"));
+    if cell.compress != Compression::Auto {
+        label += &format!(", compress {}", cell.compress.name());
     }
+    if cell.pages != Backing::default() {
+        label += &format!(", {} pages", cell.pages);
+    }
+    label
 }
 
 /// Variant and limit of a cell of QEMU.

@@ -9,6 +9,7 @@
 //! the longest ones any more: the stalls are read as soon as the guest runs at the target, too.
 
 use crate::bed::growth::{Growth, Resources};
+use crate::bed::host_pages::HostPages;
 use crate::bed::hosts::{Host, Hosts, NAMES, VM};
 use crate::bed::interrupt::{Interrupt, Interrupted};
 use crate::bed::observation::{MARGIN, Moments, earlier, observe};
@@ -23,6 +24,7 @@ use limosa_engine::source::Stage;
 use limosa_host::api::{
     CommandKind, ErrorKind, GuestReport, LimitsPatch, MigrateBody, Report, VmSpec, VmState,
 };
+use limosa_lab::backing::Backing;
 use limosa_lab::record::{Checked, MoveRecord, Observed, Setup};
 use std::time::{Duration, Instant};
 
@@ -48,6 +50,8 @@ const LOOK_EVERY: Duration = Duration::from_millis(5);
 #[derive(Debug)]
 pub(crate) struct Loopback {
     hosts: Hosts,
+    /// Put back after the daemons and the guest have ended.
+    _host_pages: HostPages,
     observer: Observer,
     interrupt: Interrupt,
     setup: Setup,
@@ -63,10 +67,13 @@ impl Loopback {
     /// Starts the daemons and the guest, and waits until it works.
     pub(crate) fn start(setup: &Setup, interrupt: &Interrupt) -> anyhow::Result<Self> {
         let observer = Observer::start(VM)?;
+        // Before the daemons, which look at it once.
+        let host_pages = HostPages::set(setup.pages)?;
         let hosts = Hosts::start(setup.tls, interrupt)?;
         let idle = hosts.resources()?;
         let this = Self {
             hosts,
+            _host_pages: host_pages,
             observer,
             interrupt: interrupt.clone(),
             setup: setup.clone(),
@@ -140,7 +147,7 @@ impl Loopback {
             args: self.setup.arguments.clone(),
             memory_bytes: self.setup.memory_bytes,
             vcpus: self.setup.vcpus,
-            huge_pages: self.setup.huge_pages,
+            huge_pages: self.setup.pages == Backing::Reserved,
             dirty_tracker: self.setup.dirty_tracker,
             observer: Some(self.observer.address().to_string()),
         };

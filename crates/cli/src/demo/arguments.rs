@@ -5,6 +5,7 @@ use clap::Args;
 use clap::builder::{PossibleValue, PossibleValuesParser, TypedValueParser};
 use limosa_engine::policy::Mode;
 use limosa_host::api::{Compression, PushOrder, TrackerKind};
+use limosa_lab::backing::Backing;
 use limosa_lab::record::Setup;
 use limosa_lab::values::{Milliseconds, PageRate, Rate, Size, compression, mode};
 use limosa_lab::workload::{Content, GuestProgram, Pattern, Rest, Workload};
@@ -148,7 +149,11 @@ impl Arguments {
             arguments: self.workload()?.arguments(self.seed),
             memory_bytes: self.memory.bytes(),
             vcpus: self.vcpus,
-            huge_pages: self.huge_pages,
+            pages: if self.huge_pages {
+                Backing::Reserved
+            } else {
+                Backing::Host
+            },
             dirty_tracker: self.dirty_tracker,
             link: self.link.map(Rate::get),
             streams: self.streams,

@@ -99,6 +99,7 @@ impl Outcome {
             ("VCPUS", Align::Right),
             ("STREAMS", Align::Right),
             ("COMPRESS", Align::Left),
+            ("PAGES", Align::Left),
             ("TLS", Align::Left),
             ("TECHNIQUE", Align::Left),
             ("COMPLETED", Align::Right),
@@ -107,7 +108,7 @@ impl Outcome {
             ("TOTAL", Align::Right),
             ("ON THE WIRE", Align::Right),
         ];
-        let rows: Vec<[String; 13]> = self.cells.iter().map(row).collect();
+        let rows: Vec<[String; 14]> = self.cells.iter().map(row).collect();
         let mut text = table(head, &rows);
         if self.simulated {
             text.insert_str(0, "SIMULATED: guest, link and hosts are models\n");
@@ -132,7 +133,7 @@ impl Outcome {
     }
 }
 
-fn row(summary: &CellSummary) -> [String; 13] {
+fn row(summary: &CellSummary) -> [String; 14] {
     let cell = &summary.cell;
     let median =
         |spread: Option<Spread>| spread.map_or_else(|| "-".to_owned(), |one| time(one.median));
@@ -146,6 +147,7 @@ fn row(summary: &CellSummary) -> [String; 13] {
         cell.vcpus.to_string(),
         cell.streams.to_string(),
         cell.compress.name().to_owned(),
+        cell.pages.name().to_owned(),
         if cell.tls { "on" } else { "off" }.to_owned(),
         cell.way(),
         format!("{} of {}", summary.completed, summary.runs),

@@ -86,7 +86,7 @@ fn a_key_or_word_that_is_unknown_is_told_with_its_line_and_the_known_ones() {
         "link =",
         "line 21: unknown field `link`, expected one of `vmm`, `row`, `techniques`, \
          `variants`, `downtime_limits`, `cancel_after`, `workloads`, `memory`, `vcpus`, `links`, \
-         `streams`, `compress`, `huge_pages`, \
+         `streams`, `compress`, `pages`, \
          `dirty_trackers`, `push_orders`, `tls`",
     );
     check(
@@ -220,6 +220,29 @@ fn parts_that_do_not_go_together_are_told() {
 }
 
 #[test]
+fn a_cell_names_its_pages_unless_they_are_the_hosts() {
+    let pages = "[\"host\", \"small\", \"transparent\", \"reserved\"]";
+    let text = GOOD.replace("streams = [1, 4]", &format!("pages = {pages}"));
+    let plan = Plan::parse(&text).unwrap();
+    let last = plan.cells.iter().rev().take(4).rev().map(Cell::to_string);
+    let cell = "stop-and-copy of calm with 1.00 GiB and 2 vCPUs, link unlimited, 2 streams";
+    let expect = [
+        "",
+        ", small pages",
+        ", transparent pages",
+        ", reserved pages",
+    ];
+    let expect = expect.map(|pages| format!("{cell}{pages}"));
+    assert_eq!(last.collect::<Vec<_>>(), expect);
+    assert_eq!(plan.simulator_problem(), None);
+    check(
+        "vcpus = [2]",
+        "pages = [\"huge\"]",
+        "line 27: unknown variant `huge`, expected one of `host`, `small`, `transparent`, `reserved`",
+    );
+}
+
+#[test]
 fn the_simulator_says_what_it_cannot_do() {
     let text = GOOD.replace("\"idle\"", "\"compute\"\nworking_set = \"1M\"");
     assert_eq!(
@@ -326,6 +349,11 @@ fn keys_of_the_other_vmm_are_told() {
         "variants = [",
         "streams = [2]\nvariants = [",
         "matrix 2: streams is limosa's: QEMU has variants",
+    );
+    check(
+        "variants = [",
+        "pages = [\"small\"]\nvariants = [",
+        "matrix 2: pages, dirty_trackers and push_orders are limosa's: QEMU has variants",
     );
     check(
         "variants = [",

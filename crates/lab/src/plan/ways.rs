@@ -3,6 +3,7 @@
 
 use super::text::Text;
 use super::{MatrixTable, Vmm, parsed};
+use crate::backing::Backing;
 use crate::qemu::QemuWay;
 use crate::values::Milliseconds;
 use limosa_engine::policy::Mode;
@@ -78,11 +79,11 @@ impl MatrixTable {
         if let Some((key, _)) = ours.into_iter().find(|(_, is_there)| *is_there) {
             return Err(format!("{key} is limosa's: QEMU has variants"));
         }
-        let is_ours = self.huge_pages != [false]
+        let is_ours = self.pages != [Backing::default()]
             || self.dirty_trackers != [TrackerKind::default()]
             || self.push_orders != [PushOrder::default()];
         if is_ours {
-            let keys = "huge_pages, dirty_trackers and push_orders";
+            let keys = "pages, dirty_trackers and push_orders";
             return Err(format!("{keys} are limosa's: QEMU has variants"));
         }
         if self.tls != [false] {

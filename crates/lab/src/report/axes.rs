@@ -17,9 +17,7 @@ const AXES: [Axis; 11] = [
     ("vCPUs", |cell| cell.vcpus.to_string()),
     ("streams", |cell| cell.streams.to_string()),
     ("compress", |cell| cell.compress.name().to_owned()),
-    ("pages", |cell| {
-        if cell.huge_pages { "huge" } else { "small" }.to_owned()
-    }),
+    ("pages", |cell| cell.pages.name().to_owned()),
     ("tracker", |cell| cell.dirty_tracker.name().to_owned()),
     ("push order", |cell| cell.push_order.name().to_owned()),
     ("TLS", |cell| if cell.tls { "on" } else { "off" }.to_owned()),
@@ -70,7 +68,7 @@ impl Axes {
                 "vCPUs" => counted(cell.vcpus, "vCPU"),
                 "streams" => counted(cell.streams, "stream"),
                 name @ ("compress" | "TLS") => format!("{name} {}", value(cell)),
-                "pages" => format!("{} pages", value(cell)),
+                "pages" => format!("{} pages", cell.pages),
                 _ => value(cell),
             });
         let parts: Vec<String> = std::iter::once(cell.way()).chain(values).collect();
@@ -92,7 +90,7 @@ mod tests {
         let axes = Axes::of(&cells);
         assert_eq!(
             axes.same,
-            "workload i, memory 64.0 MiB, vCPUs 1, compress auto, pages small, tracker bitmap, push order bubbling, \
+            "workload i, memory 64.0 MiB, vCPUs 1, compress auto, pages host, tracker bitmap, push order bubbling, \
              TLS off"
         );
         assert_eq!(axes.names().collect::<Vec<_>>(), ["link", "streams"]);

@@ -2,6 +2,7 @@
 
 use super::*;
 use limosa_host::api::Compression;
+use limosa_lab::backing::Backing;
 use limosa_lab::qemu::Variant;
 
 fn bed(variant: Variant, arguments: &str) -> Option<QemuBed> {
@@ -19,7 +20,7 @@ fn bed(variant: Variant, arguments: &str) -> Option<QemuBed> {
         arguments: arguments.to_owned(),
         memory_bytes: 64 << 20,
         vcpus: 1,
-        huge_pages: false,
+        pages: Backing::default(),
         dirty_tracker: limosa_host::api::TrackerKind::default(),
         link: None,
         streams: Some(1),
