@@ -18,6 +18,7 @@ mod interrupt;
 mod loopback;
 mod observation;
 mod observer;
+mod processors;
 mod progress;
 pub(crate) mod qemu;
 mod simulated;

@@ -347,7 +347,7 @@ fn qemu_and_limosa_move_the_same_guest_and_nothing_is_left_behind() {
     assert_eq!(gap["figure"], "guest_gap_ms");
     assert_eq!(gap["best"]["variant"], "multifd \u{2264} 300 ms", "{gap}");
     let pairs = lines(&out.join("pairs.csv"));
-    assert_eq!(pairs.len(), 7, "{pairs:?}");
+    assert_eq!(pairs.len(), 8, "{pairs:?}");
     for line in lines(&out.join("results.jsonl")) {
         let record = record(&line);
         assert_eq!(record["integrity_errors"], 0);

@@ -13,8 +13,8 @@ mod migration;
 pub use limosa_carrier::{Compression, PushOrder};
 pub use limosa_os::dirty::TrackerKind;
 pub use machine::{
-    CommandBody, CommandKind, FirstError, GuestReport, SectionInfo, Stall, VcpuReport, VmInfo,
-    VmSpec, VmState,
+    CommandBody, CommandKind, FirstError, GuestReport, SectionInfo, Stall, StallGroup, VcpuReport,
+    VmInfo, VmSpec, VmState,
 };
 pub use migration::{
     Downtime, FaultLatency, IncomingInfo, LimitsInfo, LimitsPatch, MigrateAnswer, MigrateBody,

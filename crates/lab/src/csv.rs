@@ -94,6 +94,7 @@ const COLUMNS: &[Column] = &[
         of(run, |one| one.heartbeat_gap_ms)
     }),
     ("worst_stall_ms", |run| of(run, |one| one.worst_stall_ms)),
+    ("stall_p999_ms", |run| of(run, |one| one.stall_p999_ms)),
     ("resume_ms", |run| of(run, |one| one.resume_ms)),
     ("total_ms", |run| of(run, |one| Some(one.total_ms))),
     ("eviction_ms", |run| of(run, |one| one.eviction_ms)),
@@ -140,6 +141,9 @@ const COLUMNS: &[Column] = &[
     }),
     ("work_per_s_after", |run| {
         of(run, |one| one.guest_writes_per_s.after)
+    }),
+    ("others_cpu_share", |run| {
+        of(run, |one| one.others_cpu_share)
     }),
     ("integrity_errors", |run| {
         of(run, |one| Some(one.integrity_errors))

@@ -54,10 +54,14 @@ pub struct Observed {
     pub heartbeat_gap_ms: Option<f64>,
     /// Longest stall that the guest recorded from the start to a second after the end.
     pub worst_stall_ms: Option<f64>,
+    /// The wait that one request in a thousand to the guest would have exceeded in that time.
+    pub stall_p999_ms: Option<f64>,
     /// Until the guest was back at nine tenths of its speed.
     pub resume_ms: Option<f64>,
     /// Its speed.
     pub writes: WriteRates,
+    /// The share of the machine's processors that others used in that time, 0 to 1.
+    pub others_cpu_share: Option<f64>,
 }
 
 /// Pages that the guest wrote a second.
@@ -107,6 +111,9 @@ pub struct MoveRecord {
     pub heartbeat_gap_ms: Option<f64>,
     /// The guest's longest stall from the start of the move to one second after its end.
     pub worst_stall_ms: Option<f64>,
+    /// In that time the wait that one in a thousand requests to the guest, at any moment, exceeds.
+    #[serde(default)]
+    pub stall_p999_ms: Option<f64>,
     /// From the guest's first instruction at the target until it was back at speed.
     pub resume_ms: Option<f64>,
     /// From the request until the guest ran at the target with all its pages.
@@ -141,6 +148,10 @@ pub struct MoveRecord {
     pub state_bytes: Option<u64>,
     /// The guest's speed.
     pub guest_writes_per_s: WriteRates,
+    /// The share of the machine's processors that others used from the start of the move to one second
+    /// after its end, 0 to 1.
+    #[serde(default)]
+    pub others_cpu_share: Option<f64>,
     /// Failed checks of the guest, a full sweep included.
     pub integrity_errors: u64,
     /// Pages that the sweep looked at.
@@ -198,6 +209,7 @@ impl MoveRecord {
             guest_gap_ms: observed.guest_gap_ms,
             heartbeat_gap_ms: observed.heartbeat_gap_ms,
             worst_stall_ms: observed.worst_stall_ms,
+            stall_p999_ms: observed.stall_p999_ms,
             resume_ms: observed.resume_ms,
             total_ms: report.total_ms,
             eviction_ms: Some(report.eviction_ms),
@@ -215,6 +227,7 @@ impl MoveRecord {
             wire_bytes: Some(report.wire_bytes),
             state_bytes: Some(report.state_bytes),
             guest_writes_per_s: observed.writes,
+            others_cpu_share: observed.others_cpu_share,
             integrity_errors: checked.errors,
             swept_pages: checked.swept_pages,
             memory_digest_equal: report.digest_equal,
@@ -366,6 +379,8 @@ pub(crate) mod tests {
             "guest_gap_ms",
             "heartbeat_gap_ms",
             "worst_stall_ms",
+            "stall_p999_ms",
+            "others_cpu_share",
             "resume_ms",
             "total_ms",
             "eviction_ms",

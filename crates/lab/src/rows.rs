@@ -31,7 +31,7 @@ pub struct Figure {
 }
 
 /// In the order in which a reader asks. Of times the smaller one is better, of work the larger one.
-pub const FIGURES: [Figure; 6] = [
+pub const FIGURES: [Figure; 7] = [
     Figure {
         name: "guest_gap_ms",
         title: "guest gap",
@@ -43,6 +43,12 @@ pub const FIGURES: [Figure; 6] = [
         title: "worst stall",
         is_time: true,
         value: |one| one.worst_stall_ms,
+    },
+    Figure {
+        name: "stall_p999_ms",
+        title: "stall p99.9",
+        is_time: true,
+        value: |one| one.stall_p999_ms,
     },
     Figure {
         name: "heartbeat_gap_ms",

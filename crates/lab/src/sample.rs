@@ -57,7 +57,7 @@ pub(crate) fn record(guest_gap_ms: f64) -> MoveRecord {
             "total": 2.5, "pause": 0.25, "harvest": 0.25, "save": 0.5, "transfer": 0.75,
             "load": 0.25, "commit": 0.25, "start": 0.25,
         },
-        "guest_gap_ms": guest_gap_ms, "heartbeat_gap_ms": 4.0, "worst_stall_ms": 6.0,
+        "guest_gap_ms": guest_gap_ms, "heartbeat_gap_ms": 4.0, "worst_stall_ms": 6.0, "stall_p999_ms": 4.5,
         "resume_ms": null, "total_ms": 100.0, "eviction_ms": 120.0,
         "rounds": [round(16384, 900), round(900, 12), round(12, 0)], "mode_changes": [],
         "missing_at_switch": 7, "missing_set_bytes": 16, "pulled_pages": 3,
@@ -68,7 +68,7 @@ pub(crate) fn record(guest_gap_ms: f64) -> MoveRecord {
         "first_fault_stall_ms": 0.2, "pages_sent": 17296, "pages_resent": 912,
         "wire_bytes": 70913600u64, "state_bytes": 4096,
         "guest_writes_per_s": { "before": 50000.0, "during": 40000.0, "after": null },
-        "integrity_errors": 0, "swept_pages": 16384, "memory_digest_equal": true,
+        "others_cpu_share": 0.0125, "integrity_errors": 0, "swept_pages": 16384, "memory_digest_equal": true,
         "predicted_downtime_ms": 2.25, "fixed_cost_ms": 0.5, "rehearsal_stall_ms": 0.125,
     }))
     .unwrap()

@@ -30,6 +30,8 @@ pub struct CellSummary {
     pub heartbeat_gap_ms: Option<Spread>,
     /// The guest's longest stall of each move.
     pub worst_stall_ms: Option<Spread>,
+    /// The wait that one request in a thousand to the guest exceeds, of each move.
+    pub stall_p999_ms: Option<Spread>,
     /// Until the guest ran at the target with all its pages.
     pub total_ms: Option<Spread>,
     /// Bytes on the wire.
@@ -46,6 +48,8 @@ pub struct CellSummary {
     pub work_per_s_during: Option<Spread>,
     /// After the move.
     pub work_per_s_after: Option<Spread>,
+    /// The share of the processors that others used, 0 to 1.
+    pub others_cpu_share: Option<Spread>,
 }
 
 impl CellSummary {
@@ -73,6 +77,7 @@ impl CellSummary {
             downtime_ms: spread(&|one| Some(one.downtime_ms?.total)),
             heartbeat_gap_ms: spread(&|one| one.heartbeat_gap_ms),
             worst_stall_ms: spread(&|one| one.worst_stall_ms),
+            stall_p999_ms: spread(&|one| one.stall_p999_ms),
             total_ms: spread(&|one| Some(one.total_ms)),
             wire_bytes: spread(&|one| Some(one.wire_bytes? as f64)),
             pages_resent: spread(&|one| Some(one.pages_resent? as f64)),
@@ -81,6 +86,7 @@ impl CellSummary {
             work_per_s_before: spread(&|one| one.guest_writes_per_s.before),
             work_per_s_during: spread(&|one| one.guest_writes_per_s.during),
             work_per_s_after: spread(&|one| one.guest_writes_per_s.after),
+            others_cpu_share: spread(&|one| one.others_cpu_share),
         }
     }
 }

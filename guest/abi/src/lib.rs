@@ -27,10 +27,10 @@ mod boot;
 
 pub use boot::{ArgsError, BootInfo};
 pub use command::{Command, CommandKind};
-pub use report::{ErrorKind, FirstError, Report, Stall, State};
+pub use report::{ErrorKind, FirstError, Report, Stall, StallGroup, State};
 
 /// Version of this contract. Both sides refuse another one.
-pub const ABI_VERSION: u32 = 1;
+pub const ABI_VERSION: u32 = 2;
 
 /// Bytes of a guest page.
 pub const PAGE_BYTES: u64 = 4096;

@@ -20,6 +20,12 @@ pub const STALLS_LONGEST: usize = 16;
 /// A gap between two looks at the clock counts as a stall from this length on, in microseconds.
 pub const STALL_MICROSECONDS_MIN: u64 = 200;
 
+/// Groups of [`Report::stall_groups`]: four for each doubling of the length.
+pub const STALL_GROUPS: usize = 128;
+
+/// Stalls of less than two to this power of ticks are in the first group: a microsecond or two.
+const STALL_GROUPS_FIRST_BITS: u32 = 12;
+
 /// The report of one vCPU, at [`report_address`](crate::memory_map::report_address).
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[cfg_attr(
@@ -62,6 +68,41 @@ pub struct Report {
     pub long_stalls: [Stall; STALLS_LONGEST],
     /// The first check that failed; its `kind` is zero while none has.
     pub first_error: FirstError,
+    /// All stalls since the last clear command by length, shortest first: see [`stall_group`].
+    pub stall_groups: [StallGroup; STALL_GROUPS],
+}
+
+/// Stalls of about the same length.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[cfg_attr(
+    feature = "bytes",
+    derive(FromBytes, IntoBytes, Immutable, KnownLayout)
+)]
+#[repr(C)]
+pub struct StallGroup {
+    /// How many.
+    pub count: u64,
+    /// How long they were together, in ticks of the time stamp counter.
+    pub ticks: u64,
+}
+
+/// The group of a stall of so many ticks: the two bits behind the first one of the length choose among
+/// the four groups of a doubling. What is too short or too long is in the first or the last one.
+#[must_use]
+pub const fn stall_group(length_tsc: u64) -> usize {
+    let Some(bits) = length_tsc.checked_ilog2() else {
+        return 0;
+    };
+    if bits < STALL_GROUPS_FIRST_BITS {
+        return 0;
+    }
+    let quarter = (length_tsc >> (bits - 2)) & 3;
+    let group = (bits - STALL_GROUPS_FIRST_BITS) as usize * 4 + quarter as usize;
+    if group < STALL_GROUPS {
+        group
+    } else {
+        STALL_GROUPS - 1
+    }
 }
 
 /// A time in which a vCPU that wanted to run did not.
@@ -210,6 +251,7 @@ impl Report {
                 found: 0,
                 kind: 0,
             },
+            stall_groups: [StallGroup::ZERO; STALL_GROUPS],
         }
     }
 
@@ -261,9 +303,14 @@ impl Stall {
     }
 }
 
+impl StallGroup {
+    const ZERO: Self = Self { count: 0, ticks: 0 };
+}
+
 const _: () = assert!(size_of::<Stall>() == 16);
+const _: () = assert!(size_of::<StallGroup>() == 16);
 const _: () = assert!(size_of::<FirstError>() == 32);
-const _: () = assert!(size_of::<Report>() == 1424);
+const _: () = assert!(size_of::<Report>() == 3472);
 const _: () = assert!(size_of::<Report>() as u64 <= PAGE_BYTES);
 const _: () = assert!(offset_of!(Report, state) == 16);
 const _: () = assert!(offset_of!(Report, work) == 32);
@@ -272,6 +319,7 @@ const _: () = assert!(offset_of!(Report, stall_total) == 96);
 const _: () = assert!(offset_of!(Report, stalls) == 112);
 const _: () = assert!(offset_of!(Report, long_stalls) == 1136);
 const _: () = assert!(offset_of!(Report, first_error) == 1392);
+const _: () = assert!(offset_of!(Report, stall_groups) == 1424);
 
 #[cfg(all(test, feature = "bytes"))]
 mod tests {
@@ -283,10 +331,27 @@ mod tests {
         assert_eq!(Report::parse(&[1; 100]), None);
         let report = Report::new(3);
         let mut page = [0xaa; 4096];
-        page[..1424].copy_from_slice(report.as_bytes());
+        page[..3472].copy_from_slice(report.as_bytes());
         let again = Report::parse(&page).unwrap();
         assert_eq!(again, report);
         assert_eq!((again.vcpu(), again.state()), (3, Some(State::Boot)));
+    }
+
+    #[test]
+    fn groups_have_four_for_each_doubling() {
+        let check = |length, expect| assert_eq!(stall_group(length), expect, "{length}");
+        check(0, 0);
+        check(4095, 0);
+        check(4096, 0);
+        check(5119, 0);
+        check(5120, 1);
+        check(8191, 3);
+        check(8192, 4);
+        // 200 µs and a second at 2.6 GHz.
+        check(520_000, 27);
+        check(2_600_000_000, 76);
+        check(1 << 43, 124);
+        check(u64::MAX, 127);
     }
 
     #[test]

@@ -131,7 +131,7 @@ fn obey<P: Program>(program: &mut P, vcpu: &mut Vcpu, command: Command) {
             vcpu.report.sweep_errors = swept.errors;
             vcpu.report.sweep_id = u64::from(command.sequence);
         }
-        CommandKind::ClearStalls => stall::clear_longest(&mut vcpu.report),
+        CommandKind::ClearStalls => stall::clear(&mut vcpu.report),
         CommandKind::Finish => finish(vcpu, command),
     }
     vcpu.report.command_done = u64::from(command.sequence);

@@ -50,6 +50,11 @@ impl GuestClock {
         self.tsc.saturating_add_signed(ticks)
     }
 
+    /// How many ticks are in a time.
+    pub(crate) fn ticks_in(&self, time: Duration) -> f64 {
+        time.as_secs_f64() * 1e9 * self.ticks_per_nano
+    }
+
     /// How long so many ticks are.
     pub(crate) fn time_of(&self, ticks: u64) -> Duration {
         Duration::from_nanos((ticks as f64 / self.ticks_per_nano) as u64)

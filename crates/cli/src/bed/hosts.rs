@@ -67,6 +67,11 @@ impl Hosts {
         Ok(Self { hosts, directory })
     }
 
+    /// Where everything of them lies: a path of which stands in the command line of each process.
+    pub(crate) fn directory(&self) -> &Path {
+        self.directory.path()
+    }
+
     /// What both daemons hold.
     pub(crate) fn resources(&self) -> anyhow::Result<Resources> {
         let mut sum = Resources::default();

@@ -12,10 +12,11 @@ use crate::bed::growth::{Growth, Resources};
 use crate::bed::host_pages::HostPages;
 use crate::bed::hosts::{Host, Hosts, NAMES, VM};
 use crate::bed::interrupt::{Interrupt, Interrupted};
-use crate::bed::observation::{MARGIN, Moments, earlier, observe};
+use crate::bed::observation::{Counted, MARGIN, Moments, earlier, observe};
 use crate::bed::observer::{self, Observer};
+use crate::bed::processors::Processors;
 use crate::bed::progress::Progress;
-use crate::bed::stalls::Stall;
+use crate::bed::stalls::{Stall, StallGroup};
 use crate::bed::warm::warm;
 use anyhow::{Context, bail};
 use limosa_engine::Timestamp;
@@ -189,6 +190,7 @@ impl Loopback {
         warm(self.setup.memory_bytes);
         self.interrupt.sleep(MARGIN + ARRIVAL)?;
         let before = self.command(CommandKind::ClearStalls, PATIENCE)?;
+        let processors = Processors::now(self.hosts.directory());
         let begun = observer::now();
         let (report, mut stalls) = self.migrate(to, mode, title)?;
         let ended = begun.after(Duration::from_secs_f64(report.eviction_ms / 1000.0));
@@ -197,10 +199,16 @@ impl Loopback {
         }
         self.made = number;
         // Read again: on a busy machine the guest's tables are full of later stalls in a second.
-        stalls.extend(self.stalls()?);
+        stalls.extend(self.stalls_at(self.at)?);
         self.wait_for(ended.after(MARGIN + ARRIVAL))?;
-        stalls.extend(self.stalls()?);
-        let observed = self.observed(begun, ended, &report, &stalls);
+        let guest = self.host().client.guest(VM)?;
+        let counted = counted(&guest, observer::now().since(begun));
+        stalls.extend(stalls_of(&guest));
+        let mut observed = self.observed((begun, ended), &report, &stalls, &counted);
+        observed.others_cpu_share = processors.and_then(|before| {
+            let now = Processors::now(self.hosts.directory())?;
+            now.others_since(&before)
+        });
         let checked = self.check(&before)?;
         self.note_resources()?;
         let way = (NAMES[from], NAMES[to]);
@@ -276,29 +284,18 @@ impl Loopback {
         self.interrupt.sleep(moment.since(observer::now()))
     }
 
-    /// The stalls that the guest's tables hold now.
-    fn stalls(&self) -> anyhow::Result<Vec<Stall>> {
-        self.stalls_at(self.at)
-    }
-
-    /// The same from a host where it has just begun to run.
+    /// The stalls that the guest's tables hold now, from the host where it runs.
     fn stalls_at(&self, host: usize) -> anyhow::Result<Vec<Stall>> {
         let guest = self.hosts.hosts[host].client.guest(VM)?;
-        let vcpus = guest.vcpus.iter();
-        let stalls = vcpus.flat_map(|vcpu| vcpu.stalls.iter().chain(&vcpu.long_stalls));
-        let own = |stall: &limosa_host::api::Stall| Stall {
-            start_tsc: stall.start_tsc,
-            length_tsc: stall.length_tsc,
-        };
-        Ok(stalls.map(own).collect())
+        Ok(stalls_of(&guest).collect())
     }
 
     fn observed(
         &self,
-        begun: Timestamp,
-        ended: Timestamp,
+        (begun, ended): (Timestamp, Timestamp),
         report: &Report,
         stalls: &[Stall],
+        counted: &Counted,
     ) -> Observed {
         let beats = self.observer.since(earlier(begun, MARGIN + ARRIVAL));
         let switch = report.switch_ns.map(|switch| {
@@ -310,7 +307,7 @@ impl Loopback {
             ended,
             switch,
         };
-        observe(&moments, &beats, stalls)
+        observe(&moments, &beats, stalls, counted)
     }
 
     /// Has the guest sweep its memory, and counts the errors since `before`.
@@ -356,5 +353,28 @@ impl Loopback {
             self.first = Some(now);
         }
         Ok(())
+    }
+}
+
+/// The stalls that stand in the tables of all vCPUs.
+fn stalls_of(guest: &GuestReport) -> impl Iterator<Item = Stall> + '_ {
+    let vcpus = guest.vcpus.iter();
+    let stalls = vcpus.flat_map(|vcpu| vcpu.stalls.iter().chain(&vcpu.long_stalls));
+    stalls.map(|stall| Stall {
+        start_tsc: stall.start_tsc,
+        length_tsc: stall.length_tsc,
+    })
+}
+
+/// All stalls of all vCPUs since they were told to forget them, so long ago.
+fn counted(guest: &GuestReport, since: Duration) -> Counted {
+    let groups = guest.vcpus.iter().flat_map(|vcpu| &vcpu.stall_groups);
+    let own = |group: &limosa_host::api::StallGroup| StallGroup {
+        count: group.count,
+        ticks: group.ticks,
+    };
+    Counted {
+        groups: groups.map(own).collect(),
+        watched: since * u32::try_from(guest.vcpus.len()).unwrap_or(u32::MAX),
     }
 }

@@ -5,7 +5,7 @@
 //!  ──────────┼─────────────────────────┤         ├─────────────────┼──────────▶ host's clock
 //!    before        during                guest gap,     resume, after
 //!                                      heartbeat gap
-//!            └──────────────────────── worst stall ───────────────────────────┘
+//!            └────────────── worst stall, stall that one in a thousand meets ─┘
 //! ```
 //!
 //! `stopped` and `running` come from the hosts' report; everything else is measured without its
@@ -14,7 +14,7 @@
 
 use crate::bed::beats::Beats;
 use crate::bed::guest_clock::GuestClock;
-use crate::bed::stalls::{Stall, TscWindow};
+use crate::bed::stalls::{Stall, StallGroup, TscWindow, tail_wait};
 use limosa_engine::Timestamp;
 use limosa_lab::record::{Observed, WriteRates};
 use std::time::Duration;
@@ -37,6 +37,23 @@ pub(crate) struct Moments {
     pub switch: Option<(Timestamp, Timestamp)>,
 }
 
+/// Every stall since the guest was told to forget them, by length.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Counted {
+    /// Of all vCPUs.
+    pub groups: Vec<StallGroup>,
+    /// For how long they were counted, times the number of vCPUs.
+    pub watched: Duration,
+}
+
+impl Counted {
+    /// The wait that one request in a thousand exceeds.
+    fn tail_ms(&self, clock: &GuestClock) -> f64 {
+        let wait = tail_wait(&self.groups, clock.ticks_in(self.watched));
+        milliseconds(clock.time_of(wait as u64))
+    }
+}
+
 /// The moment `by` earlier.
 pub(crate) fn earlier(moment: Timestamp, by: Duration) -> Timestamp {
     let nanos = u64::try_from(by.as_nanos()).unwrap_or(u64::MAX);
@@ -49,8 +66,13 @@ pub(crate) fn milliseconds(duration: Duration) -> f64 {
 }
 
 /// What the guest and the observer saw. `beats` reach from before the move to a [`MARGIN`] after
-/// its end, `stalls` are those of all vCPUs.
-pub(crate) fn observe(moments: &Moments, beats: &Beats, stalls: &[Stall]) -> Observed {
+/// its end, `stalls` are those of all vCPUs that its tables had, `counted` are all of them.
+pub(crate) fn observe(
+    moments: &Moments,
+    beats: &Beats,
+    stalls: &[Stall],
+    counted: &Counted,
+) -> Observed {
     let begin = earlier(moments.begun, MARGIN);
     let end = moments.ended.after(MARGIN);
     let before = beats.rate(begin, moments.begun);
@@ -61,6 +83,7 @@ pub(crate) fn observe(moments: &Moments, beats: &Beats, stalls: &[Stall]) -> Obs
                 let window = TscWindow::new(moments.begun, &clock, end, &clock);
                 milliseconds(window.longest(stalls, &clock))
             }),
+            stall_p999_ms: clock.map(|clock| counted.tail_ms(&clock)),
             writes: WriteRates {
                 before: before.map(f64::round),
                 during: rate(beats, moments.begun, moments.ended),
@@ -83,12 +106,14 @@ pub(crate) fn observe(moments: &Moments, beats: &Beats, stalls: &[Stall]) -> Obs
         guest_gap_ms: longest(stopped, running).filter(|gap| !is_forgotten(gap)),
         heartbeat_gap_ms: beats.longest_gap(stopped, running).map(milliseconds),
         worst_stall_ms: longest(moments.begun, end),
+        stall_p999_ms: source.map(|clock| counted.tail_ms(&clock)),
         resume_ms: resume.map(milliseconds),
         writes: WriteRates {
             before: before.map(f64::round),
             during: rate(beats, moments.begun, stopped),
             after: rate(beats, running, running.after(MARGIN)),
         },
+        ..Observed::default()
     }
 }
 
@@ -130,13 +155,21 @@ mod tests {
     }
 
     fn check(moments: &Moments, stalls: &[Stall], expect: &str) {
-        let seen = observe(moments, &series(), stalls);
+        let counted = Counted {
+            groups: vec![StallGroup {
+                count: 1,
+                ticks: 8000 * 2600,
+            }],
+            watched: Duration::from_secs(2),
+        };
+        let seen = observe(moments, &series(), stalls, &counted);
         let writes = seen.writes;
         let text = format!(
-            "gap {:?} heartbeat {:?} worst {:?} resume {:?} writes {:?} {:?} {:?}",
+            "gap {:?} heartbeat {:?} worst {:?} p99.9 {:?} resume {:?} writes {:?} {:?} {:?}",
             seen.guest_gap_ms,
             seen.heartbeat_gap_ms,
             seen.worst_stall_ms,
+            seen.stall_p999_ms,
             seen.resume_ms,
             writes.before,
             writes.during,
@@ -162,12 +195,12 @@ mod tests {
         check(
             &moments,
             &stalls,
-            "gap 5.8 heartbeat 7.0 worst 8.0 resume 0.2 writes 49990.0 39880.0 49991.0",
+            "gap 5.8 heartbeat 7.0 worst 8.0 p99.9 6.0 resume 0.2 writes 49990.0 39880.0 49991.0",
         );
         check(
             &moments,
             &[],
-            "gap None heartbeat 7.0 worst 0.0 resume 0.2 writes 49990.0 39880.0 49991.0",
+            "gap None heartbeat 7.0 worst 0.0 p99.9 6.0 resume 0.2 writes 49990.0 39880.0 49991.0",
         );
     }
 
@@ -181,7 +214,7 @@ mod tests {
         check(
             &moments,
             &[stall(1_299_900, 6000)],
-            "gap None heartbeat None worst 6.0 resume None writes 49990.0 40000.0 48710.0",
+            "gap None heartbeat None worst 6.0 p99.9 6.0 resume None writes 49990.0 40000.0 48710.0",
         );
     }
 
@@ -192,7 +225,12 @@ mod tests {
             ended: at(1_200_000),
             switch: Some((at(1_100_000), at(1_110_000))),
         };
-        let seen = observe(&moments, &Beats::default(), &[stall(1_099_000, 12_000)]);
+        let seen = observe(
+            &moments,
+            &Beats::default(),
+            &[stall(1_099_000, 12_000)],
+            &Counted::default(),
+        );
         assert_eq!(seen, Observed::default());
     }
 }

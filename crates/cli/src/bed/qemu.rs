@@ -27,9 +27,10 @@ mod settings;
 
 use crate::bed::hosts::NAMES;
 use crate::bed::interrupt::Interrupt;
-use crate::bed::observation::{MARGIN, Moments, earlier, milliseconds, observe};
+use crate::bed::observation::{Counted, MARGIN, Moments, earlier, milliseconds, observe};
 use crate::bed::observer;
-use crate::bed::stalls::Stall;
+use crate::bed::processors::Processors;
+use crate::bed::stalls::{Stall, StallGroup};
 use crate::bed::warm::warm;
 use anyhow::{Context, bail};
 use console::Heard;
@@ -75,7 +76,7 @@ pub(crate) struct QemuBed {
     /// Number of the last command of the guest.
     sequence: u32,
     /// Removed after the processes have ended.
-    _directory: TempDir,
+    directory: TempDir,
 }
 
 /// What events told of a move.
@@ -126,7 +127,7 @@ impl QemuBed {
             setup: setup.clone(),
             way,
             sequence: 0,
-            _directory: directory,
+            directory,
         })
     }
 
@@ -154,6 +155,7 @@ impl QemuBed {
         let before = self.command(Role::Source, CommandKind::ClearStalls, PATIENCE)?;
         let mut stalls = self.heard.take_stalls();
         stalls.clear();
+        let processors = Processors::now(self.directory.path());
         let begun = observer::now();
         self.source
             .qmp
@@ -163,7 +165,12 @@ impl QemuBed {
         let over = ended.after(MARGIN + ARRIVAL).since(observer::now());
         self.interrupt.sleep(over)?;
         stalls.extend(self.heard.take_stalls());
-        let observed = self.observed(begun, ended, &followed, &stalls);
+        let counted = self.counted(at, begun);
+        let mut observed = self.observed((begun, ended), &followed, &stalls, &counted);
+        observed.others_cpu_share = processors.and_then(|before| {
+            let now = Processors::now(self.directory.path())?;
+            now.others_since(&before)
+        });
         let swept = self.command(at, CommandKind::Sweep, patience(&self.setup))?;
         let errors = |report: &Report| report.errors + report.tsc_backwards;
         let checked = Checked {
@@ -322,12 +329,30 @@ impl QemuBed {
         })
     }
 
+    /// All stalls since the guest was told to forget them, right before `begun`.
+    fn counted(&self, at: Role, begun: Timestamp) -> Counted {
+        let process = match at {
+            Role::Source => &self.source,
+            Role::Target => &self.target,
+        };
+        let report = process.memory.report();
+        let groups = report.iter().flat_map(|report| &report.stall_groups);
+        let own = |group: &limosa_micro_abi::StallGroup| StallGroup {
+            count: group.count,
+            ticks: group.ticks,
+        };
+        Counted {
+            groups: groups.map(own).collect(),
+            watched: observer::now().since(begun),
+        }
+    }
+
     fn observed(
         &self,
-        begun: Timestamp,
-        ended: Timestamp,
+        (begun, ended): (Timestamp, Timestamp),
         followed: &Followed,
         stalls: &[Stall],
+        counted: &Counted,
     ) -> Observed {
         let beats = self.heard.since(earlier(begun, MARGIN + ARRIVAL));
         let moments = Moments {
@@ -335,7 +360,7 @@ impl QemuBed {
             ended,
             switch: followed.stopped.zip(followed.resumed),
         };
-        observe(&moments, &beats, stalls)
+        observe(&moments, &beats, stalls, counted)
     }
 
     /// Gives the guest a command and waits until it has carried it out.

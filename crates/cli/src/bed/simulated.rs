@@ -101,6 +101,7 @@ impl Simulated {
                 during: Some(made.writes_during.round()),
                 after: Some(made.writes_after.round()),
             },
+            ..Observed::default()
         };
         let checked = Checked {
             errors: made.integrity_errors,

@@ -3,6 +3,19 @@
 //! A guest keeps its last 64 stalls and the 16 longest since it was told to forget them, so the
 //! longest one of a move is among them however many short ones came after it. A vCPU that was
 //! never away for as long as it takes to count as a stall has none.
+//!
+//! The longest stall is one event, and may be the time slice of somebody else. So there is a second
+//! figure, of all stalls since the guest was told to forget them, which it counts by length:
+//!
+//! ```text
+//!  a request that comes here ──▼     waits until the end of the stall
+//!  ── works ──┤████████████████████████├── works ──▶        P(wait > w) = Σ max(0, length − w) / time
+//! ```
+//!
+//! Requests that come at any moment with equal chance wait for what is left of a stall, or not at all.
+//! The wait that one in a thousand exceeds weighs stalls by number and length together, as somebody
+//! would feel them who asks the guest something all the time; it does not depend on how fast the guest
+//! works, as a percentile of its own operations would.
 
 use crate::bed::guest_clock::GuestClock;
 use limosa_engine::Timestamp;
@@ -15,6 +28,41 @@ pub(crate) struct Stall {
     pub start_tsc: u64,
     /// Its length in ticks.
     pub length_tsc: u64,
+}
+
+/// Stalls of about the same length.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct StallGroup {
+    /// How many.
+    pub count: u64,
+    /// How long they were together, in ticks.
+    pub ticks: u64,
+}
+
+/// The part of all requests that wait longer than what is told.
+const TAIL_SHARE: f64 = 0.001;
+
+/// The wait in ticks that one request in a thousand exceeds, of requests that come at any moment of
+/// `watched_ticks` of one vCPU or of several together. Stalls of one group are taken to be equally long.
+/// Zero if fewer than one in a thousand met a stall.
+pub(crate) fn tail_wait(groups: &[StallGroup], watched_ticks: f64) -> f64 {
+    let mean = |group: &StallGroup| group.ticks as f64 / group.count as f64;
+    let mut groups: Vec<&StallGroup> = groups.iter().filter(|group| group.count > 0).collect();
+    groups.sort_by(|one, other| mean(other).total_cmp(&mean(one)));
+    let allowed = TAIL_SHARE * watched_ticks;
+    let (mut count, mut ticks) = (0.0, 0.0);
+    let mut wait = 0.0;
+    for (index, group) in groups.iter().enumerate() {
+        count += group.count as f64;
+        ticks += group.ticks as f64;
+        // With only these stalls: ticks - count * wait = allowed.
+        wait = f64::max(0.0, (ticks - allowed) / count);
+        // Shorter stalls have no part in it.
+        if groups.get(index + 1).is_none_or(|next| mean(next) <= wait) {
+            break;
+        }
+    }
+    wait
 }
 
 /// A span of the guest's time stamp counter.
@@ -88,6 +136,28 @@ mod tests {
         check(&stalls, 100_000, 121_000, "8ms");
         check(&stalls, 0, 200_000, "9ms");
         check(&stalls, 50_000, 60_000, "0ns");
+    }
+
+    #[test]
+    fn one_request_in_a_thousand_waits_longer() {
+        let check = |groups: &[(u64, u64)], expect: f64| {
+            let groups: Vec<StallGroup> = groups
+                .iter()
+                .map(|&(count, ticks)| StallGroup { count, ticks })
+                .collect();
+            // Of 2000 ticks a thousandth is for those that wait longer.
+            let wait = tail_wait(&groups, 2_000_000.0);
+            assert!((wait - expect).abs() < 1e-6, "{groups:?}: {wait}");
+        };
+        check(&[], 0.0);
+        check(&[(1, 1999)], 0.0);
+        // The last 2000 ticks before its end are theirs.
+        check(&[(1, 10_000)], 8000.0);
+        check(&[(2, 20_000)], 9000.0);
+        // Shorter ones count only if the longer ones leave something.
+        check(&[(10, 5000), (1, 10_000)], 8000.0);
+        check(&[(1, 2500), (4, 4000)], 900.0);
+        check(&[(0, 0), (1000, 1_000_000)], 998.0);
     }
 
     #[test]

@@ -47,6 +47,10 @@ pub(crate) struct Figures {
     pub heartbeat_gap_ms: Option<Spread>,
     /// The guest's longest stall of each move.
     pub worst_stall_ms: Option<Spread>,
+    /// The wait that one request in a thousand to the guest exceeds.
+    pub stall_p999_ms: Option<Spread>,
+    /// The share of the processors that others used, 0 to 1.
+    pub others_cpu_share: Option<Spread>,
     /// Time back to speed.
     pub resume_ms: Option<Spread>,
     /// Time to the first page.
@@ -105,6 +109,8 @@ impl Figures {
             guest_gap_minus_downtime_ms: spread(&MoveRecord::gap_minus_downtime_ms),
             heartbeat_gap_ms: spread(&|one| one.heartbeat_gap_ms),
             worst_stall_ms: spread(&|one| one.worst_stall_ms),
+            stall_p999_ms: spread(&|one| one.stall_p999_ms),
+            others_cpu_share: spread(&|one| one.others_cpu_share),
             resume_ms: spread(&|one| one.resume_ms),
             preparation_ms: spread(&|one| one.preparation_ms),
             total_ms: spread(&|one| Some(one.total_ms)),

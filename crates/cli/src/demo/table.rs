@@ -107,6 +107,9 @@ const ROWS: &[Row] = &[
         times(of.heartbeat_gap_ms)
     }),
     ("worst stall of the guest", |of| times(of.worst_stall_ms)),
+    ("1 request in 1000 waits longer", |of| {
+        times(of.stall_p999_ms)
+    }),
     ("back at 90 % of its speed after", |of| times(of.resume_ms)),
     ("total", |of| times(of.total_ms)),
     ("source holds nothing after", |of| times(of.eviction_ms)),

@@ -157,6 +157,8 @@ pub struct VcpuReport {
     pub stalls: Vec<Stall>,
     /// The longest stalls since they were cleared, longest first.
     pub long_stalls: Vec<Stall>,
+    /// All stalls since they were cleared, grouped by about the same length, shortest first.
+    pub stall_groups: Vec<StallGroup>,
     /// The first check that failed.
     pub first_error: Option<FirstError>,
 }
@@ -168,6 +170,15 @@ pub struct Stall {
     pub start_tsc: u64,
     /// Length of the gap in ticks of the time stamp counter.
     pub length_tsc: u64,
+}
+
+/// Stalls of about the same length.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct StallGroup {
+    /// How many; at least one.
+    pub count: u64,
+    /// How long they were together, in ticks of the time stamp counter.
+    pub ticks: u64,
 }
 
 /// A check that failed inside a guest.
@@ -197,7 +208,7 @@ pub struct CommandBody {
 pub enum CommandKind {
     /// Check all memory that the guest owns, once.
     Sweep,
-    /// Forget the longest stalls.
+    /// Forget the longest stalls, and begin anew to group them by length.
     ClearStalls,
     /// Stop working and end.
     Finish,

@@ -407,6 +407,11 @@ fn vcpu_report(report: &abi::Report) -> VcpuReport {
     };
     let first = report.first_error;
     let long_stalls = report.long_stalls.iter().filter(|long| long.length_tsc > 0);
+    let groups = report.stall_groups.iter().filter(|group| group.count > 0);
+    let groups = groups.map(|group| api::StallGroup {
+        count: group.count,
+        ticks: group.ticks,
+    });
     VcpuReport {
         vcpu: report.vcpu(),
         state: state.to_owned(),
@@ -422,6 +427,7 @@ fn vcpu_report(report: &abi::Report) -> VcpuReport {
         stall_total: report.stall_total,
         stalls: report.recent_stalls().map(stall).collect(),
         long_stalls: long_stalls.copied().map(stall).collect(),
+        stall_groups: groups.collect(),
         first_error: (first.kind != 0).then_some(api::FirstError {
             page: first.page,
             expected: first.expected,

@@ -77,6 +77,7 @@ fn cell_line(page: &mut Page, summary: &CellSummary) {
     let spreads = [
         summary.guest_gap_ms,
         summary.worst_stall_ms,
+        summary.stall_p999_ms,
         summary.heartbeat_gap_ms,
         summary.total_ms,
         summary.work_per_s_before,

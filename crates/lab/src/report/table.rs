@@ -13,6 +13,7 @@ const COLUMNS: &[Column] = &[
     ("guest gap", Quantity::Time, |cell| cell.guest_gap_ms),
     ("downtime", Quantity::Time, |cell| cell.downtime_ms),
     ("worst stall", Quantity::Time, |cell| cell.worst_stall_ms),
+    ("stall p99.9", Quantity::Time, |cell| cell.stall_p999_ms),
     ("total", Quantity::Time, |cell| cell.total_ms),
     ("on the wire", Quantity::Size, |cell| cell.wire_bytes),
     ("pages sent again", Quantity::Count, |cell| {
@@ -27,6 +28,9 @@ const COLUMNS: &[Column] = &[
     }),
     ("during", Quantity::Count, |cell| cell.work_per_s_during),
     ("after", Quantity::Count, |cell| cell.work_per_s_after),
+    ("processors used by others", Quantity::Share, |cell| {
+        cell.others_cpu_share
+    }),
 ];
 
 /// The whole table.

@@ -6,7 +6,9 @@
 //! it overslept is.
 
 use limosa_micro_abi::Report;
-use limosa_micro_abi::report::{STALL_MICROSECONDS_MIN, STALLS_RING, Stall};
+use limosa_micro_abi::report::{
+    STALL_MICROSECONDS_MIN, STALLS_RING, Stall, StallGroup, stall_group,
+};
 
 use crate::ticks::TickRate;
 
@@ -62,12 +64,16 @@ impl StallWatch {
         report.stall_next = ((next + 1) % STALLS_RING) as u64;
         report.stall_total += 1;
         keep_longest(report, stall);
+        let group = &mut report.stall_groups[stall_group(stall.length_tsc)];
+        group.ticks = group.ticks.wrapping_add(stall.length_tsc);
+        group.count += 1;
     }
 }
 
-/// Forgets the longest stalls.
-pub fn clear_longest(report: &mut Report) {
+/// Forgets the longest stalls, and begins anew to group them by length.
+pub fn clear(report: &mut Report) {
     report.long_stalls.fill(Stall::default());
+    report.stall_groups.fill(StallGroup::default());
 }
 
 fn keep_longest(report: &mut Report, stall: Stall) {
@@ -132,6 +138,24 @@ mod tests {
     }
 
     #[test]
+    fn stalls_are_grouped_by_length_until_cleared() {
+        let mut looks = std::vec![0];
+        for length in [210_000, 5_000_000, 220_000, 211_000] {
+            looks.push(looks[looks.len() - 1] + length);
+        }
+        let mut report = watched(&looks);
+        let groups = |report: &Report| {
+            let groups = report.stall_groups.iter();
+            let groups = groups.filter(|group| group.count > 0);
+            groups.map(|group| (group.count, group.ticks)).collect::<Vec<_>>()
+        };
+        assert_eq!(groups(&report), [(3, 641_000), (1, 5_000_000)]);
+        clear(&mut report);
+        assert_eq!(groups(&report), []);
+        assert_eq!(report.stall_total, 4);
+    }
+
+    #[test]
     fn the_longest_are_kept_in_order_until_cleared() {
         let mut looks = std::vec![0];
         for index in 0..100_u64 {
@@ -143,7 +167,7 @@ mod tests {
         let expected: Vec<u64> = (84..100).rev().map(|n| 200_000 + n * 1000).collect();
         assert_eq!(longest, expected);
         assert_eq!(report.recent_stalls().count(), STALLS_RING);
-        clear_longest(&mut report);
+        clear(&mut report);
         assert_eq!(report.long_stalls[0], Stall::default());
         assert_eq!(report.stall_total, 100);
     }

@@ -161,7 +161,7 @@ mod tests {
     fn a_beat_is_read_with_its_report_and_text_is_kept_apart() {
         let mut words = vec![0u64; size_of::<Report>() / 8];
         words[0] = Report::MAGIC;
-        words[1] = 1;
+        words[1] = u64::from(limosa_micro_abi::ABI_VERSION);
         words[3] = 7000;
         words[4] = 50;
         words[12] = 1;
