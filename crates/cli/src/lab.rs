@@ -151,6 +151,8 @@ fn measure(plan: &Plan, run: &schedule::Run, way: &Way, title: &str) -> Result<M
         compress: cell.compress,
         push_order: cell.push_order,
         tls: cell.tls,
+        deadline_ms: cell.deadline_ms,
+        rounds_max: Some(cell.rounds_max),
         downtime_max_ms: plan.downtime_max.get(),
         verify: plan.verify,
         seed,

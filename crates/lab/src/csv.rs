@@ -50,6 +50,8 @@ const COLUMNS: &[Column] = &[
     }),
     ("push_order", |run| run.cell.push_order.name().to_owned()),
     ("tls", |run| run.cell.tls.to_string()),
+    ("deadline_ms", |run| shown(run.cell.deadline_ms)),
+    ("rounds_max", |run| run.cell.rounds_max.to_string()),
     ("repeat", |run| run.repeat.to_string()),
     ("failure", |run| shown(run.failure.as_ref())),
     ("outcome", |run| of(run, |one| Some(one.outcome.clone()))),

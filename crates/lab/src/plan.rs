@@ -15,9 +15,9 @@ mod ways;
 
 use crate::backing::Backing;
 use crate::qemu::{QemuWay, Variant};
-use crate::values::{Milliseconds, PageRate, Rate, Size};
+use crate::values::{Milliseconds, OrNone, PageRate, Rate, Size};
 use crate::workload::{Content, GuestProgram, Pattern, Rest, Workload};
-use limosa_engine::policy::Mode;
+use limosa_engine::policy::{Limits, Mode};
 use limosa_host::api::{Compression, PushOrder, TrackerKind};
 use limosa_pages::{ByteCount, BytesPerSecond};
 use serde::{Deserialize, Serialize};
@@ -91,6 +91,13 @@ pub struct Cell {
     /// Whether connections are encrypted.
     #[serde(default)]
     pub tls: bool,
+    /// Since its start the move should be over after so many milliseconds, and gives up further rounds
+    /// for it; `null` is no deadline.
+    #[serde(default)]
+    pub deadline_ms: Option<u64>,
+    /// Rounds while the guest runs at the source, at most.
+    #[serde(default = "rounds_max_default")]
+    pub rounds_max: u32,
     /// How QEMU moves the guest, if it is QEMU's.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub qemu: Option<QemuWay>,
@@ -119,6 +126,45 @@ impl Cell {
         )
     }
 
+    /// The deadline in words.
+    pub fn deadline_text(&self) -> String {
+        self.deadline_ms
+            .map_or_else(|| "none".to_owned(), |deadline| format!("{deadline} ms"))
+    }
+
+    /// All of limosa's settings that are not the default, in words, each with a comma before it.
+    pub(crate) fn unusual(&self) -> String {
+        let mut text = String::new();
+        let mut add = |is_unusual: bool, words: String| {
+            if is_unusual {
+                text.push_str(", ");
+                text.push_str(&words);
+            }
+        };
+        // Of QEMU, its variant says it.
+        let is_coded = self.compress != Compression::Auto && self.qemu.is_none();
+        let (tracker, order) = (self.dirty_tracker, self.push_order);
+        add(is_coded, format!("compress {}", self.compress.name()));
+        add(
+            self.pages != Backing::default(),
+            format!("{} pages", self.pages),
+        );
+        add(
+            tracker != TrackerKind::default(),
+            format!("dirty tracker {tracker}"),
+        );
+        add(
+            order != PushOrder::default(),
+            format!("push order {}", order.name()),
+        );
+        let deadline = format!("deadline {}", self.deadline_text());
+        add(self.deadline_ms.is_some(), deadline);
+        let rounds = format!("rounds at most {}", self.rounds_max);
+        add(self.rounds_max != rounds_max_default(), rounds);
+        add(self.tls, "TLS".to_owned());
+        text
+    }
+
     /// What of it the simulator has no model of, and what to do.
     fn unknown_to_simulator(&self) -> Option<&'static str> {
         if self.compress != Compression::Auto {
@@ -141,30 +187,15 @@ impl fmt::Display for Cell {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(
             f,
-            "{} of {} with {} and {}, link {}, {}",
+            "{} of {} with {} and {}, link {}, {}{}",
             self.way(),
             self.workload,
             ByteCount::new(self.memory_bytes),
             counted(self.vcpus, "vCPU"),
             self.link_text(),
             counted(self.streams, "stream"),
+            self.unusual(),
         )?;
-        // Of QEMU, its variant says it.
-        if self.compress != Compression::Auto && self.qemu.is_none() {
-            write!(f, ", compress {}", self.compress.name())?;
-        }
-        if self.pages != Backing::default() {
-            write!(f, ", {} pages", self.pages)?;
-        }
-        if self.dirty_tracker != TrackerKind::default() {
-            write!(f, ", dirty tracker {}", self.dirty_tracker)?;
-        }
-        if self.push_order != PushOrder::default() {
-            write!(f, ", push order {}", self.push_order.name())?;
-        }
-        if self.tls {
-            f.write_str(", TLS")?;
-        }
         match &self.row {
             None => Ok(()),
             Some(row) => write!(f, " ({row})"),
@@ -295,6 +326,10 @@ struct MatrixTable {
     push_orders: Vec<PushOrder>,
     #[serde(default = "tls_default")]
     tls: Vec<bool>,
+    #[serde(default = "deadlines_default")]
+    deadlines: Vec<Text<OrNone<Milliseconds>>>,
+    #[serde(default = "rounds_default")]
+    rounds: Vec<u32>,
 }
 
 /// Who moves the guests.
@@ -361,6 +396,19 @@ fn dirty_trackers_default() -> Vec<TrackerKind> {
 
 fn tls_default() -> Vec<bool> {
     vec![false]
+}
+
+fn deadlines_default() -> Vec<Text<OrNone<Milliseconds>>> {
+    vec![Text(OrNone::None)]
+}
+
+fn rounds_default() -> Vec<u32> {
+    vec![rounds_max_default()]
+}
+
+/// As the daemon's.
+fn rounds_max_default() -> u32 {
+    Limits::default().rounds_max
 }
 
 fn parsed<T: std::str::FromStr<Err = String>>(text: &str) -> T {
@@ -499,6 +547,11 @@ impl MatrixTable {
             dirty_tracker: self.dirty_trackers[digit(self.dirty_trackers.len())],
             push_order: self.push_orders[digit(self.push_orders.len())],
             tls: self.tls[digit(self.tls.len())],
+            deadline_ms: match self.deadlines[digit(self.deadlines.len())].0 {
+                OrNone::Some(deadline) => Some(deadline.get() as u64),
+                OrNone::None => None,
+            },
+            rounds_max: self.rounds[digit(self.rounds.len())],
             link: self.links[digit(self.links.len())].0.0,
             vcpus: self.vcpus[digit(self.vcpus.len())],
             memory_bytes: self.memory[digit(self.memory.len())].0.bytes(),
@@ -518,6 +571,8 @@ impl MatrixTable {
             ("dirty_trackers", self.dirty_trackers.len()),
             ("push_orders", self.push_orders.len()),
             ("tls", self.tls.len()),
+            ("deadlines", self.deadlines.len()),
+            ("rounds", self.rounds.len()),
         ];
         if let Some((name, _)) = lists.iter().find(|(_, len)| *len == 0) {
             return Err(format!("{name} is empty"));
@@ -531,6 +586,7 @@ impl MatrixTable {
         if let Some(vcpus) = self.vcpus.iter().find(|one| !(1..=8).contains(*one)) {
             return Err(format!("vcpus has {vcpus}: a guest has 1 to 8"));
         }
+        self.check_limits()?;
         for name in &self.workloads {
             let Some(workload) = workloads.get(name) else {
                 let known: Vec<&str> = workloads.keys().map(String::as_str).collect();
@@ -551,6 +607,26 @@ impl MatrixTable {
             }
         }
         Ok(cells)
+    }
+
+    /// Whether a daemon takes its deadlines and rounds.
+    fn check_limits(&self) -> Result<(), String> {
+        for deadline in &self.deadlines {
+            if let OrNone::Some(deadline) = deadline.0
+                && (deadline.get() < 1.0 || deadline.get().fract() != 0.0)
+            {
+                let value = deadline.get();
+                return Err(format!(
+                    "deadlines has {value} ms: a deadline is whole milliseconds, 1 or more, or none"
+                ));
+            }
+        }
+        if self.rounds.contains(&0) {
+            return Err(
+                "rounds has 0: give 1 or more, or use stop-and-copy or post-copy".to_owned(),
+            );
+        }
+        Ok(())
     }
 }
 

@@ -37,6 +37,10 @@ pub struct Setup {
     pub push_order: PushOrder,
     /// Whether connections were encrypted.
     pub tls: bool,
+    /// After which the move should have been over, in milliseconds.
+    pub deadline_ms: Option<u64>,
+    /// Rounds while the guest ran, at most, if not the default.
+    pub rounds_max: Option<u32>,
     /// The downtime that pre-copy aimed at.
     pub downtime_max_ms: f64,
     /// Whether digests were compared.

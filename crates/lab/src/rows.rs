@@ -8,12 +8,10 @@
 //! The best variant is chosen with the results at hand and for each figure anew, which nobody who
 //! runs QEMU can: it is the strongest peer that there can be.
 
-use crate::backing::Backing;
 use crate::plan::{Cell, counted};
 use crate::record::MoveRecord;
 use crate::statistics::{Spread, median};
 use crate::store::{Results, RunResult};
-use limosa_host::api::Compression;
 use limosa_pages::ByteCount;
 use serde::Serialize;
 use std::collections::BTreeMap;
@@ -84,7 +82,7 @@ pub struct Comparison {
     /// The cell of limosa.
     #[serde(skip)]
     pub cell: Cell,
-    /// The same in words: technique, streams, coding and pages.
+    /// The same in words: technique, streams, and what is not the default.
     pub limosa: String,
     /// How many moves of both were completed.
     pub completed: String,
@@ -196,14 +194,8 @@ fn line(results: &Results, figure: &Figure, ours: &Cell, peers: &[&Cell]) -> Lin
 
 /// What tells a cell of limosa from the others of its row.
 fn label(cell: &Cell) -> String {
-    let mut label = format!("{}, {}", cell.way(), counted(cell.streams, "stream"));
-    if cell.compress != Compression::Auto {
-        label += &format!(", compress {}", cell.compress.name());
-    }
-    if cell.pages != Backing::default() {
-        label += &format!(", {} pages", cell.pages);
-    }
-    label
+    let streams = counted(cell.streams, "stream");
+    format!("{}, {streams}{}", cell.way(), cell.unusual())
 }
 
 /// Variant and limit of a cell of QEMU.

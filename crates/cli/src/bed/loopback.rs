@@ -227,6 +227,8 @@ impl Loopback {
         body.push_order = self.setup.push_order;
         body.verify = self.setup.verify;
         body.link = self.setup.link;
+        body.deadline_ms = self.setup.deadline_ms.map(|deadline| deadline as f64);
+        body.rounds_max = self.setup.rounds_max;
         let client = &self.host().client;
         let id = client.migrate(VM, &body)?;
         let patience = self.patience(MEMORY_SENT_MAX);

@@ -58,6 +58,7 @@ impl Simulated {
         }
         let usual = Scenario::default();
         let rate = setup.link.map(BytesPerSecond::new);
+        let limits = Limits::default();
         Ok(Self {
             scenario: Scenario {
                 memory,
@@ -74,7 +75,9 @@ impl Simulated {
                 streams: setup.streams.unwrap_or(usual.streams),
                 limits: Limits {
                     downtime_max: Duration::from_secs_f64(setup.downtime_max_ms / 1000.0),
-                    ..Limits::default()
+                    deadline: setup.deadline_ms.map(Duration::from_millis),
+                    rounds_max: setup.rounds_max.unwrap_or(limits.rounds_max),
+                    ..limits
                 },
                 verify: setup.verify,
                 ..usual

@@ -160,6 +160,8 @@ impl Arguments {
             compress: self.compress,
             push_order: self.push_order,
             tls: self.tls,
+            deadline_ms: None,
+            rounds_max: None,
             downtime_max_ms: self.downtime_max.get(),
             verify: self.verifies(),
             seed: self.seed,

@@ -87,7 +87,7 @@ fn a_key_or_word_that_is_unknown_is_told_with_its_line_and_the_known_ones() {
         "line 21: unknown field `link`, expected one of `vmm`, `row`, `techniques`, \
          `variants`, `downtime_limits`, `cancel_after`, `workloads`, `memory`, `vcpus`, `links`, \
          `streams`, `compress`, `pages`, \
-         `dirty_trackers`, `push_orders`, `tls`",
+         `dirty_trackers`, `push_orders`, `tls`, `deadlines`, `rounds`",
     );
     check(
         "touch =",
@@ -243,6 +243,30 @@ fn a_cell_names_its_pages_unless_they_are_the_hosts() {
 }
 
 #[test]
+fn a_cell_names_its_deadline_and_its_rounds() {
+    let limits = "deadlines = [\"none\", \"2s\"]\nrounds = [30, 1]";
+    let text = GOOD.replace("streams = [1, 4]", limits);
+    let plan = Plan::parse(&text).unwrap();
+    let last = plan.cells.iter().rev().take(4).rev().map(Cell::to_string);
+    let cell = "stop-and-copy of calm with 1.00 GiB and 2 vCPUs, link unlimited, 2 streams";
+    let (deadline, rounds) = (", deadline 2000 ms", ", rounds at most 1");
+    let expect = ["", deadline, rounds, &format!("{deadline}{rounds}")];
+    let expect = expect.map(|limits| format!("{cell}{limits}"));
+    assert_eq!(last.collect::<Vec<_>>(), expect);
+    assert_eq!(plan.simulator_problem(), None);
+    check(
+        "vcpus = [2]",
+        "deadlines = [\"500us\"]",
+        "matrix 2: deadlines has 0.5 ms: a deadline is whole milliseconds, 1 or more, or none",
+    );
+    check(
+        "vcpus = [2]",
+        "rounds = [0]",
+        "matrix 2: rounds has 0: give 1 or more, or use stop-and-copy or post-copy",
+    );
+}
+
+#[test]
 fn the_simulator_says_what_it_cannot_do() {
     let text = GOOD.replace("\"idle\"", "\"compute\"\nworking_set = \"1M\"");
     assert_eq!(
@@ -349,6 +373,11 @@ fn keys_of_the_other_vmm_are_told() {
         "variants = [",
         "streams = [2]\nvariants = [",
         "matrix 2: streams is limosa's: QEMU has variants",
+    );
+    check(
+        "variants = [",
+        "rounds = [1]\nvariants = [",
+        "matrix 2: deadlines and rounds are limosa's: QEMU has cancel_after",
     );
     check(
         "variants = [",

@@ -2,10 +2,10 @@
 //! the downtime that they aim at.
 
 use super::text::Text;
-use super::{MatrixTable, Vmm, parsed};
+use super::{MatrixTable, Vmm, parsed, rounds_default};
 use crate::backing::Backing;
 use crate::qemu::QemuWay;
-use crate::values::Milliseconds;
+use crate::values::{Milliseconds, OrNone};
 use limosa_engine::policy::Mode;
 use limosa_host::api::{Compression, PushOrder, TrackerKind};
 
@@ -88,6 +88,10 @@ impl MatrixTable {
         }
         if self.tls != [false] {
             return Err("tls is limosa's: leave it to QEMU".to_owned());
+        }
+        let has_deadline = |one: &Text<OrNone<Milliseconds>>| one.0 != OrNone::None;
+        if self.deadlines.iter().any(has_deadline) || self.rounds != rounds_default() {
+            return Err("deadlines and rounds are limosa's: QEMU has cancel_after".to_owned());
         }
         if self.vcpus != [1] {
             return Err("a guest of QEMU has one vCPU".to_owned());

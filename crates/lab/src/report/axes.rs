@@ -7,7 +7,7 @@ use std::collections::HashSet;
 type Axis = (&'static str, fn(&Cell) -> String);
 
 /// From the outer to the inner grouping. The technique is no axis: it stands in every row.
-const AXES: [Axis; 11] = [
+const AXES: [Axis; 13] = [
     ("row", |cell| cell.row.clone().unwrap_or_default()),
     ("workload", |cell| cell.workload.clone()),
     ("link", Cell::link_text),
@@ -21,6 +21,8 @@ const AXES: [Axis; 11] = [
     ("tracker", |cell| cell.dirty_tracker.name().to_owned()),
     ("push order", |cell| cell.push_order.name().to_owned()),
     ("TLS", |cell| if cell.tls { "on" } else { "off" }.to_owned()),
+    ("deadline", Cell::deadline_text),
+    ("rounds at most", |cell| cell.rounds_max.to_string()),
 ];
 
 /// The axes along which an experiment differs.
@@ -67,7 +69,9 @@ impl Axes {
             .map(|(name, value)| match *name {
                 "vCPUs" => counted(cell.vcpus, "vCPU"),
                 "streams" => counted(cell.streams, "stream"),
-                name @ ("compress" | "TLS") => format!("{name} {}", value(cell)),
+                name @ ("compress" | "TLS" | "deadline" | "rounds at most") => {
+                    format!("{name} {}", value(cell))
+                }
                 "pages" => format!("{} pages", cell.pages),
                 _ => value(cell),
             });
@@ -91,7 +95,7 @@ mod tests {
         assert_eq!(
             axes.same,
             "workload i, memory 64.0 MiB, vCPUs 1, compress auto, pages host, tracker bitmap, push order bubbling, \
-             TLS off"
+             TLS off, deadline none, rounds at most 30"
         );
         assert_eq!(axes.names().collect::<Vec<_>>(), ["link", "streams"]);
         assert_eq!(

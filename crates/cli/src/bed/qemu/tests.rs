@@ -27,6 +27,8 @@ fn bed(variant: Variant, arguments: &str) -> Option<QemuBed> {
         push_order: limosa_host::api::PushOrder::default(),
         compress: Compression::Off,
         tls: false,
+        deadline_ms: None,
+        rounds_max: None,
         downtime_max_ms: 5.0,
         verify: false,
         seed: 1,
