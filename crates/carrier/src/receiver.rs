@@ -34,6 +34,9 @@ const BUFFER_BYTES: usize = 128 << 10;
 /// Fewer pages are not worth the way over a buffer.
 const DETOUR_PAGES_MIN: PageCount = PageCount::new(16);
 
+/// More zero pages are not worth being written among others.
+const ZEROS_GATHERED_MAX: PageCount = PageCount::new(64);
+
 /// What a stream reports.
 #[derive(Debug)]
 pub(crate) enum Report {
@@ -396,8 +399,22 @@ impl PushStream {
             PushHeader::Pages(range) | PushHeader::Coded { range, .. } => {
                 self.gathered.is_continued_by(range)
             }
+            PushHeader::Zeros(range) => self.gathered.is_empty() || self.gathers_zeros(range),
             _ => self.gathered.is_empty(),
         }
+    }
+
+    /// True if a few zero pages stand between others of a huge page, and are made along with them.
+    fn gathers_zeros(&self, range: PageRange) -> bool {
+        let Some(unit) = self.shared.memory.write_unit() else {
+            return false;
+        };
+        let into_unit = self.gathered.range().end().get() % unit.get();
+        range.count <= ZEROS_GATHERED_MAX
+            && into_unit > 0
+            && into_unit + range.count.get() <= unit.get()
+            && self.gathered.is_continued_by(range)
+            && self.is_fresh(range)
     }
 
     /// Writes what is gathered if it is worth no further wait.
@@ -516,7 +533,12 @@ impl PushStream {
         Ok(())
     }
 
-    fn install_zeros(&self, range: PageRange) -> Result<(), ReceiveError> {
+    fn install_zeros(&mut self, range: PageRange) -> Result<(), ReceiveError> {
+        if !self.gathered.is_empty() {
+            self.gathered.append(range).fill(0);
+            self.shared.count(range.count, 0);
+            return self.write_gathered_units();
+        }
         let stale: Vec<PageRange> = {
             let mut filled = self.shared.filled();
             let stale = filled.runs_in(range).collect();

@@ -11,23 +11,25 @@ use limosa_pages::{PAGE_SIZE_USIZE, PageCount, PageRange, Pfn};
 #[derive(Debug, Default)]
 pub(super) struct Gathered {
     first: Pfn,
-    content: Vec<u8>,
+    /// Room for as many as ever were here; what lies behind the first `length` bytes is old.
+    room: Vec<u8>,
+    length: usize,
 }
 
 impl Gathered {
     pub(super) const fn is_empty(&self) -> bool {
-        self.content.is_empty()
+        self.length == 0
     }
 
     /// Which pages they are.
     pub(super) const fn range(&self) -> PageRange {
-        let pages = self.content.len() / PAGE_SIZE_USIZE;
+        let pages = self.length / PAGE_SIZE_USIZE;
         PageRange::new(self.first, PageCount::new(pages as u64))
     }
 
     /// What is in them.
     pub(super) fn content(&self) -> &[u8] {
-        &self.content
+        &self.room[..self.length]
     }
 
     /// True if `range` is what comes next.
@@ -35,16 +37,19 @@ impl Gathered {
         self.is_empty() || self.range().end() == range.first
     }
 
-    /// Makes room for pages that come next, to be filled.
+    /// Makes room for pages that come next, all of it to be filled: it holds what was there before.
     pub(super) fn append(&mut self, range: PageRange) -> &mut [u8] {
         debug_assert!(self.is_continued_by(range), "pages in a row");
         if self.is_empty() {
             self.first = range.first;
         }
-        let at = self.content.len();
+        let at = self.length;
         let bytes = usize::try_from(range.bytes().get()).expect("limited by the header");
-        self.content.resize(at + bytes, 0);
-        &mut self.content[at..]
+        self.length = at + bytes;
+        if self.room.len() < self.length {
+            self.room.resize(self.length, 0);
+        }
+        &mut self.room[at..self.length]
     }
 
     /// True if the last page is the last of its unit of so many pages.
@@ -54,7 +59,7 @@ impl Gathered {
 
     /// Forgets them and keeps the room.
     pub(super) fn clear(&mut self) {
-        self.content.clear();
+        self.length = 0;
     }
 }
 
@@ -77,5 +82,10 @@ mod tests {
         assert_eq!(gathered.content()[2 * PAGE_SIZE_USIZE - 1..][..2], [1, 2]);
         gathered.clear();
         assert!(gathered.is_empty() && gathered.is_continued_by(range(3, 1)));
+        gathered.append(range(3, 1)).fill(3);
+        assert_eq!(
+            (gathered.range(), gathered.content()),
+            (range(3, 1), &[3; 4096][..])
+        );
     }
 }
