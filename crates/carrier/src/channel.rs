@@ -22,6 +22,11 @@ use std::net::{Shutdown, TcpStream};
 use std::sync::Arc;
 use std::time::Duration;
 
+/// Fewer bytes are not worth being waited for: they come in a segment or two.
+const PART_MIN: usize = 64 << 10;
+/// Bytes that are waited for: what a sender gives to the kernel at once.
+const PART_MAX: usize = 512 << 10;
+
 /// A connection, whole.
 #[derive(Debug)]
 pub(crate) struct Channel {
@@ -97,6 +102,17 @@ impl Reader {
         &self.socket
     }
 
+    /// Fills `into` with bytes that are known to come.
+    pub(crate) fn read_content(&mut self, into: &mut [u8]) -> io::Result<()> {
+        if self.opener.is_some() {
+            return self.read_exact(into);
+        }
+        let mut socket = &*self.socket;
+        in_parts(socket, into.len(), |done, part| {
+            socket.read_exact(&mut into[done..done + part])
+        })
+    }
+
     /// Receives `len` bytes into the memory at `offset`.
     pub(crate) fn receive(
         &mut self,
@@ -105,7 +121,10 @@ impl Reader {
         len: usize,
     ) -> io::Result<()> {
         let Some(opener) = &mut self.opener else {
-            return memory.receive(&*self.socket, offset, len);
+            let socket = &*self.socket;
+            return in_parts(socket, len, |done, part| {
+                memory.receive(socket, offset + done as u64, part)
+            });
         };
         let mut done = 0;
         while done < len {
@@ -120,6 +139,26 @@ impl Reader {
         }
         Ok(())
     }
+}
+
+/// Reads `len` bytes that are known to come in parts, each when it is there as a whole: on a machine that
+/// is busy with the move itself, and in one that is virtual itself, a wake-up costs more than the copy
+/// of a segment. `read` gets the place and the length of a part.
+fn in_parts(
+    socket: &TcpStream,
+    len: usize,
+    mut read: impl FnMut(usize, usize) -> io::Result<()>,
+) -> io::Result<()> {
+    let mut done = 0;
+    while done < len {
+        let part = (len - done).min(PART_MAX);
+        if part >= PART_MIN {
+            socket::wait_for_bytes(socket, part, socket.read_timeout()?)?;
+        }
+        read(done, part)?;
+        done += part;
+    }
+    Ok(())
 }
 
 impl Read for Reader {

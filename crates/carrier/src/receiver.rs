@@ -464,7 +464,7 @@ impl PushStream {
         let ahead = into.len().min(self.end - self.start);
         into[..ahead].copy_from_slice(&self.buffer[self.start..self.start + ahead]);
         self.start += ahead;
-        self.reader.read_exact(&mut into[ahead..])
+        self.reader.read_content(&mut into[ahead..])
     }
 
     fn read_header(&mut self) -> io::Result<[u8; PUSH_HEADER_BYTES]> {

@@ -50,6 +50,25 @@ pub fn set_send_rate(socket: &impl AsFd, bytes_per_second: u64) -> io::Result<()
     set_number(socket, libc::SOL_SOCKET, libc::SO_MAX_PACING_RATE, rate)
 }
 
+/// Sleeps until so many bytes are there to be read, or as many as the receive buffer takes, or the
+/// connection has ended, or the time given is over. One wake-up instead of one for each segment
+/// (`SO_RCVLOWAT`, socket(7)).
+///
+/// Nobody else may wait for this socket meanwhile: who waits for fewer bytes would sleep on although
+/// they came. For the same reason a read that finds less than it wants must not sleep before the mark
+/// is down again, so it is taken down before this returns.
+///
+/// # Errors
+/// It is no socket.
+pub fn wait_for_bytes(socket: &impl AsFd, bytes: usize, limit: Option<Duration>) -> io::Result<()> {
+    let set_mark = |bytes| set_number(socket, libc::SOL_SOCKET, libc::SO_RCVLOWAT, bytes);
+    let limit = limit.map(|limit| u32::try_from(limit.as_millis()).unwrap_or(u32::MAX));
+    set_mark(bytes.max(1))?;
+    let waited = wait_readable([Some(socket)], limit);
+    set_mark(1)?;
+    waited.map(|_| ())
+}
+
 fn set_buffer(socket: &impl AsFd, option: libc::c_int, bytes: usize) -> io::Result<()> {
     set_number(socket, libc::SOL_SOCKET, option, bytes)
 }
@@ -155,7 +174,43 @@ pub fn wait_readable<const N: usize>(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::io::Write;
+    use std::io::{Read, Write};
+    use std::net::{TcpListener, TcpStream};
+    use std::thread;
+
+    /// Two ends of a connection over the loopback.
+    fn connection() -> (TcpStream, TcpStream) {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let near = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        (near, listener.accept().unwrap().0)
+    }
+
+    #[test]
+    fn who_waits_for_bytes_is_woken_once_and_by_an_end() {
+        let (mut near, mut far) = connection();
+        let mut content = vec![0; 300_000];
+        thread::scope(|scope| {
+            scope.spawn(move || {
+                for part in vec![7; 300_000].chunks(10_000) {
+                    near.write_all(part).unwrap();
+                }
+                near.write_all(&[8]).unwrap();
+            });
+            wait_for_bytes(&far, content.len(), None).unwrap();
+            // All of it is there, so one call gets it; behind it the mark is down again.
+            assert_eq!(far.read(&mut content).unwrap(), content.len());
+            assert!(content.iter().all(|&byte| byte == 7));
+            far.read_exact(&mut content[..1]).unwrap();
+            assert_eq!(content[0], 8);
+            // The other end is closed by now or soon.
+            wait_for_bytes(&far, 1 << 20, None).unwrap();
+            assert_eq!(far.read(&mut content).unwrap(), 0);
+        });
+        let (_near, far) = connection();
+        let short = Some(Duration::from_millis(1));
+        wait_for_bytes(&far, 1, short).unwrap();
+        assert!(wait_for_bytes(&std::fs::File::open("/").unwrap(), 1, short).is_err());
+    }
 
     #[test]
     fn a_stale_socket_is_replaced_and_a_live_one_is_not() {
