@@ -17,6 +17,7 @@ pub mod policy;
 pub mod report;
 pub mod source;
 pub mod target;
+pub mod throttle;
 mod time;
 pub mod wire;
 

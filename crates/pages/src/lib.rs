@@ -14,5 +14,6 @@ mod units;
 
 pub use set::{PageSet, Runs};
 pub use units::{
-    ByteCount, BytesPerSecond, Gpa, PAGE_SIZE, PAGE_SIZE_USIZE, PageCount, PageRange, Pfn,
+    ByteCount, BytesPerSecond, Gpa, PAGE_SIZE, PAGE_SIZE_USIZE, PageCount, PageRange,
+    PagesPerSecond, Pfn,
 };

@@ -56,6 +56,10 @@ unit! {
     /// A rate in bytes a second.
     BytesPerSecond
 }
+unit! {
+    /// A rate in pages a second.
+    PagesPerSecond
+}
 
 impl Pfn {
     /// Offset of the page in the memory file, in bytes.
@@ -124,6 +128,11 @@ impl BytesPerSecond {
         Some(Self(u64::try_from(rate).unwrap_or(u64::MAX)))
     }
 
+    /// Whole pages a second at this rate, rounded down.
+    pub const fn pages(self) -> PagesPerSecond {
+        PagesPerSecond(self.0 / PAGE_SIZE)
+    }
+
     /// How long `bytes` take at this rate, rounded up to a nanosecond; `None` at a rate of zero.
     pub fn time_for(self, bytes: ByteCount) -> Option<Duration> {
         if self.0 == 0 {
@@ -136,6 +145,18 @@ impl BytesPerSecond {
     }
 }
 
+impl PagesPerSecond {
+    /// The rate at which `pages` took `time`, rounded down; `None` when no time passed.
+    pub fn measured(pages: PageCount, time: Duration) -> Option<Self> {
+        let nanos = time.as_nanos();
+        if nanos == 0 {
+            return None;
+        }
+        let rate = u128::from(pages.0) * 1_000_000_000 / nanos;
+        Some(Self(u64::try_from(rate).unwrap_or(u64::MAX)))
+    }
+}
+
 impl fmt::Display for Pfn {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "page {:#x}", self.0)
@@ -145,6 +166,12 @@ impl fmt::Display for Pfn {
 impl fmt::Display for PageCount {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{} pages", self.0)
+    }
+}
+
+impl fmt::Display for PagesPerSecond {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} pages/s", self.0)
     }
 }
 
@@ -242,6 +269,9 @@ mod tests {
         let time = BytesPerSecond::new(3).time_for(ByteCount::new(10));
         assert_eq!(time, Some(Duration::from_nanos(3_333_333_334)));
         assert_eq!(BytesPerSecond::new(0).time_for(ByteCount::new(1)), None);
+        assert_eq!(BytesPerSecond::new(8191).pages(), PagesPerSecond::new(1));
+        let pages = PagesPerSecond::measured(PageCount::new(10), Duration::from_secs(3));
+        assert_eq!(pages, Some(PagesPerSecond::new(3)));
     }
 
     #[test]
