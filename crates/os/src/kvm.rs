@@ -404,6 +404,13 @@ impl Vm {
         self.is_tracking
     }
 
+    /// Pages that each vCPU has dirtied since tracking began, in their order; none where nobody counts.
+    /// A page that is dirtied anew after it was protected again counts anew.
+    pub fn dirtied(&self) -> Vec<u64> {
+        let rings = self.rings.as_ref();
+        rings.map_or_else(Vec::new, |rings| rings.all_dirtied())
+    }
+
     /// Overwrites the bitmap with what was written since it was cleared.
     ///
     /// # Errors

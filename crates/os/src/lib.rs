@@ -9,6 +9,7 @@
 #![cfg(target_os = "linux")]
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
+pub mod alarm;
 pub mod bitmap;
 mod clock;
 pub mod descriptor;

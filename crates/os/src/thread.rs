@@ -17,11 +17,20 @@ impl ThreadId {
     /// Interrupts the system call that the thread is in, if any. A thread that has ended is left
     /// in peace.
     pub fn interrupt(self) {
-        let signal = *INTERRUPT.get_or_init(install_interrupt);
+        let signal = interrupt_signal();
         // SAFETY: the signal has a handler that does nothing; the thread is one of this process, or
         // the kernel finds none. Its only possible failure is that the thread has ended.
         unsafe { libc::syscall(libc::SYS_tgkill, libc::getpid(), self.0, signal) };
     }
+
+    pub(crate) const fn number(self) -> libc::pid_t {
+        self.0
+    }
+}
+
+/// The signal that only interrupts; from here on it has a handler.
+pub(crate) fn interrupt_signal() -> libc::c_int {
+    *INTERRUPT.get_or_init(install_interrupt)
 }
 
 impl ThreadId {

@@ -6,6 +6,9 @@
 //!  vCPU writes ─▶ KVM: entry, flag *dirty* ─▶ taken here: page noted, flag *reset* ─▶ KVM protects it
 //! ```
 //!
+//! How many pages a vCPU has dirtied is known without taking an entry, too: those that were not taken
+//! lie in a row behind the last one that was.
+//!
 //! A page is noted before it is protected again, and protected before a harvest tells it. So a write
 //! is either in what was told and copied after, or noticed anew.
 
@@ -18,8 +21,8 @@ use crate::mapping::{Access, Mapping};
 use kvm_bindings as abi;
 use limosa_pages::{PageCount, PageRange};
 use std::os::fd::{AsRawFd, BorrowedFd};
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, TryLockError};
 
 /// Entries that we ask for: as many as KVM gives at most, a mebibyte for each vCPU. A vCPU that
 /// writes 400,000 pages a second fills it in a sixth of a second.
@@ -50,8 +53,8 @@ struct Ring {
     mapping: Mapping,
     entries: u32,
     next: u32,
-    /// Pages that this vCPU has dirtied since tracking began.
-    pages: Arc<AtomicU64>,
+    /// Pages whose entries were taken since tracking began.
+    taken: u64,
 }
 
 impl DirtyRings {
@@ -63,8 +66,8 @@ impl DirtyRings {
         }
     }
 
-    /// Shares the ring of a vCPU, in the order of the vCPUs; what counts the pages that it dirties.
-    pub(crate) fn add(&self, vcpu: BorrowedFd<'_>) -> Result<Arc<AtomicU64>, KvmError> {
+    /// Shares the ring of a vCPU, in the order of the vCPUs; its place in that order.
+    pub(crate) fn add(&self, vcpu: BorrowedFd<'_>) -> Result<usize, KvmError> {
         let map = |source| KvmError::Call {
             what: "share a vCPU's dirty ring",
             source,
@@ -72,14 +75,30 @@ impl DirtyRings {
         let len = self.ring_bytes as usize;
         let offset = i64::from(abi::KVM_DIRTY_LOG_PAGE_OFFSET) * 4096;
         let mapping = Mapping::at_offset(vcpu, offset, len, Access::ReadWrite).map_err(map)?;
-        let pages = Arc::new(AtomicU64::new(0));
-        self.lock().push(Ring {
+        let mut rings = self.lock();
+        rings.push(Ring {
             mapping,
             entries: self.ring_bytes / ENTRY_BYTES as u32,
             next: 0,
-            pages: Arc::clone(&pages),
+            taken: 0,
         });
-        Ok(pages)
+        Ok(rings.len() - 1)
+    }
+
+    /// Pages that the vCPU with that place has dirtied since tracking began; a page that it dirties
+    /// anew after it was protected again counts anew. `None` while somebody empties the rings: a vCPU
+    /// does not wait to be told.
+    pub(crate) fn dirtied(&self, place: usize) -> Option<u64> {
+        match self.rings.try_lock() {
+            Ok(rings) => rings.get(place).map(Ring::dirtied),
+            Err(TryLockError::Poisoned(rings)) => rings.into_inner().get(place).map(Ring::dirtied),
+            Err(TryLockError::WouldBlock) => None,
+        }
+    }
+
+    /// The same of each vCPU.
+    pub(crate) fn all_dirtied(&self) -> Vec<u64> {
+        self.lock().iter().map(Ring::dirtied).collect()
     }
 
     fn lock(&self) -> MutexGuard<'_, Vec<Ring>> {
@@ -118,18 +137,48 @@ impl Ring {
             }
             taken += 1;
         }
-        self.pages.fetch_add(taken, Ordering::Relaxed);
+        self.taken += taken;
         taken
+    }
+
+    /// Pages of all entries, taken or not.
+    fn dirtied(&self) -> u64 {
+        self.taken + u64::from(self.waiting())
+    }
+
+    /// Entries that wait to be taken. They follow each other without a gap, so the first one that does
+    /// not wait is found by halving.
+    fn waiting(&self) -> u32 {
+        let (mut waiting, mut end) = (0, self.entries);
+        while waiting < end {
+            let middle = waiting + (end - waiting) / 2;
+            let flags = self.flags(self.next.wrapping_add(middle));
+            if flags.load(Ordering::Acquire) & DIRTY == 0 {
+                end = middle;
+            } else {
+                waiting = middle + 1;
+            }
+        }
+        waiting
+    }
+
+    fn entry(&self, number: u32) -> *mut abi::kvm_dirty_gfn {
+        let at = u64::from(number % self.entries) * ENTRY_BYTES as u64;
+        let entry = self.mapping.at(at, ENTRY_BYTES).expect("within the ring");
+        entry.cast()
+    }
+
+    fn flags(&self, number: u32) -> &AtomicU32 {
+        let entry = self.entry(number);
+        // SAFETY: the flags are a word of the mapping, which lives as long as the ring, aligned since
+        // entries are of 16 bytes; the kernel accesses it atomically, too.
+        unsafe { AtomicU32::from_ptr(&raw mut (*entry).flags) }
     }
 
     /// Slot and page of the next entry, which is given back; `None` if there is none.
     fn take_entry(&mut self) -> Option<(u32, u64)> {
-        let at = u64::from(self.next % self.entries) * ENTRY_BYTES as u64;
-        let entry = self.mapping.at(at, ENTRY_BYTES).expect("within the ring");
-        let entry = entry.cast::<abi::kvm_dirty_gfn>();
-        // SAFETY: the flags are a word of the mapping, aligned since entries are of 16 bytes, which
-        // the kernel accesses atomically, too.
-        let flags = unsafe { AtomicU32::from_ptr(&raw mut (*entry).flags) };
+        let entry = self.entry(self.next);
+        let flags = self.flags(self.next);
         if flags.load(Ordering::Acquire) & DIRTY == 0 {
             return None;
         }
@@ -167,10 +216,7 @@ impl DirtyTracker for RingTracker {
         for region in slots.regions() {
             memory.seen.add(region.pages);
         }
-        self.0
-            .lock()
-            .iter()
-            .for_each(|ring| ring.pages.store(0, Ordering::Relaxed));
+        self.0.lock().iter_mut().for_each(|ring| ring.taken = 0);
         Ok(())
     }
 

@@ -18,7 +18,7 @@ use std::fmt;
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU8, Ordering};
 
 /// Registers in one call: what KVM takes is 256.
 const MSRS_PER_CALL: usize = 256;
@@ -53,7 +53,8 @@ pub struct Vcpu {
     page: Arc<RunPage>,
     /// The dirty rings of the machine, which all have to be emptied when this vCPU's is full.
     rings: Option<(Arc<DirtyRings>, Arc<VmFd>)>,
-    dirtied: Option<Arc<AtomicU64>>,
+    /// Its place among them.
+    ring: usize,
     has_tsc_offset: bool,
 }
 
@@ -131,13 +132,13 @@ impl Vcpu {
             source,
         };
         let page = Mapping::new(file, run_bytes.min(4096), Access::ReadWrite, 0).map_err(map)?;
-        let dirtied = rings.map(|(rings, _)| rings.add(file)).transpose()?;
+        let ring = rings.map(|(rings, _)| rings.add(file)).transpose()?;
         let mut vcpu = Self {
             vcpu,
             features,
             page: Arc::new(RunPage(page)),
             rings: rings.map(|(rings, vm)| (Arc::clone(rings), Arc::clone(vm))),
-            dirtied,
+            ring: ring.unwrap_or(0),
             has_tsc_offset: false,
         };
         vcpu.has_tsc_offset = vcpu.tsc_attribute(request::HAS_ATTRIBUTE, &mut 0).is_ok();
@@ -163,9 +164,10 @@ impl Vcpu {
         rings.empty(unsafe { BorrowedFd::borrow_raw(vm.as_raw_fd()) })
     }
 
-    /// Counts the pages that this vCPU has dirtied since tracking began; `None` if nobody does.
-    pub fn dirtied(&self) -> Option<Arc<AtomicU64>> {
-        self.dirtied.clone()
+    /// Pages that this vCPU has dirtied since tracking began; `None` if nobody counts them, or cannot
+    /// be asked just now.
+    pub fn dirtied(&self) -> Option<u64> {
+        self.rings.as_ref()?.0.dirtied(self.ring)
     }
 
     /// Enters the guest and returns when it has to be left.
