@@ -5,7 +5,7 @@
 //! written without asking. A request that gets no answer in time ends the connection, since a late
 //! answer would be taken for that of the next one.
 
-use crate::answer::{Loaded, RunState, Running, Saved, SectionInfo};
+use crate::answer::{Loaded, RunState, Running, Saved, SectionInfo, Writers};
 use crate::config::VmConfig;
 use crate::process::command_number;
 use crate::protocol::{
@@ -13,6 +13,7 @@ use crate::protocol::{
     in_one_line,
 };
 use crate::state::STATE_BYTES_MAX;
+use crate::throttle::Throttle;
 use limosa_engine::Timestamp;
 use limosa_engine::handover::{MigrationId, Phase};
 use limosa_micro_abi::{CommandKind, PAGE_BYTES, Report, memory_map};
@@ -117,6 +118,8 @@ pub struct Status {
     pub run_state: RunState,
     /// How many pages are missing, as the process sees it; `None` if none can be.
     pub missing: Option<PageCount>,
+    /// How fast the guest may write; `None` if as fast as it can.
+    pub throttle: Option<Throttle>,
 }
 
 /// A VM process. Dropping it leaves the process to its own rules for a lost daemon.
@@ -292,10 +295,12 @@ impl VmHandle {
                 phase,
                 run_state,
                 missing,
+                throttle,
             } => Ok(Status {
                 phase,
                 run_state,
                 missing,
+                throttle,
             }),
             _ => Err(self.foreign()),
         }
@@ -350,6 +355,15 @@ impl VmHandle {
         self.order(&Request::StartTracking)
     }
 
+    /// Slows the guest's writers down from now on, or lets them go. A pause, the end of tracking and
+    /// the loss of this connection let them go, too.
+    ///
+    /// # Errors
+    /// Writes are not tracked, or nobody knows which vCPU writes.
+    pub fn throttle(&self, throttle: Option<Throttle>) -> Result<(), VmError> {
+        self.order(&Request::Throttle { throttle })
+    }
+
     /// Dirty tracking off.
     ///
     /// # Errors
@@ -358,22 +372,26 @@ impl VmHandle {
         self.order(&Request::StopTracking)
     }
 
-    /// Overwrites `into` with the dirty log: what was written since it was cleared. Clears nothing.
+    /// Overwrites `into` with the dirty log: what was written since it was cleared. Clears nothing. Says
+    /// who wrote.
     ///
     /// # Errors
     /// Tracking is off.
     ///
     /// # Panics
     /// If the set is of another machine.
-    pub fn harvest(&self, into: &mut PageSet) -> Result<(), VmError> {
+    pub fn harvest(&self, into: &mut PageSet) -> Result<Writers, VmError> {
         assert_eq!(
             into.capacity(),
             self.memory().page_count(),
             "a set of this machine"
         );
-        self.order(&Request::Harvest)?;
+        let writers = match self.ask(&Request::Harvest)? {
+            Reply::Harvested(writers) => writers,
+            _ => return Err(self.foreign()),
+        };
         self.lent().bitmap.copy_to(into);
-        Ok(())
+        Ok(writers)
     }
 
     /// Clears, of the pages in `range`, those that the last harvest found, and tracks them anew. The

@@ -26,5 +26,6 @@ mod ports;
 pub mod process;
 mod protocol;
 pub mod state;
+pub mod throttle;
 
 pub use elf::ElfError;

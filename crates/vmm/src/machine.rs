@@ -22,19 +22,21 @@
 mod faults;
 mod first_needed;
 mod msrs;
+mod pace;
 mod seat;
 mod snapshot;
 mod time;
 mod vcpu_state;
 mod vcpu_thread;
 
-use crate::answer::{ExitReason, Loaded, RunState, Running, SaveTimes};
+use crate::answer::{ExitReason, Loaded, RunState, Running, SaveTimes, Writers};
 use crate::boot::{self, BootError};
 use crate::config::{ConfigError, VmConfig, is_same_rate};
 use crate::cpu;
 use crate::layout;
 use crate::ports::{MicroDevice, Ports};
 use crate::state::{StateError, Writer};
+use crate::throttle::Throttle;
 pub use faults::HeldFaults;
 use first_needed::Place;
 use limosa_engine::Timestamp;
@@ -43,7 +45,7 @@ use limosa_os::bitmap::BitmapError;
 use limosa_os::kvm::{Kvm, KvmError, Vcpu, Vm};
 use limosa_os::userfault::GateError;
 use limosa_os::{MemoryError, SharedBitmap, SharedMemory};
-use limosa_pages::{PageRange, Pfn};
+use limosa_pages::{PageCount, PageRange, Pfn};
 use msrs::MsrPlan;
 use seat::{Seats, Shared};
 use snapshot::{MachineSections, MachineState};
@@ -110,6 +112,9 @@ pub enum MachineError {
         /// What it would have to be.
         wanted: &'static str,
     },
+    /// A throttle that cannot be carried out.
+    #[error("the guest cannot be slowed down: {0}")]
+    Throttle(&'static str),
     /// A vCPU does not come out of the guest.
     #[error("a vCPU did not answer within {} s", LIMIT.as_secs())]
     Stuck,
@@ -396,15 +401,71 @@ impl Machine {
     /// # Errors
     /// KVM refuses.
     pub fn start_tracking(&mut self) -> Result<(), MachineError> {
+        self.shared.rule.forget_held();
         Ok(self.vm.start_tracking()?)
     }
 
-    /// Dirty tracking off.
+    /// Dirty tracking off. The guest is let go.
     ///
     /// # Errors
     /// KVM refuses.
     pub fn stop_tracking(&mut self) -> Result<(), MachineError> {
+        self.let_go();
         Ok(self.vm.stop_tracking()?)
+    }
+
+    /// Slows the guest's writers down from now on.
+    ///
+    /// # Errors
+    /// Its writes are not tracked, or nobody knows which vCPU writes.
+    pub fn throttle(&mut self, throttle: Throttle) -> Result<(), MachineError> {
+        if !self.vm.is_tracking() {
+            return Err(MachineError::Throttle("its writes are not tracked"));
+        }
+        if !throttle.is_sound() {
+            return Err(MachineError::Throttle("it would not get on at all"));
+        }
+        let needs_vcpus = matches!(throttle, Throttle::PerVcpu { .. });
+        if needs_vcpus && !self.config.dirty_tracker.knows_vcpus() {
+            return Err(MachineError::Throttle(
+                "its dirty tracker does not tell which vCPU writes",
+            ));
+        }
+        self.shared.throttle(Some(throttle));
+        Ok(())
+    }
+
+    /// Slows the guest's writers down, or lets them go.
+    ///
+    /// # Errors
+    /// As [`Machine::throttle`].
+    pub fn set_throttle(&mut self, throttle: Option<Throttle>) -> Result<(), MachineError> {
+        match throttle {
+            Some(throttle) => self.throttle(throttle),
+            None => {
+                self.let_go();
+                Ok(())
+            }
+        }
+    }
+
+    /// Lets the guest write as fast as it can.
+    pub fn let_go(&mut self) {
+        self.shared.throttle(None);
+    }
+
+    /// How fast the guest may write; `None` if as fast as it can.
+    pub fn throttled(&self) -> Option<Throttle> {
+        self.shared.rule.throttle()
+    }
+
+    /// What the vCPUs have done since tracking began.
+    pub fn writers(&self) -> Writers {
+        let dirtied = self.vm.dirtied().into_iter().map(PageCount::new);
+        Writers {
+            dirtied: dirtied.collect(),
+            held: self.shared.rule.held(),
+        }
     }
 
     /// Reads the dirty log into the shared bitmap; clears nothing.

@@ -8,7 +8,7 @@
 //! Invariants: the guest runs only in a phase that permits it; the phase changes only along legal
 //! steps; a commit is recorded before the first instruction; the socket is gone when the process is.
 
-use crate::answer::{RunState, Running};
+use crate::answer::{RunState, Running, Writers};
 use crate::arrival_note;
 use crate::config::VmConfig;
 use crate::machine::{Machine, MachineError, Snapshot};
@@ -32,6 +32,9 @@ use std::time::{Duration, Instant};
 /// How long a process without a machine waits for a daemon: one that does not come was killed
 /// between starting us and connecting.
 const ORPHAN_LIMIT: Duration = Duration::from_secs(30);
+/// How long a daemon that slows the guest down may ask for nothing: one that hangs keeps its connection,
+/// and would keep the guest slow. The slowest link carries a piece in less, and each piece is asked for.
+const SLOWING_LIMIT: Duration = Duration::from_secs(150);
 /// How long a daemon may take to send the rest of a frame.
 const FRAME_LIMIT: Duration = Duration::from_secs(10);
 
@@ -167,14 +170,20 @@ impl Process<'_> {
     fn serve(&mut self) -> Result<(), ServeError> {
         let began = Instant::now();
         let mut daemon: Option<UnixStream> = None;
+        let mut heard = Instant::now();
         loop {
             let is_orphan = self.machine.is_none() && daemon.is_none();
-            let limit = is_orphan.then_some(1000);
+            let limit = (is_orphan || self.is_slowed()).then_some(1000);
             let sources = [
                 Some(self.listener as &dyn AsFd),
                 daemon.as_ref().map(|daemon| daemon as &dyn AsFd),
             ];
             let [knocks, asks] = socket::wait_readable(sources, limit).map_err(ServeError::Wait)?;
+            if asks {
+                heard = Instant::now();
+            } else if heard.elapsed() > SLOWING_LIMIT {
+                self.let_go();
+            }
             if asks && let Some(connection) = &daemon {
                 match self.answer(connection) {
                     Ok(true) => {}
@@ -196,6 +205,24 @@ impl Process<'_> {
                 tracing::warn!("no daemon has come for this process");
                 return Ok(());
             }
+        }
+    }
+
+    fn is_slowed(&self) -> bool {
+        self.machine
+            .as_ref()
+            .is_some_and(|machine| machine.throttled().is_some())
+    }
+
+    /// The daemon that slows the guest down keeps silent.
+    fn let_go(&mut self) {
+        if let Some(machine) = self
+            .machine
+            .as_mut()
+            .filter(|machine| machine.throttled().is_some())
+        {
+            tracing::warn!("the daemon is silent: the guest is let go");
+            machine.let_go();
         }
     }
 
@@ -287,14 +314,16 @@ impl Process<'_> {
                 phase: self.phase.clone(),
                 run_state: self.run_state(),
                 missing: self.machine.as_ref().and_then(Machine::missing),
+                throttle: self.machine.as_ref().and_then(Machine::throttled),
             },
             Request::Inspect => Reply::Sections(self.inspect()?),
             Request::StartTracking => done(self.machine()?.start_tracking())?,
             Request::StopTracking => done(self.machine()?.stop_tracking())?,
-            Request::Harvest => done(self.machine()?.harvest())?,
+            Request::Harvest => Reply::Harvested(self.harvest()?),
+            Request::Throttle { throttle } => done(self.machine()?.set_throttle(throttle))?,
             Request::Clear { range } => done(self.machine()?.clear(range))?,
             Request::PauseAndSave { harvest } => {
-                return Ok(saved(self.machine()?.pause_and_save(harvest)?));
+                return Ok(saved(self.pause(harvest)?));
             }
             Request::Rehearse => {
                 return Ok(saved(self.save_as_it_runs()?));
@@ -318,7 +347,10 @@ impl Process<'_> {
                 keeps_faults,
             } => Reply::Running(self.commit_and_run(id, stopped_at, keeps_faults)?),
             Request::Disarm => done(self.machine()?.disarm())?,
-            Request::Pause => done(self.machine()?.pause_and_save(false).map(|_| ()))?,
+            Request::Pause => {
+                self.pause(false)?;
+                Reply::Done
+            }
             Request::SetObserver { address } => done(self.machine()?.set_observer(address))?,
             Request::Command { kind } => {
                 Reply::Sequence(self.machine()?.command(command_kind(kind)?))
@@ -407,6 +439,20 @@ impl Process<'_> {
         Ok(self.machine()?.run()?)
     }
 
+    fn harvest(&mut self) -> Result<Writers, RequestError> {
+        let machine = self.machine()?;
+        machine.harvest()?;
+        Ok(machine.writers())
+    }
+
+    /// Pauses for good, and saves. The guest is let go: whoever runs it on has no reason to slow it.
+    fn pause(&mut self, harvest: bool) -> Result<Snapshot, RequestError> {
+        let machine = self.machine()?;
+        let snapshot = machine.pause_and_save(harvest);
+        machine.let_go();
+        Ok(snapshot?)
+    }
+
     /// Saves, and runs on if it ran.
     fn save_as_it_runs(&mut self) -> Result<Snapshot, RequestError> {
         let ran = self.run_state() == RunState::Running;
@@ -486,9 +532,11 @@ impl Process<'_> {
 
     /// The daemon is gone; false if there is nothing to go on with.
     fn go_on_alone(&mut self) -> bool {
-        if self.machine.is_none() {
+        let Some(machine) = &mut self.machine else {
             return false;
-        }
+        };
+        // Whoever slowed it down cannot let it go any more.
+        machine.let_go();
         match self.phase.on_daemon_lost() {
             OnDaemonLost::Exit => return false,
             OnDaemonLost::Stay => {}

@@ -5,8 +5,9 @@
 //! first bytes of a frame. Neither side trusts the other: lengths are limited, buffers grow as bytes
 //! arrive, and whatever does not fit ends the connection.
 
-use crate::answer::{Loaded, RunState, Running, SaveTimes, SectionInfo};
+use crate::answer::{Loaded, RunState, Running, SaveTimes, SectionInfo, Writers};
 use crate::config::VmConfig;
+use crate::throttle::Throttle;
 use limosa_engine::Timestamp;
 use limosa_engine::handover::{MigrationId, Phase};
 use limosa_os::descriptor;
@@ -20,7 +21,7 @@ use std::os::fd::{BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 
 /// Version of this protocol; a process and a daemon of different versions do not talk.
-pub(crate) const PROTOCOL_VERSION: u32 = 3;
+pub(crate) const PROTOCOL_VERSION: u32 = 4;
 /// Largest message: the list of all sections of the largest state.
 const MESSAGE_BYTES_MAX: usize = 128 << 10;
 /// Most pages that a save names as needed first: the page tables of eight vCPUs and what they point at.
@@ -53,6 +54,11 @@ pub(crate) enum Request {
     Harvest,
     Clear {
         range: PageRange,
+    },
+    /// Slow the guest's writers down, or let them go. Whoever pauses the guest, stops tracking or goes
+    /// away lets them go, too.
+    Throttle {
+        throttle: Option<Throttle>,
     },
     PauseAndSave {
         harvest: bool,
@@ -98,8 +104,11 @@ pub(crate) enum Reply {
         run_state: RunState,
         /// How many pages are missing, if faults are held back.
         missing: Option<PageCount>,
+        throttle: Option<Throttle>,
     },
     Running(Running),
+    /// The dirty log is in the shared bitmap.
+    Harvested(Writers),
     /// The state is in the bytes, the dirty log in the shared bitmap.
     Saved {
         times: SaveTimes,

@@ -16,5 +16,7 @@ mod moves;
 mod processes;
 #[path = "kvm/state.rs"]
 mod state;
+#[path = "kvm/throttle.rs"]
+mod throttle;
 #[path = "kvm/vm_process.rs"]
 mod vm_process;

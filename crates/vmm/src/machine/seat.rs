@@ -1,8 +1,10 @@
 //! The owner's side of the vCPU threads: giving orders, collecting replies, kicking.
 
+use super::pace::Rule;
 use super::vcpu_thread::{Order, Reply, StartAt, VcpuThread};
 use super::{LIMIT, MachineError};
 use crate::answer::{ExitReason, Running};
+use crate::throttle::Throttle;
 use limosa_engine::Timestamp;
 use limosa_os::kvm::Kicker;
 use limosa_os::thread::ThreadId;
@@ -21,6 +23,8 @@ pub(super) struct Shared {
     kicks: OnceLock<Vec<Kick>>,
     /// KVM's clock at the stop, as it was loaded.
     clock: Mutex<Option<u64>>,
+    /// How fast the vCPUs may write.
+    pub(super) rule: Rule,
 }
 
 /// How to get a vCPU out of the guest, or out of a wait for it.
@@ -65,6 +69,17 @@ impl Shared {
     /// sees the reason.
     fn halt(&self) {
         self.halt.store(true, Ordering::SeqCst);
+        for kick in self.kicks.get().into_iter().flatten() {
+            kick.kicker.kick(kick.id);
+            kick.thread.unpark();
+        }
+    }
+
+    /// Tells the vCPUs how fast they may write; those in the guest come out to hear it.
+    pub(super) fn throttle(&self, throttle: Option<Throttle>) {
+        if !self.rule.set(throttle) {
+            return;
+        }
         for kick in self.kicks.get().into_iter().flatten() {
             kick.kicker.kick(kick.id);
             kick.thread.unpark();

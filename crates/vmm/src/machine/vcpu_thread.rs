@@ -5,6 +5,7 @@
 //! enters once more with the flag set that lets it return before the next instruction.
 
 use super::MachineError;
+use super::pace::Pace;
 use super::seat::Shared;
 use super::time::ClockPair;
 use super::vcpu_state::{self, Fixed, Resume, SavedVcpu, VcpuState};
@@ -195,6 +196,8 @@ impl VcpuThread {
     /// Runs the guest until it is to halt and nothing is pending.
     fn run(&mut self, entered_at: &AtomicU64) -> Stop {
         let kicker = self.vcpu.kicker();
+        let shared = Arc::clone(&self.shared);
+        let mut pace = Pace::new(&shared);
         let mut stop = Stop {
             at: limosa_os::monotonic_nanos(),
             is_complete: true,
@@ -209,14 +212,22 @@ impl VcpuThread {
                 }
                 completions += 1;
                 kicker.hold();
+            } else {
+                pace.before_entry(&self.vcpu);
             }
             let exit = self.vcpu.run();
             if !is_halting {
                 stop.at = limosa_os::monotonic_nanos();
+                pace.after_exit(stop.at);
             }
             stop.is_complete = false;
             match exit {
-                Exit::Interrupted => stop.is_complete = true,
+                Exit::Interrupted => {
+                    stop.is_complete = true;
+                    // Perhaps for another throttle. Who is to halt is told so before the kick, and
+                    // sees that before the next entry.
+                    kicker.release();
+                }
                 Exit::RingFull => {
                     stop.is_complete = true;
                     if let Err(error) = self.vcpu.empty_rings() {
@@ -245,17 +256,8 @@ impl VcpuThread {
                 Exit::MmioWrite(address, _) => {
                     tracing::trace!(address, "write to memory that is not there")
                 }
-                Exit::Shutdown => {
-                    self.shared
-                        .end(ExitReason::TripleFault { vcpu: self.index });
-                    return stop;
-                }
-                Exit::Halted => {
-                    self.shared.end(ExitReason::Halted { vcpu: self.index });
-                    return stop;
-                }
-                Exit::Failed(what) => {
-                    self.fail(what);
+                end @ (Exit::Shutdown | Exit::Halted | Exit::Failed(_)) => {
+                    shared.end(reason(end, self.index));
                     return stop;
                 }
             }
@@ -267,6 +269,16 @@ impl VcpuThread {
             vcpu: self.index,
             what,
         });
+    }
+}
+
+/// Why a machine ends whose vCPU left the guest for good.
+fn reason(end: Exit<'_>, vcpu: u8) -> ExitReason {
+    match end {
+        Exit::Shutdown => ExitReason::TripleFault { vcpu },
+        Exit::Halted => ExitReason::Halted { vcpu },
+        Exit::Failed(what) => ExitReason::Failed { vcpu, what },
+        other => unreachable!("{other:?} is no end"),
     }
 }
 
