@@ -7,6 +7,8 @@ mod vm_handle;
 
 use limosa_engine::Timestamp;
 use limosa_engine::handover::{MigrationId, Phase};
+use limosa_engine::source::Writers;
+use limosa_engine::throttle::Throttle;
 use limosa_os::SharedMemory;
 use limosa_os::userfault::PageInstaller;
 use limosa_pages::{PageRange, PageSet, Pfn};
@@ -82,11 +84,18 @@ pub trait Guest: Send + Sync {
     /// As [`Guest::start_tracking`].
     fn stop_tracking(&self) -> Result<(), GuestError>;
 
-    /// Reads the dirty log without clearing it.
+    /// Slows its writers down from now on, or lets them go. [`Guest::stop_tracking`],
+    /// [`Guest::pause_and_save`] and the loss of this handle let them go, too.
+    ///
+    /// # Errors
+    /// As [`Guest::start_tracking`], or it cannot be done with its dirty tracker.
+    fn throttle(&self, throttle: Option<Throttle>) -> Result<(), GuestError>;
+
+    /// Reads the dirty log without clearing it; who wrote.
     ///
     /// # Errors
     /// As [`Guest::start_tracking`].
-    fn harvest(&self, into: &mut PageSet) -> Result<(), GuestError>;
+    fn harvest(&self, into: &mut PageSet) -> Result<Writers, GuestError>;
 
     /// True if a harvest by itself does not slow the guest: what it finds is tracked anew when it is
     /// cleared, and not at once.

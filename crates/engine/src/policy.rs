@@ -4,6 +4,7 @@
 //! sees numbers only and keeps nothing between calls, so that its verdict can be tested, explained
 //! and predicted from a [`Progress`] alone.
 
+use crate::throttle::Throttling;
 use core::fmt;
 use core::time::Duration;
 use limosa_pages::{BytesPerSecond, PageCount};
@@ -103,16 +104,22 @@ pub struct Limits {
     pub deadline: Option<Duration>,
     /// Rounds while the guest runs, the bulk round included.
     pub rounds_max: u32,
+    /// Whether the guest's writers may be slowed down where rounds do not shrink.
+    #[serde(default)]
+    pub throttle: Throttling,
 }
 
 impl Default for Limits {
-    /// 5 ms is what an idle guest reaches with room to spare; 30 rounds is what Xen allows.
+    /// 5 ms is what an idle guest reaches with room to spare; 30 rounds is what Xen allows. Nobody is
+    /// slowed who was not asked: a longer pause is over sooner than a slow guest, and the modes that
+    /// can switch need neither.
     fn default() -> Self {
         Self {
             downtime_max: Duration::from_millis(5),
             bandwidth_max: None,
             deadline: None,
             rounds_max: 30,
+            throttle: Throttling::Off,
         }
     }
 }
@@ -131,6 +138,9 @@ pub struct Progress {
     /// Pages that the guest is expected to dirty while those that wait are sent. Known after the bulk
     /// round, if the dirty log was looked at during it.
     pub next_round: Option<PageCount>,
+    /// The guest's writers have just been slowed down, or more than before: what the last round showed
+    /// does not hold for the next one.
+    pub was_slowed: bool,
     /// Payload rate as delivered to the target; `None` before the first round.
     pub bandwidth: Option<BytesPerSecond>,
     /// The part of the downtime that does not depend on the number of pages, as rehearsed.
@@ -276,7 +286,7 @@ impl Policy for PostCopy {
 ///
 /// A second round pays if it is at most half the first: it then takes at most half its time, and
 /// leaves fewer pages to be faulted in. If it is known that it would leave more than half of its
-/// own, it does not pay.
+/// own, it does not pay. It pays in any case if the guest's writers are slowed down for it.
 #[derive(Debug)]
 pub struct Hybrid;
 
@@ -289,7 +299,7 @@ impl Policy for Hybrid {
                 .is_none_or(|next| is_half(next, progress.remaining));
         match (PreCopy.verdict(progress, limits), progress.rounds) {
             (Verdict::AnotherRound, 0) => Verdict::AnotherRound,
-            (Verdict::AnotherRound, 1) if is_small => Verdict::AnotherRound,
+            (Verdict::AnotherRound, 1) if is_small || progress.was_slowed => Verdict::AnotherRound,
             (Verdict::PauseAndCopy(PauseReason::WithinBudget), _) => {
                 Verdict::PauseAndCopy(PauseReason::WithinBudget)
             }
@@ -314,7 +324,7 @@ impl Policy for Auto {
                 .next_round
                 .is_some_and(|next| next.get() >= progress.remaining.get() / 4 * 3);
         match PreCopy.verdict(progress, limits) {
-            Verdict::AnotherRound if progress.rounds > 0 && is_stuck => {
+            Verdict::AnotherRound if progress.rounds > 0 && is_stuck && !progress.was_slowed => {
                 Verdict::SwitchNow(PauseReason::Predicted)
             }
             Verdict::PauseAndCopy(PauseReason::WithinBudget) => {
@@ -338,6 +348,7 @@ mod tests {
             last_round: PageCount::new(2000),
             rounds_without_progress: 0,
             next_round: None,
+            was_slowed: false,
             bandwidth: Some(BytesPerSecond::new(4096 * 1000)),
             fixed_cost: Duration::from_millis(2),
             elapsed: Duration::from_secs(1),
@@ -392,6 +403,22 @@ mod tests {
         check(Mode::Hybrid, 500, "AnotherRound");
         check(Mode::Hybrid, 501, "SwitchNow(BulkDone)");
         check(Mode::PreCopy, 1000, "AnotherRound");
+    }
+
+    #[test]
+    fn a_guest_that_was_just_slowed_gets_another_round() {
+        let slowed = |rounds, remaining| Progress {
+            was_slowed: true,
+            ..progress(rounds, remaining)
+        };
+        let check = |mode: Mode, progress, expect: &str| {
+            let verdict = mode.policy().verdict(&progress, &Limits::default());
+            assert_eq!(alloc::format!("{verdict:?}"), expect, "{mode}");
+        };
+        check(Mode::Auto, slowed(1, 1800), "AnotherRound");
+        check(Mode::Hybrid, slowed(1, 1800), "AnotherRound");
+        check(Mode::Hybrid, slowed(2, 1800), "SwitchNow(BulkDone)");
+        check(Mode::Auto, slowed(30, 1800), "SwitchNow(RoundsMax)");
     }
 
     #[test]
@@ -451,6 +478,7 @@ mod tests {
                 last_round: PageCount::new(last),
                 rounds_without_progress: stuck,
                 next_round: next.map(PageCount::new),
+                was_slowed: stuck % 2 == 0,
                 bandwidth: rate.map(BytesPerSecond::new),
                 fixed_cost: Duration::from_nanos(elapsed),
                 elapsed: Duration::from_nanos(elapsed),

@@ -5,6 +5,7 @@
 
 use crate::handover::MigrationId;
 use crate::policy::{Mode, PauseReason};
+use crate::throttle::Throttle;
 use crate::time::Timestamp;
 use alloc::string::String;
 use alloc::vec::Vec;
@@ -164,6 +165,24 @@ pub struct ModeChange {
     pub reason: String,
 }
 
+/// The guest's writers were slowed down on the way.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ThrottleReport {
+    /// When that began, since the request.
+    pub first_at: Duration,
+    /// For how long it was in force: until the guest was paused or let go, and as of the last harvest
+    /// while it still is.
+    pub time: Duration,
+    /// What was asked for last.
+    pub last: Throttle,
+    /// The tightest of all.
+    pub tightest: Throttle,
+    /// How often it was set.
+    pub changes: u32,
+    /// How long vCPUs were held back, all together, as of the last harvest.
+    pub held: Duration,
+}
+
 /// How well the two hosts' clocks could be compared.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ClockOffset {
@@ -182,6 +201,8 @@ pub struct MigrationReport {
     pub mode: Mode,
     /// How it changed on the way, in order.
     pub mode_changes: Vec<ModeChange>,
+    /// How the guest's writers were slowed down, if they were.
+    pub throttle: Option<ThrottleReport>,
     /// `None` while it runs.
     pub outcome: Option<Outcome>,
     /// Why the guest was paused, once it was.

@@ -30,14 +30,18 @@ mod event;
 mod forecast;
 mod preparing;
 mod rounds;
+mod slowing;
 mod switching;
 
-pub use event::{Fence, Paused, Piece, SentPiece, SourceAction, SourceConfig, SourceEvent};
+pub use event::{
+    Fence, Paused, Piece, SentPiece, SourceAction, SourceConfig, SourceEvent, Writers,
+};
 
 use crate::handover::Phase;
 use crate::journal::Machine;
 use crate::policy::{Limits, Mode, Progress};
 use crate::report::{ClockOffset, MigrationReport, Outcome};
+use crate::throttle::Throttle;
 use crate::time::Timestamp;
 use crate::wire::{ControlFrame, Digest, clip};
 use alloc::string::String;
@@ -184,6 +188,7 @@ pub struct Source {
     best_probe: Option<Duration>,
     record_cost: Duration,
     save_cost: Duration,
+    slowing: slowing::Slowing,
     stopped: Option<Paused>,
     prepared: Option<(Timestamp, Timestamp)>,
     report: MigrationReport,
@@ -206,6 +211,7 @@ impl Source {
             id: config.id,
             mode: config.mode,
             mode_changes: Vec::new(),
+            throttle: None,
             outcome: None,
             pause_reason: None,
             preparation: Duration::ZERO,
@@ -230,6 +236,7 @@ impl Source {
             last_round: PageCount::ZERO,
             rounds_without_progress: 0,
             next_round: None,
+            was_slowed: false,
             bandwidth: None,
             fixed_cost: Duration::ZERO,
             elapsed: Duration::ZERO,
@@ -257,6 +264,7 @@ impl Source {
             best_probe: None,
             record_cost: Duration::ZERO,
             save_cost: Duration::ZERO,
+            slowing: slowing::Slowing::default(),
             stopped: None,
             prepared: None,
             report,
@@ -304,6 +312,11 @@ impl Source {
     /// What the operator allows now.
     pub const fn limits(&self) -> &Limits {
         &self.config.limits
+    }
+
+    /// How fast the guest may write now; `None` if as fast as it can.
+    pub const fn throttle(&self) -> Option<Throttle> {
+        self.slowing.in_force()
     }
 
     /// Pages of the current round, and how many of them have been sent.
@@ -462,14 +475,14 @@ impl Source {
         actions
     }
 
-    fn set(&mut self, limits: Limits) -> Vec<SourceAction> {
+    fn set(&mut self, now: Timestamp, limits: Limits) -> Vec<SourceAction> {
         let is_new = limits.bandwidth_max != self.config.limits.bandwidth_max;
         self.config.limits = limits;
+        let mut actions = self.let_go_if_forbidden(now);
         if is_new {
-            vec![SourceAction::LimitBandwidth(limits.bandwidth_max)]
-        } else {
-            Vec::new()
+            actions.push(SourceAction::LimitBandwidth(limits.bandwidth_max));
         }
+        actions
     }
 }
 
@@ -497,7 +510,11 @@ impl Machine for Source {
             SourceEvent::Rehearsed { state, stall, save } => {
                 self.rehearsed(now, state, stall, save)
             }
-            SourceEvent::Harvested { round, dirty } => self.harvested(now, round, &dirty),
+            SourceEvent::Harvested {
+                round,
+                dirty,
+                writers,
+            } => self.harvested(now, round, &dirty, &writers),
             SourceEvent::Looked { dirty } => self.looked(now, dirty),
             SourceEvent::Cleared(piece) => self.cleared(now, piece),
             SourceEvent::Sent {
@@ -517,7 +534,7 @@ impl Machine for Source {
             SourceEvent::Resolved(resolution) => self.resolved(now, resolution),
             SourceEvent::ResolveFailed { reason } => self.resolve_failed(now, reason),
             SourceEvent::Reconciled { dirty } => self.reconciled(now, dirty),
-            SourceEvent::Set(limits) => self.set(limits),
+            SourceEvent::Set(limits) => self.set(now, limits),
             SourceEvent::SetMode(mode) => self.set_mode(now, mode),
             SourceEvent::Fence(fence) => self.fence(now, fence),
             SourceEvent::Abort => self.abort(now),

@@ -13,6 +13,8 @@ pub enum Rule {
     StandsForAReason,
     /// The guest reads what it wrote last; its registers are never set back.
     NothingStale,
+    /// A guest is throttled only while a migration is at work that can let it go.
+    NeverLeftThrottled,
     /// At the target's first instruction its memory is the source's.
     EqualAtTheSwitch,
     /// An attempt is committed once, and never after it was given up.

@@ -100,6 +100,8 @@ pub enum WorldFault {
     /// The VM process keeps no descriptor of its page faults: with the daemon's they end, and
     /// missing pages read as zero.
     LastFaultDescriptorClosed,
+    /// A VM process that lost its daemon goes on to hold its guest back.
+    ThrottleKept,
     /// The guest runs at the target without a record of it.
     RunWithoutRecord,
     /// A restarted daemon tells the target that the memory is lost although its VM process has it.

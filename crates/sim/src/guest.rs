@@ -10,6 +10,9 @@
 //! The dirty log has the semantics of KVM with manual protection and *initially set*: reading does
 //! not clear; a bit that was cleared is set by the next write; a bit that was not stays.
 //!
+//! A guest can be throttled. The model has one vCPU: a share of the time stretches its steps, a quota
+//! lets it wait after each page that it dirties.
+//!
 //! A page can be missing: the guest has it, its memory here does not. Whoever touches such a page
 //! stands there until it comes; without anybody who serves page faults it comes into being as zero.
 
@@ -17,6 +20,7 @@ use crate::random::Random;
 use crate::workload::{Pattern, Workload};
 use core::time::Duration;
 use limosa_engine::Timestamp;
+use limosa_engine::throttle::Throttle;
 use limosa_pages::{PageCount, PageRange, PageSet, Pfn};
 
 /// Steps that a guest catches up with at most when nobody looked at it for long: in a trial it
@@ -39,6 +43,8 @@ pub(crate) struct Memory {
     pub(crate) is_armed: bool,
     log: Option<PageSet>,
     harvested: PageSet,
+    /// Pages that entered the log since it was started.
+    pub(crate) dirtied: u64,
     /// Planted: one write in so many is not logged.
     pub(crate) dropped_per_mille: u64,
 }
@@ -53,6 +59,7 @@ impl Memory {
             is_armed: false,
             log: None,
             harvested: PageSet::empty(pages),
+            dirtied: 0,
             dropped_per_mille: 0,
         }
     }
@@ -65,9 +72,10 @@ impl Memory {
     fn write(&mut self, page: u64, content: u64) -> bool {
         self.content[index(page)] = content;
         self.exists.insert(Pfn::new(page));
-        self.log
-            .as_mut()
-            .is_some_and(|log| log.insert(Pfn::new(page)))
+        let log = self.log.as_mut();
+        let is_new = log.is_some_and(|log| log.insert(Pfn::new(page)));
+        self.dirtied += u64::from(is_new);
+        is_new
     }
 
     /// A write by the daemon through its own mapping, which no dirty log sees.
@@ -117,6 +125,11 @@ impl Memory {
 
     pub(crate) fn start_log(&mut self) {
         self.log = Some(PageSet::full(self.exists.capacity()));
+        self.dirtied = 0;
+    }
+
+    pub(crate) const fn is_logged(&self) -> bool {
+        self.log.is_some()
     }
 
     pub(crate) fn stop_log(&mut self) {
@@ -160,6 +173,8 @@ pub(crate) struct Guest {
     pending: Option<Touch>,
     /// Since when it stands there.
     stands_since: Option<Timestamp>,
+    /// How long a throttle held it back.
+    pub(crate) held: Duration,
     /// Writes so far.
     pub(crate) writes: u64,
     /// Reads that did not give what was written last.
@@ -208,6 +223,7 @@ impl Guest {
             next_step: Timestamp::ZERO,
             pending: None,
             stands_since: None,
+            held: Duration::ZERO,
             writes: 0,
             stale_reads: 0,
             first_error: None,
@@ -246,7 +262,13 @@ impl Guest {
 
     /// Lets the guest do what it does until `now` in the memory and registers of one process.
     /// True if it stands at a missing page.
-    pub(crate) fn run(&mut self, memory: &mut Memory, registers: &mut u64, now: Timestamp) -> bool {
+    pub(crate) fn run(
+        &mut self,
+        memory: &mut Memory,
+        registers: &mut u64,
+        throttle: Option<Throttle>,
+        now: Timestamp,
+    ) -> bool {
         let Some(interval) = self.interval else {
             return false;
         };
@@ -269,6 +291,11 @@ impl Guest {
             if faulted {
                 self.next_step = self.next_step.after(PROTECTION_FAULT);
             }
+            let wait = throttle.map_or(Duration::ZERO, |throttle| {
+                held_back(throttle, interval, faulted)
+            });
+            self.held += wait;
+            self.next_step = self.next_step.after(wait);
         }
         false
     }
@@ -354,6 +381,21 @@ impl Guest {
             log.remove(Pfn::new(page));
         }
         faulted
+    }
+}
+
+/// How long a throttle lets a vCPU wait after a step that takes `step`.
+fn held_back(throttle: Throttle, step: Duration, has_dirtied: bool) -> Duration {
+    match throttle {
+        Throttle::PerVcpu { quota } if has_dirtied => {
+            let each = Duration::from_nanos(1_000_000_000 / quota.get().max(1));
+            each.saturating_sub(step + PROTECTION_FAULT)
+        }
+        Throttle::PerVcpu { .. } => Duration::ZERO,
+        Throttle::Equal { share } => {
+            let ran = step + PROTECTION_FAULT * u32::from(has_dirtied);
+            ran * 1000 / u32::from(share.thousandths()) - ran
+        }
     }
 }
 

@@ -8,7 +8,8 @@ use crate::guest::Memory;
 use core::time::Duration;
 use limosa_engine::Timestamp;
 use limosa_engine::handover::{MigrationId, Phase};
-use limosa_engine::source::Piece;
+use limosa_engine::source::{Piece, Writers};
+use limosa_engine::throttle::Throttle;
 use limosa_pages::{PageCount, PageSet};
 use std::collections::{BTreeSet, VecDeque};
 
@@ -30,6 +31,7 @@ pub(crate) enum Request {
     Record(Phase),
     StartTracking,
     StopTracking,
+    Throttle(Option<Throttle>),
     Rehearse,
     Harvest { round: u32, is_stale: bool },
     Look,
@@ -58,6 +60,7 @@ pub(crate) enum Answer {
     Recorded(Phase),
     TrackingStarted,
     TrackingStopped,
+    Throttled,
     Rehearsed {
         state: Vec<u8>,
         stall: Duration,
@@ -67,6 +70,7 @@ pub(crate) enum Answer {
         round: u32,
         is_stale: bool,
         log: PageSet,
+        writers: Writers,
     },
     /// In the bulk round.
     Looked {
@@ -115,6 +119,8 @@ pub(crate) struct VmProcess {
     pub(crate) is_past: bool,
     pub(crate) phase: Phase,
     pub(crate) is_running: bool,
+    /// How fast its guest may write.
+    pub(crate) throttle: Option<Throttle>,
     pub(crate) memory: Memory,
     pub(crate) registers: u64,
     pub(crate) queue: VecDeque<Message>,
@@ -137,6 +143,7 @@ impl VmProcess {
             is_past: false,
             phase,
             is_running: false,
+            throttle: None,
             memory: Memory::new(pages),
             registers: 0,
             queue: VecDeque::new(),

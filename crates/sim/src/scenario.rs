@@ -45,6 +45,8 @@ pub struct Scenario {
     pub rate: u64,
     /// The link.
     pub link: LinkProfile,
+    /// Whether it is known which vCPU dirties how much, as the dirty rings tell it.
+    pub counts_vcpus: bool,
     /// Push streams.
     pub streams: u8,
     /// What the operator allows.
@@ -72,6 +74,7 @@ impl Default for Scenario {
                 delay: Duration::from_micros(100),
                 jitter: Duration::from_micros(20),
             },
+            counts_vcpus: false,
             streams: 2,
             limits: Limits::default(),
             verify: true,
@@ -222,6 +225,7 @@ fn config(scenario: &Scenario) -> WorldConfig {
         state_filler: STATE_FILLER,
         hiccups_per_mille: 0,
         can_fault: true,
+        counts_vcpus: scenario.counts_vcpus,
         first_per_mille: 1000,
         drain_after: DRAIN_AFTER,
         planted: None,

@@ -18,6 +18,7 @@ use limosa_engine::handover::MigrationId;
 use limosa_engine::policy::{Limits, Mode};
 use limosa_engine::report::{MigrationReport, Outcome};
 use limosa_engine::source::SourceConfig;
+use limosa_engine::throttle::Throttling;
 use limosa_pages::{BytesPerSecond, PageCount};
 
 /// A healed world must be at rest after this time: the engines' silence and stall limits (10 s and
@@ -132,11 +133,17 @@ impl Plan {
         } else {
             Vec::new()
         };
+        let mut world = draw_world(trial, memory, random, &mut dice);
+        let verify = random.per_mille(400);
+        let mut limits = draw_limits(random);
+        let mut more_dice = Random::new(trial.seed ^ 0x7468_726f_7474_6c65);
+        world.counts_vcpus = more_dice.per_mille(500);
+        limits.throttle = *more_dice.pick(&Throttling::ALL);
         Self {
-            world: draw_world(trial, memory, random, &mut dice),
+            world,
             streams,
-            verify: random.per_mille(400),
-            limits: draw_limits(random),
+            verify,
+            limits,
             faults,
         }
     }
@@ -195,6 +202,7 @@ fn draw_world(
             0
         },
         can_fault: trial.mode.needs_faults() || dice.per_mille(900),
+        counts_vcpus: false,
         first_per_mille: *dice.pick(&[0, 500, 1000]),
         drain_after: dice.micros(500, 40_000),
         planted: trial.planted,
@@ -211,6 +219,7 @@ fn draw_limits(random: &mut Random) -> Limits {
             .then(|| BytesPerSecond::new(random.between(20, 200) * 1_000_000)),
         deadline: random.per_mille(100).then(|| random.micros(1000, 300_000)),
         rounds_max: u32::try_from(random.between(1, 12)).expect("small"),
+        throttle: Throttling::Off,
     }
 }
 

@@ -157,6 +157,8 @@ pub(crate) struct WorldConfig {
     pub(crate) hiccups_per_mille: u64,
     /// Whether page faults can be served at all.
     pub(crate) can_fault: bool,
+    /// Whether it is known which vCPU dirties how much.
+    pub(crate) counts_vcpus: bool,
     /// How often the pages that the vCPUs need first go first.
     pub(crate) first_per_mille: u64,
     /// So long after the switch the operator drains a migration on demand.
@@ -372,9 +374,12 @@ impl World {
         if !process.is_running {
             return;
         }
-        let stands = self
-            .guest
-            .run(&mut process.memory, &mut process.registers, self.now);
+        let stands = self.guest.run(
+            &mut process.memory,
+            &mut process.registers,
+            process.throttle,
+            self.now,
+        );
         if stands {
             for page in self.guest.stands_at() {
                 if self.vms[vm].memory.is_missing(page) {

@@ -108,6 +108,12 @@ fn phase_ignored() {
 }
 
 #[test]
+fn throttle_kept() {
+    let planted = Planted::World(WorldFault::ThrottleKept);
+    check(Mode::PreCopy, planted, 10_000, &[Rule::NeverLeftThrottled]);
+}
+
+#[test]
 fn runs_without_proof() {
     let planted = Planted::World(WorldFault::RunsWithoutProof);
     check(

@@ -3,6 +3,7 @@
 use core::time::Duration;
 use limosa_engine::policy::{Limits, Mode, PauseReason};
 use limosa_engine::report::Outcome;
+use limosa_engine::throttle::{Throttle, Throttling};
 use limosa_pages::{BytesPerSecond, PageCount};
 use limosa_sim::{LinkProfile, Scenario, SimulatedMove, Workload, run};
 
@@ -72,6 +73,54 @@ fn a_writer_faster_than_the_link_ends_by_the_rules_of_pre_copy() {
     let predicted = moved.report.predicted_downtime.unwrap();
     let ratio = moved.guest_gap.as_secs_f64() / predicted.as_secs_f64();
     assert!((0.8..1.25).contains(&ratio), "{ratio}");
+}
+
+/// The writer of the test above, with its writers slowed down.
+fn slowed(mode: Mode, counts_vcpus: bool) -> SimulatedMove {
+    let scenario = Scenario {
+        mode,
+        rate: 60_000,
+        counts_vcpus,
+        link: LinkProfile {
+            rate: BytesPerSecond::new(100_000_000),
+            delay: Duration::from_micros(100),
+            jitter: Duration::ZERO,
+        },
+        limits: Limits {
+            throttle: Throttling::Auto,
+            ..Limits::default()
+        },
+        ..Scenario::default()
+    };
+    completed(&scenario)
+}
+
+#[test]
+fn a_writer_faster_than_the_link_converges_when_it_is_slowed() {
+    for counts_vcpus in [false, true] {
+        let moved = slowed(Mode::PreCopy, counts_vcpus);
+        let report = &moved.report;
+        assert_eq!(report.pause_reason, Some(PauseReason::WithinBudget));
+        let throttle = report.throttle.unwrap();
+        let is_per_vcpu = matches!(throttle.last, Throttle::PerVcpu { .. });
+        assert_eq!(is_per_vcpu, counts_vcpus);
+        assert!(throttle.time > Duration::ZERO && throttle.time < report.total);
+        assert!(throttle.held > Duration::ZERO && throttle.held < throttle.time);
+        assert!(moved.guest_gap < Duration::from_millis(15), "{moved:?}");
+        assert!(moved.writes_during < moved.writes_before * 0.95);
+        // The guest was let go with the switch.
+        assert!(moved.writes_after > moved.writes_before * 0.95);
+    }
+}
+
+#[test]
+fn auto_slows_the_writers_before_it_lets_them_miss_pages_if_it_may() {
+    let moved = slowed(Mode::Auto, false);
+    let report = &moved.report;
+    assert_eq!(report.pause_reason, Some(PauseReason::WithinBudget));
+    assert!(report.mode_changes.is_empty() && report.throttle.is_some());
+    let hybrid = slowed(Mode::Hybrid, true).report;
+    assert!(hybrid.faults.is_some(), "{hybrid:?}");
 }
 
 #[test]

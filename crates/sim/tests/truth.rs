@@ -32,12 +32,13 @@ fn every_journal_replays() {
     }
 }
 
-/// With jitter of milliseconds on the link a prediction can be off by some of them.
-const SLACK: Duration = Duration::from_millis(10);
+/// With jitter of up to 3 ms on the link a prediction can be off by some of them: state, a page that
+/// loading it waits for and its request, *prepared*, *commit*.
+const SLACK: Duration = Duration::from_millis(15);
 
 #[test]
 fn without_faults_everything_completes_as_predicted() {
-    let mut predictions = 0;
+    let (mut predictions, mut throttled) = (0, 0);
     for mode in Mode::ALL {
         for seed in 0..1000 {
             let trial = Trial {
@@ -47,18 +48,21 @@ fn without_faults_everything_completes_as_predicted() {
             for report in trial.run().unwrap().reports {
                 assert_eq!(report.outcome, Some(Outcome::Completed), "seed {seed}");
                 assert_ne!(report.digest_equal, Some(false), "seed {seed}");
+                throttled += u32::from(report.throttle.is_some());
                 let downtime = report.downtime.unwrap().total();
                 let Some(predicted) = report.predicted_downtime else {
                     continue;
                 };
                 predictions += 1;
-                let text = format!("seed {seed}: {predicted:?} predicted, {downtime:?} true");
+                let text =
+                    format!("seed {seed}, {mode}: {predicted:?} predicted, {downtime:?} true");
                 assert!(downtime <= predicted * 3 + SLACK, "{text}");
                 assert!(predicted <= downtime * 3 + SLACK, "{text}");
             }
         }
     }
     assert!(predictions > 2000, "{predictions}");
+    assert!(throttled > 100, "{throttled}");
 }
 
 /// Seeds at which a rule is broken if what was mended in the engine is taken out again.

@@ -3,12 +3,15 @@
 use super::{CommitError, Guest, GuestError, Running, Saved};
 use limosa_engine::Timestamp;
 use limosa_engine::handover::{MigrationId, Phase};
+use limosa_engine::source::Writers;
+use limosa_engine::throttle::Throttle;
 use limosa_os::SharedMemory;
 use limosa_os::dirty::TrackerKind;
 use limosa_os::userfault::PageInstaller;
 use limosa_pages::{PageRange, PageSet};
 use limosa_vmm::answer::RunState;
 use limosa_vmm::client::{VmError, VmHandle};
+use limosa_vmm::throttle as vmm_throttle;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -40,6 +43,15 @@ impl From<limosa_vmm::answer::Saved> for Saved {
     }
 }
 
+const fn as_the_machine_has_it(throttle: Throttle) -> vmm_throttle::Throttle {
+    match throttle {
+        Throttle::PerVcpu { quota } => vmm_throttle::Throttle::PerVcpu { quota },
+        Throttle::Equal { share } => vmm_throttle::Throttle::Equal {
+            share_thousandths: share.thousandths(),
+        },
+    }
+}
+
 impl Guest for VmHandle {
     fn description(&self) -> Result<Vec<u8>, GuestError> {
         Ok(self.description())
@@ -57,9 +69,16 @@ impl Guest for VmHandle {
         Ok(self.stop_tracking()?)
     }
 
-    fn harvest(&self, into: &mut PageSet) -> Result<(), GuestError> {
-        self.harvest(into)?;
-        Ok(())
+    fn throttle(&self, throttle: Option<Throttle>) -> Result<(), GuestError> {
+        Ok(self.throttle(throttle.map(as_the_machine_has_it))?)
+    }
+
+    fn harvest(&self, into: &mut PageSet) -> Result<Writers, GuestError> {
+        let writers = self.harvest(into)?;
+        Ok(Writers {
+            pages: writers.dirtied,
+            held: writers.held,
+        })
     }
 
     fn harvests_freely(&self) -> bool {

@@ -11,6 +11,7 @@ use crate::{hold, journal_file, outcome, pull_server, sender};
 use limosa_engine::Timestamp;
 use limosa_engine::handover::Resolution;
 use limosa_engine::source::{Paused, Piece, SourceAction, SourceConfig, SourceEvent};
+use limosa_engine::throttle::Throttle;
 use limosa_engine::wire::{ControlFrame, Preamble, Role};
 use limosa_pages::{PageCount, PageRange, PageSet, Pfn};
 use std::collections::VecDeque;
@@ -274,6 +275,7 @@ impl Driver {
                 return Ok(Some(SourceEvent::TrackingStarted));
             }
             SourceAction::StopTracking => self.guest.stop_tracking()?,
+            SourceAction::Throttle(throttle) => self.throttle(throttle)?,
             SourceAction::Rehearse => return self.rehearse().map(Some),
             SourceAction::Harvest { round } => return self.harvest(round).map(Some),
             SourceAction::Look => return self.look().map(Some),
@@ -313,14 +315,7 @@ impl Driver {
             SourceAction::Disconnect => self.disconnect(),
             SourceAction::Resolve => self.resolve(),
             SourceAction::SetTimer(at) => self.timer = Some(at),
-            SourceAction::ReportUnresolved { reason } => {
-                let mut unresolved = lock(&self.shared.unresolved);
-                // It is asked every two seconds, perhaps for days: one line for each new reason.
-                if unresolved.as_ref() != Some(&reason) {
-                    tracing::warn!(%reason, "the outcome is not known yet; asking the target");
-                    *unresolved = Some(reason);
-                }
-            }
+            SourceAction::ReportUnresolved { reason } => self.report_unresolved(reason),
             SourceAction::Finish(outcome) => {
                 tracing::info!(?outcome, "migration ends");
                 *lock(&self.shared.unresolved) = None;
@@ -328,6 +323,15 @@ impl Driver {
             }
         }
         Ok(None)
+    }
+
+    fn report_unresolved(&self, reason: String) {
+        let mut unresolved = lock(&self.shared.unresolved);
+        // It is asked every two seconds, perhaps for days: one line for each new reason.
+        if unresolved.as_ref() != Some(&reason) {
+            tracing::warn!(%reason, "the outcome is not known yet; asking the target");
+            *unresolved = Some(reason);
+        }
     }
 
     /// Finds out which pages exist while the connections are made, so that nobody has to wait for it
@@ -479,7 +483,7 @@ impl Driver {
 
     fn harvest(&mut self, round: u32) -> Result<SourceEvent, GuestError> {
         let mut set = PageSet::empty(self.config.memory);
-        self.guest.harvest(&mut set)?;
+        let writers = self.guest.harvest(&mut set)?;
         self.skip_holes = round == 0;
         let dirty = if round == 0 {
             // All that exists is to be sent, whatever the log says about it.
@@ -492,7 +496,19 @@ impl Driver {
             self.counts(&set)
         };
         self.set = Arc::new(set);
-        Ok(SourceEvent::Harvested { round, dirty })
+        Ok(SourceEvent::Harvested {
+            round,
+            dirty,
+            writers,
+        })
+    }
+
+    fn throttle(&self, throttle: Option<Throttle>) -> Result<(), GuestError> {
+        match &throttle {
+            Some(throttle) => tracing::info!(%throttle, "the guest's writers are slowed down"),
+            None => tracing::info!("the guest's writers are let go"),
+        }
+        self.guest.throttle(throttle)
     }
 
     /// In the bulk round, in which all that exists is sent: what it finds may be cleared, too.
@@ -509,12 +525,16 @@ impl Driver {
     /// What no earlier pass told the target to be stale.
     fn harvest_stale(&mut self, round: u32) -> Result<SourceEvent, GuestError> {
         let mut set = PageSet::empty(self.config.memory);
-        self.guest.harvest(&mut set)?;
+        let writers = self.guest.harvest(&mut set)?;
         set.subtract(&self.told);
         self.told.union_with(&set);
         let dirty = self.counts(&set);
         self.set = Arc::new(set);
-        Ok(SourceEvent::Harvested { round, dirty })
+        Ok(SourceEvent::Harvested {
+            round,
+            dirty,
+            writers,
+        })
     }
 
     fn pause(&mut self, harvest: bool, switch: bool) -> Result<SourceEvent, GuestError> {

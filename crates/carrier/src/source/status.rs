@@ -4,6 +4,7 @@ use limosa_engine::handover::MigrationId;
 use limosa_engine::policy::{Limits, Mode};
 use limosa_engine::report::MigrationReport;
 use limosa_engine::source::{Source, Stage};
+use limosa_engine::throttle::Throttle;
 use limosa_pages::{BytesPerSecond, PageCount};
 use serde::Serialize;
 use std::time::Duration;
@@ -29,6 +30,8 @@ pub struct MigrationStatus {
     pub unsent_pages: PageCount,
     /// Distinct pages a second that the guest dirtied during the last round.
     pub dirty_rate: Option<u64>,
+    /// How fast the guest may write; `None` if as fast as it can.
+    pub throttle: Option<Throttle>,
     /// Payload rate as delivered.
     pub bandwidth: Option<BytesPerSecond>,
     /// Downtime if the guest were paused now.
@@ -78,6 +81,7 @@ impl MigrationStatus {
             remaining_pages,
             unsent_pages: unsent,
             dirty_rate,
+            throttle: source.throttle(),
             bandwidth: progress.bandwidth,
             predicted_downtime: progress.predicted_downtime(),
             elapsed: if report.outcome.is_some() {

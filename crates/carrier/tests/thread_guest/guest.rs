@@ -5,7 +5,9 @@
 use limosa_carrier::{CommitError, Guest, GuestError, Running, Saved, TargetHost};
 use limosa_engine::Timestamp;
 use limosa_engine::handover::{MigrationId, OnDaemonLost, Phase, Resolution};
+use limosa_engine::source::Writers;
 use limosa_engine::target::TargetOutcome;
+use limosa_engine::throttle::Throttle;
 use limosa_engine::wire::Start;
 use limosa_os::userfault::{FaultGate, PageInstaller};
 use limosa_os::{PageKind, SharedBitmap, SharedMemory, monotonic_nanos};
@@ -270,15 +272,19 @@ impl Guest for ThreadGuest {
         Ok(())
     }
 
+    fn throttle(&self, _: Option<Throttle>) -> Result<(), GuestError> {
+        Ok(())
+    }
+
     fn harvests_freely(&self) -> bool {
         true
     }
 
-    fn harvest(&self, into: &mut PageSet) -> Result<(), GuestError> {
+    fn harvest(&self, into: &mut PageSet) -> Result<Writers, GuestError> {
         let mut inside = self.lock();
         inside.harvested = inside.dirty.clone();
         into.clone_from(&inside.harvested);
-        Ok(())
+        Ok(Writers::default())
     }
 
     fn clear(&self, range: PageRange) -> Result<(), GuestError> {

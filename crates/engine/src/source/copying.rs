@@ -4,6 +4,7 @@ use super::forecast::Forecast;
 use super::rounds::{Round, Step};
 use super::{
     BANDWIDTH_SAMPLE_MIN, Paused, Piece, SentPiece, Source, SourceAction, SourceFault, State,
+    Writers,
 };
 use crate::policy::{PauseReason, Verdict};
 use crate::report::RoundReport;
@@ -50,6 +51,7 @@ impl Source {
         now: Timestamp,
         round: u32,
         dirty: &[u32],
+        writers: &Writers,
     ) -> Vec<SourceAction> {
         if round != self.progress.rounds {
             return Vec::new();
@@ -79,7 +81,13 @@ impl Source {
             self.previous_remaining = Some(self.progress.remaining);
         }
         self.round = Some(round.with_fault(self.fault));
-        self.decide(now)
+        let throttle = self.regulate(now, writers);
+        let actions = self.decide(now);
+        if self.state != State::Rounds {
+            // Whatever it was to be, the guest is about to be paused.
+            return actions;
+        }
+        self.slow_down(now, throttle).chain(actions).collect()
     }
 
     /// Says what the round that begins will leave, if that is known, or begins to find it out.
@@ -113,6 +121,8 @@ impl Source {
         }
         self.moved = now;
         self.state = State::LastRound { prepared: false };
+        // The guest was let go when it was paused.
+        self.note_let_go(paused.stopped_first);
         if !ControlFrame::fits(paused.state.len()) {
             return self.fail(
                 now,

@@ -210,6 +210,8 @@ impl Source {
         );
         self.report.total = now.since(self.begun);
         let mut actions = vec![SourceAction::Disconnect];
+        // With the end of tracking the guest is let go.
+        self.note_let_go(now);
         if self.tracking {
             self.tracking = false;
             actions.push(SourceAction::StopTracking);

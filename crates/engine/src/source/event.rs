@@ -3,6 +3,7 @@
 use crate::handover::{MigrationId, Phase, Resolution};
 use crate::policy::{Limits, Mode};
 use crate::report::{Coded, Outcome};
+use crate::throttle::Throttle;
 use crate::time::Timestamp;
 use crate::wire::{ControlFrame, Digest, STREAMS_MAX};
 use alloc::string::String;
@@ -97,6 +98,15 @@ pub struct SentPiece {
     pub delta: Coded,
 }
 
+/// What the vCPUs have done since tracking began.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Writers {
+    /// Pages that each vCPU has dirtied, in order of the vCPUs; empty where nobody counts.
+    pub pages: Vec<PageCount>,
+    /// How long they were held back by a throttle, all together.
+    pub held: Duration,
+}
+
 /// The guest, stopped and saved.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Paused {
@@ -152,6 +162,8 @@ pub enum SourceEvent {
         round: u32,
         /// Pages to send of each chunk, in order. For round 0 pages that exist.
         dirty: Vec<u32>,
+        /// Who dirtied them.
+        writers: Writers,
     },
     /// The dirty log was looked at in the bulk round.
     Looked {
@@ -220,8 +232,11 @@ pub enum SourceAction {
     Record(Phase),
     /// Turn dirty tracking on, every page dirty. Answer: `TrackingStarted`.
     StartTracking,
-    /// Turn it off. No answer.
+    /// Turn it off, and let go of a throttled guest. No answer.
     StopTracking,
+    /// Slow the guest's writers down, or let them go. Whatever pauses the guest, stops tracking or
+    /// finds that this daemon is gone lets them go, too. No answer.
+    Throttle(Option<Throttle>),
     /// Pause, save, resume. Answer: `Rehearsed`.
     Rehearse,
     /// Read the dirty log without clearing it. Answer: `Harvested`.
@@ -327,6 +342,8 @@ impl SourceAction {
             Self::Record(_) => "record-running",
             Self::StartTracking => "start-tracking",
             Self::StopTracking => "stop-tracking",
+            Self::Throttle(Some(_)) => "throttle",
+            Self::Throttle(None) => "let-go",
             Self::Rehearse => "rehearse",
             Self::Harvest { .. } => "harvest",
             Self::Look => "look",

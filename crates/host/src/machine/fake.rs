@@ -7,6 +7,8 @@ use crate::state_dir::VmName;
 use limosa_carrier::{CommitError, Guest, GuestError, Running, Saved};
 use limosa_engine::Timestamp;
 use limosa_engine::handover::{MigrationId, Phase};
+use limosa_engine::source::Writers;
+use limosa_engine::throttle::Throttle;
 use limosa_engine::wire::Start;
 use limosa_os::dirty::TrackerKind;
 use limosa_os::userfault::PageInstaller;
@@ -150,7 +152,11 @@ impl Guest for FakeGuest {
         Ok(())
     }
 
-    fn harvest(&self, _: &mut PageSet) -> Result<(), GuestError> {
+    fn throttle(&self, _: Option<Throttle>) -> Result<(), GuestError> {
+        unreachable!("no migration of a fake gets so far")
+    }
+
+    fn harvest(&self, _: &mut PageSet) -> Result<Writers, GuestError> {
         unreachable!("no migration of a fake gets so far")
     }
 

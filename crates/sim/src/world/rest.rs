@@ -36,11 +36,32 @@ impl World {
                 String::from("the guest misses pages and nobody is at work"),
             );
         }
+        self.check_throttles();
         if self.guest.stale_reads > 0
             && self.violation.is_none()
             && let Some(text) = self.guest.first_error.clone()
         {
             self.violate(Rule::NothingStale, text);
+        }
+    }
+
+    /// A guest that runs throttled belongs to a migration that will let it go, or to a process that
+    /// is about to.
+    fn check_throttles(&mut self) {
+        let is_forgotten = |index: usize, vm: &VmProcess| {
+            let is_moved = |job: &SourceJob| job.vm == index && job.is_at_work();
+            vm.is_running
+                && vm.throttle.is_some()
+                && !vm.is_busy()
+                && !self.sources.iter().any(is_moved)
+        };
+        let mut vms = self.vms.iter().enumerate();
+        if let Some((index, vm)) = vms.find(|(index, vm)| is_forgotten(*index, vm)) {
+            let text = format!(
+                "process {index} holds its guest back, {:?}, and nobody moves it",
+                vm.throttle
+            );
+            self.violate(Rule::NeverLeftThrottled, text);
         }
     }
 

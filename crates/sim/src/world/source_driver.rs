@@ -216,6 +216,9 @@ impl World {
                 self.sources[job].is_tracking = false;
                 self.ask(vm, caller, Request::StopTracking);
             }
+            SourceAction::Throttle(throttle) => {
+                self.ask(vm, caller, Request::Throttle(throttle));
+            }
             SourceAction::Rehearse => self.ask(vm, caller, Request::Rehearse),
             SourceAction::Harvest { round } => {
                 let is_stale = false;
@@ -245,15 +248,7 @@ impl World {
             }
             SourceAction::Release => self.ask(vm, caller, Request::Exit),
             SourceAction::LimitBandwidth(limit) => self.sources[job].limit = limit,
-            SourceAction::Disconnect => {
-                self.hang_up_source(job);
-                let source = &mut self.sources[job];
-                for sender in &mut source.senders {
-                    let unfinished = sender.drop_orders();
-                    source.pages_unfinished += unfinished.pages.get();
-                    source.bytes_unfinished += unfinished.bytes.get();
-                }
-            }
+            SourceAction::Disconnect => self.disconnect_source(job),
             SourceAction::Resolve => self.ask_outcome(job),
             SourceAction::SetTimer(local) => {
                 self.sources[job].timers += 1;
@@ -263,6 +258,16 @@ impl World {
             }
             SourceAction::ReportUnresolved { .. } => {}
             SourceAction::Finish(outcome) => self.finish_source(job, outcome),
+        }
+    }
+
+    fn disconnect_source(&mut self, job: usize) {
+        self.hang_up_source(job);
+        let source = &mut self.sources[job];
+        for sender in &mut source.senders {
+            let unfinished = sender.drop_orders();
+            source.pages_unfinished += unfinished.pages.get();
+            source.bytes_unfinished += unfinished.bytes.get();
         }
     }
 
@@ -345,10 +350,12 @@ impl World {
                 round,
                 is_stale,
                 log,
-            } => {
-                let dirty = self.take_harvest(job, round, is_stale, log);
-                SourceEvent::Harvested { round, dirty }
-            }
+                writers,
+            } => SourceEvent::Harvested {
+                round,
+                dirty: self.take_harvest(job, round, is_stale, log),
+                writers,
+            },
             Answer::Looked { log } => {
                 let chunk = self.sources[job].config.chunk;
                 let dirty = count_by_chunk(&log, chunk);
@@ -370,6 +377,7 @@ impl World {
                 }
             }
             Answer::TrackingStopped
+            | Answer::Throttled
             | Answer::Attached
             | Answer::Loaded { .. }
             | Answer::FaultsServed

@@ -10,6 +10,8 @@ use crate::fault::WorldFault;
 use crate::process::{Answer, Caller, Current, Message, Request, VmIndex, touched_by_load};
 use core::time::Duration;
 use limosa_engine::handover::{MigrationId, OnDaemonLost, Phase};
+use limosa_engine::source::Writers;
+use limosa_pages::PageCount;
 
 impl World {
     /// Writes a message into the socket of a VM process.
@@ -85,6 +87,7 @@ impl World {
                     round: *round,
                     is_stale: *is_stale,
                     log: self.vms[vm].memory.harvest(),
+                    writers: self.writers(vm),
                 };
                 (Some(answer), self.random.micros(20, 200))
             }
@@ -110,8 +113,19 @@ impl World {
             Request::Attach
             | Request::Record(_)
             | Request::StopTracking
+            | Request::Throttle(_)
             | Request::ServeFaults
             | Request::Disarm { .. } => (None, self.random.micros(5, 30)),
+        }
+    }
+
+    /// What the vCPUs of a process have done since its tracking began.
+    fn writers(&self, vm: VmIndex) -> Writers {
+        let dirtied = PageCount::new(self.vms[vm].memory.dirtied);
+        let is_counted = self.config.counts_vcpus;
+        Writers {
+            pages: is_counted.then_some(dirtied).into_iter().collect(),
+            held: self.guest.held,
         }
     }
 
@@ -154,6 +168,7 @@ impl World {
 
     fn begin_pause(&mut self, vm: VmIndex, harvest: bool) -> (Option<Answer>, Duration) {
         self.stop_guest(vm);
+        self.vms[vm].throttle = None;
         let stopped_first = self.clock(self.vms[vm].host);
         let stopped_last = stopped_first.after(self.random.micros(10, 80));
         let harvested = stopped_last.after(self.random.micros(10, 100));
@@ -206,13 +221,21 @@ impl World {
             Request::StartTracking => {
                 self.catch_up(vm);
                 self.vms[vm].memory.start_log();
+                self.guest.held = Duration::ZERO;
                 Answer::TrackingStarted
             }
             Request::StopTracking => {
                 self.catch_up(vm);
                 self.vms[vm].memory.stop_log();
+                self.vms[vm].throttle = None;
                 Answer::TrackingStopped
             }
+            Request::Throttle(throttle) if self.vms[vm].memory.is_logged() => {
+                self.catch_up(vm);
+                self.vms[vm].throttle = throttle;
+                Answer::Throttled
+            }
+            Request::Throttle(_) => refused("a guest is slowed only while its writes are tracked"),
             Request::Rehearse => {
                 self.start_guest(vm);
                 draft.unwrap_or_else(|| refused("nothing was saved"))
@@ -329,6 +352,9 @@ impl World {
     fn daemon_lost(&mut self, vm: VmIndex) {
         self.catch_up(vm);
         self.vms[vm].memory.stop_log();
+        if !self.is_planted(WorldFault::ThrottleKept) {
+            self.vms[vm].throttle = None;
+        }
         let is_ignored = self.is_planted(WorldFault::PhaseIgnored);
         let decision = match self.vms[vm].phase.on_daemon_lost() {
             OnDaemonLost::Stay if is_ignored => OnDaemonLost::ResumeHere,
@@ -366,6 +392,7 @@ const fn name(answer: &Answer) -> &'static str {
         Answer::Recorded(_) => "recorded",
         Answer::TrackingStarted => "tracking started",
         Answer::TrackingStopped => "tracking stopped",
+        Answer::Throttled => "throttled",
         Answer::Rehearsed { .. } => "rehearsed",
         Answer::Harvested { .. } => "harvested",
         Answer::Looked { .. } => "looked",

@@ -1,0 +1,139 @@
+//! Slowing the guest's writers down: when the law of [`crate::throttle`] is asked, and what is told.
+//!
+//! It is asked after each harvest of a live round, and only its answer for a round that will be sent
+//! counts. Nothing here lets the guest go but an operator who forbids the throttle: the pause, the end
+//! of tracking and the loss of the daemon do, in the VM process itself, so that no order of failures
+//! leaves a guest throttled.
+
+use super::{Source, SourceAction, Writers};
+use crate::report::ThrottleReport;
+use crate::throttle::{Observation, Regulator, Throttle, Throttling};
+use crate::time::Timestamp;
+use alloc::vec;
+use alloc::vec::Vec;
+use core::time::Duration;
+use limosa_pages::PageCount;
+
+/// What is remembered from harvest to harvest.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Slowing {
+    regulator: Regulator,
+    harvested_at: Option<Timestamp>,
+    /// As each vCPU's count was then.
+    pages: Vec<PageCount>,
+    /// The throttle that was asked for last, and since when there is one.
+    in_force: Option<(Throttle, Timestamp)>,
+    /// How long earlier ones were.
+    time_before: Duration,
+}
+
+impl Slowing {
+    pub(super) const fn in_force(&self) -> Option<Throttle> {
+        match self.in_force {
+            Some((throttle, _)) => Some(throttle),
+            None => None,
+        }
+    }
+
+    /// Pages of each vCPU since the last look.
+    fn take_pages(&mut self, writers: &Writers) -> Vec<PageCount> {
+        let before = core::mem::replace(&mut self.pages, writers.pages.clone());
+        let before = before
+            .into_iter()
+            .chain(core::iter::repeat(PageCount::ZERO));
+        let both = writers.pages.iter().zip(before);
+        both.map(|(now, before)| now.saturating_sub(before))
+            .collect()
+    }
+}
+
+impl Source {
+    /// Asks the law; a throttle that is another one than before.
+    pub(super) fn regulate(&mut self, now: Timestamp, writers: &Writers) -> Option<Throttle> {
+        let before = self.slowing.harvested_at.replace(now);
+        let by_vcpu = self.slowing.take_pages(writers);
+        self.note_held(now, writers);
+        self.progress.was_slowed = false;
+        let is_bulk = self.progress.rounds == 0;
+        if self.config.limits.throttle == Throttling::Off || is_bulk {
+            return None;
+        }
+        let last_round = self.progress.last_round.get();
+        let seen = Observation {
+            bandwidth: self.progress.bandwidth?,
+            time: now.since(before?),
+            dirtied: self.progress.remaining,
+            by_vcpu: &by_vcpu,
+            is_stuck: self.progress.remaining.get() >= last_round / 10 * 9,
+        };
+        let former = self.slowing.regulator.current();
+        let next = self.slowing.regulator.regulate(&seen)?;
+        self.progress.was_slowed = former.is_none_or(|former| next.is_tighter_than(former));
+        if self.progress.was_slowed {
+            // Rounds before the remedy say nothing about those after it.
+            self.progress.rounds_without_progress = 0;
+        }
+        Some(next)
+    }
+
+    /// Puts a throttle into force.
+    pub(super) fn slow_down(
+        &mut self,
+        now: Timestamp,
+        throttle: Option<Throttle>,
+    ) -> impl Iterator<Item = SourceAction> + use<> {
+        if let Some(next) = throttle {
+            let since = self.slowing.in_force.map_or(now, |(_, since)| since);
+            self.slowing.in_force = Some((next, since));
+            let report = self.report.throttle.get_or_insert(ThrottleReport {
+                first_at: now.since(self.begun),
+                time: Duration::ZERO,
+                last: next,
+                tightest: next,
+                changes: 0,
+                held: Duration::ZERO,
+            });
+            report.last = next;
+            report.changes += 1;
+            if next.is_tighter_than(report.tightest) {
+                report.tightest = next;
+            }
+        }
+        throttle
+            .into_iter()
+            .map(|throttle| SourceAction::Throttle(Some(throttle)))
+    }
+
+    /// The operator has forbidden what is in force.
+    pub(super) fn let_go_if_forbidden(&mut self, now: Timestamp) -> Vec<SourceAction> {
+        let is_allowed = self.config.limits.throttle != Throttling::Off;
+        if is_allowed || self.slowing.in_force.is_none() {
+            return Vec::new();
+        }
+        self.note_let_go(now);
+        vec![SourceAction::Throttle(None)]
+    }
+
+    /// The guest is let go, or was by whoever paused it at that time.
+    pub(super) fn note_let_go(&mut self, at: Timestamp) {
+        self.note_time(at);
+        if let Some((_, since)) = self.slowing.in_force.take() {
+            self.slowing.time_before += at.since(since);
+        }
+        self.slowing.regulator.let_go();
+    }
+
+    fn note_held(&mut self, now: Timestamp, writers: &Writers) {
+        self.note_time(now);
+        if let Some(report) = &mut self.report.throttle {
+            report.held = writers.held;
+        }
+    }
+
+    fn note_time(&mut self, now: Timestamp) {
+        if let (Some(report), Some((_, since))) = (&mut self.report.throttle, self.slowing.in_force)
+        {
+            report.time = self.slowing.time_before + now.since(since);
+        }
+    }
+}
