@@ -4,7 +4,7 @@ use crate::{cert, demo, lab};
 use clap::{Args, Parser, Subcommand};
 use clap_complete::Shell;
 use limosa_engine::policy::Mode;
-use limosa_host::api::{Compression, PushOrder, TrackerKind};
+use limosa_host::api::{Compression, PushOrder, Throttling, TrackerKind};
 use limosa_lab::values::{Milliseconds, OrNone, Rate, Size, compression, mode};
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -200,6 +200,7 @@ Examples:
   limosa migrate web --to 127.0.0.1:7071 --mode stop-and-copy
   limosa migrate web --to 127.0.0.1:7071 --mode demand && limosa drain web
   limosa migrate web --to 192.0.2.7:7070 --downtime-max 10ms --bandwidth-max 500M
+  limosa migrate web --to 192.0.2.7:7070 --mode pre-copy --throttle auto
   limosa migrate web --to 127.0.0.1:7071 --detach && limosa status web --follow
 
 The modes are explained in docs/techniques.md.")]
@@ -234,6 +235,14 @@ pub(crate) struct Migrate {
     /// Code pages to take fewer bytes: auto (where that is quicker), on (whatever shrinks), off
     #[arg(long, value_name = "auto|on|off", default_value = "auto", value_parser = compression)]
     pub compress: Compression,
+    /// Slow the guest's writers down if rounds do not shrink: auto or off
+    ///
+    /// With auto, a guest that dirties pages as fast as they are sent is let write only half as fast
+    /// as the link carries, until it is paused. Where the dirty tracker is ring, only vCPUs that write
+    /// more than their quota are held back; elsewhere all alike. No single wait is longer than about
+    /// a millisecond.
+    #[arg(long, value_name = "off|auto", default_value_t = Throttling::Off)]
+    pub throttle: Throttling,
     /// In which order missing pages are pushed: address, bubbling (outwards from the pages that were
     /// asked for last), hottest (what was written most often in the rounds before)
     #[arg(long, value_name = "ORDER", default_value = "bubbling")]
@@ -285,9 +294,10 @@ pub(crate) struct Status {
 Examples:
   limosa set web --downtime-max 20ms
   limosa set web --bandwidth-max none --deadline 30s
-  limosa set web --mode hybrid")]
+  limosa set web --mode hybrid
+  limosa set web --throttle auto")]
 #[command(group(clap::ArgGroup::new("changes").required(true).multiple(true)
-    .args(["mode", "downtime_max", "bandwidth_max", "deadline", "rounds_max"])))]
+    .args(["mode", "downtime_max", "bandwidth_max", "deadline", "rounds_max", "compress", "throttle"])))]
 pub(crate) struct Set {
     /// Name of the virtual machine, or (the beginning of) the id of the migration
     #[arg(value_name = "VM|ID")]
@@ -310,6 +320,9 @@ pub(crate) struct Set {
     /// Code pages to take fewer bytes
     #[arg(long, value_name = "auto|on|off", value_parser = compression)]
     pub compress: Option<Compression>,
+    /// Slow the guest's writers down if rounds do not shrink; off lets them go
+    #[arg(long, value_name = "off|auto")]
+    pub throttle: Option<Throttling>,
     #[command(flatten)]
     pub format: Format,
 }

@@ -7,7 +7,7 @@ use crate::output::{Output, count, time};
 use anyhow::{Result, bail};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use limosa_engine::source::Stage;
-use limosa_host::api::{ErrorKind, MigrationInfo, milliseconds};
+use limosa_host::api::{ErrorKind, MigrationInfo, ThrottleInfo, ThrottleKind, milliseconds};
 use limosa_host::client::Client;
 use limosa_pages::{ByteCount, BytesPerSecond, PAGE_SIZE};
 use signal_hook::consts::SIGINT;
@@ -281,6 +281,9 @@ pub(crate) fn numbers(info: &MigrationInfo) -> String {
     if let Some(rate) = info.dirty_pages_per_s {
         parts.push(format!("guest writes {} pages/s", count(rate)));
     }
+    if let Some(throttle) = &info.throttle {
+        parts.push(how_slow(throttle));
+    }
     if let Some(rate) = info.bandwidth {
         parts.push(BytesPerSecond::new(rate).to_string());
     }
@@ -294,6 +297,20 @@ pub(crate) fn numbers(info: &MigrationInfo) -> String {
         return format!("{} to {}", info.vm, info.to);
     }
     parts.join(", ")
+}
+
+/// How fast a guest may write.
+pub(crate) fn how_slow(throttle: &ThrottleInfo) -> String {
+    match throttle.kind {
+        ThrottleKind::PerVcpu => {
+            let quota = throttle.quota_pages_per_s.unwrap_or(0);
+            format!("each vCPU at most {} pages/s", count(quota))
+        }
+        ThrottleKind::Equal => {
+            let percent = throttle.share.unwrap_or(1.0) * 100.0;
+            format!("all vCPUs equally at {percent:.0} % of the time")
+        }
+    }
 }
 
 /// What was done of the stage that the migration is in, and all of it, in pages.

@@ -9,8 +9,10 @@
 
 mod machine;
 mod migration;
+mod throttle;
 
 pub use limosa_carrier::{Compression, PushOrder};
+pub use limosa_engine::throttle::Throttling;
 pub use limosa_os::dirty::TrackerKind;
 pub use machine::{
     CommandBody, CommandKind, FirstError, GuestReport, SectionInfo, Stall, StallGroup, VcpuReport,
@@ -20,6 +22,7 @@ pub use migration::{
     Downtime, FaultLatency, IncomingInfo, LimitsInfo, LimitsPatch, MigrateAnswer, MigrateBody,
     MigrationInfo, ModeChange, Moments, Report, ResolveBody, ResolveWord, Round, parse_id,
 };
+pub use throttle::{ThrottleInfo, ThrottleKind, ThrottleReport};
 
 use serde::{Deserialize, Serialize};
 use std::time::Duration;

@@ -4,7 +4,7 @@
 //! status, so that a daemon that has moved thousands of guests is no bigger than one that moved
 //! one.
 
-use crate::api::{MigrationInfo, Report, milliseconds};
+use crate::api::{MigrationInfo, Report, ThrottleInfo, milliseconds};
 use crate::refusal::Refusal;
 use limosa_carrier::Migration;
 use limosa_engine::handover::MigrationId;
@@ -156,6 +156,7 @@ fn info(migration: &Migration, vm: &str, to: &str, tracker: TrackerKind) -> Migr
         remaining_pages: status.remaining_pages.get(),
         unsent_pages: status.unsent_pages.get(),
         dirty_pages_per_s: status.dirty_rate,
+        throttle: status.throttle.map(ThrottleInfo::from),
         bandwidth: status.bandwidth.map(BytesPerSecond::get),
         predicted_downtime_ms: status.predicted_downtime.map(milliseconds),
         elapsed_ms: milliseconds(status.elapsed),

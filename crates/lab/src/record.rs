@@ -8,7 +8,8 @@ use crate::backing::Backing;
 use crate::qemu::QemuFigures;
 use limosa_engine::policy::{Mode, PauseReason};
 use limosa_host::api::{
-    Compression, Downtime, FaultLatency, ModeChange, PushOrder, Report, Round, TrackerKind,
+    Compression, Downtime, FaultLatency, ModeChange, PushOrder, Report, Round, ThrottleReport,
+    Throttling, TrackerKind,
 };
 use serde::{Deserialize, Serialize};
 
@@ -33,6 +34,8 @@ pub struct Setup {
     pub streams: Option<u8>,
     /// Whether pages were coded.
     pub compress: Compression,
+    /// Whether the guest's writers were slowed down where rounds did not shrink.
+    pub throttle: Throttling,
     /// In which order missing pages were pushed.
     pub push_order: PushOrder,
     /// Whether connections were encrypted.
@@ -128,6 +131,9 @@ pub struct MoveRecord {
     pub rounds: Option<Vec<Round>>,
     /// How the technique changed on the way, in order.
     pub mode_changes: Option<Vec<ModeChange>>,
+    /// How the guest's writers were slowed down, if they were.
+    #[serde(default)]
+    pub throttle: Option<ThrottleReport>,
     /// Pages that the target did not have when the guest ran there.
     pub missing_at_switch: Option<u64>,
     /// Bytes that told the target which pages those are.
@@ -219,6 +225,7 @@ impl MoveRecord {
             eviction_ms: Some(report.eviction_ms),
             rounds: Some(report.rounds),
             mode_changes: Some(report.mode_changes),
+            throttle: report.throttle,
             missing_at_switch: Some(report.missing_at_switch),
             missing_set_bytes: Some(report.missing_set_bytes),
             pulled_pages: report.pulled_pages,
@@ -262,6 +269,7 @@ impl MoveRecord {
             eviction_ms: None,
             rounds: None,
             mode_changes: None,
+            throttle: None,
             missing_at_switch: None,
             missing_set_bytes: None,
             pages_sent: None,
@@ -392,6 +400,7 @@ pub(crate) mod tests {
             "pages_sent",
             "pages_resent",
             "mode_changes",
+            "throttle",
             "missing_at_switch",
             "missing_set_bytes",
             "pulled_pages",

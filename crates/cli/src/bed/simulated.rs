@@ -72,11 +72,13 @@ impl Simulated {
                     rate: rate.unwrap_or(usual.link.rate),
                     ..usual.link
                 },
+                counts_vcpus: setup.dirty_tracker.knows_vcpus(),
                 streams: setup.streams.unwrap_or(usual.streams),
                 limits: Limits {
                     downtime_max: Duration::from_secs_f64(setup.downtime_max_ms / 1000.0),
                     deadline: setup.deadline_ms.map(Duration::from_millis),
                     rounds_max: setup.rounds_max.unwrap_or(limits.rounds_max),
+                    throttle: setup.throttle,
                     ..limits
                 },
                 verify: setup.verify,

@@ -2,14 +2,14 @@
 
 use super::machines::short;
 use crate::arguments::{Migrate, Resolve, Set, Status};
-use crate::follow::{Follower, headline, numbers, outcome_line, stage_name};
+use crate::follow::{Follower, headline, how_slow, numbers, outcome_line, stage_name};
 use crate::output::{Align, Output, count, table, time};
 use anyhow::{Result, anyhow, bail};
 use limosa_engine::policy::Mode;
 use limosa_engine::source::Stage;
 use limosa_host::api::{
     IncomingInfo, LimitsPatch, MigrateAnswer, MigrateBody, MigrationInfo, ModeChange, Report,
-    ResolveWord, VmInfo,
+    ResolveWord, ThrottleReport, VmInfo,
 };
 use limosa_host::client::Client;
 use limosa_lab::values::{Milliseconds, OrNone, Rate};
@@ -35,6 +35,7 @@ pub(super) fn migrate(follower: &Follower, migrate: &Migrate) -> Result<()> {
         rounds_max: migrate.rounds_max,
         streams: migrate.streams,
         compress: migrate.compress,
+        throttle: migrate.throttle,
         push_order: migrate.push_order,
         verify: migrate.verify,
         link: migrate.link.map(Rate::get),
@@ -88,6 +89,7 @@ pub(super) fn set(client: &Client, set: &Set, output: Output) -> Result<()> {
         }),
         rounds_max: set.rounds_max,
         compress: set.compress,
+        throttle: set.throttle,
     };
     let found = select(client, &set.which)?;
     let changed = client.set(&found.id, &patch)?;
@@ -304,9 +306,26 @@ fn limits(info: &MigrationInfo) -> String {
         |deadline| format!("deadline {}", time(deadline)),
     );
     format!(
-        "downtime at most {}, {bandwidth}, {deadline}, at most {} rounds",
+        "downtime at most {}, {bandwidth}, {deadline}, at most {} rounds, throttle {}",
         time(limits.downtime_max_ms),
-        limits.rounds_max
+        limits.rounds_max,
+        limits.throttle
+    )
+}
+
+/// How the guest's writers were slowed down.
+fn slowed(throttle: &ThrottleReport) -> String {
+    let tightest = if throttle.tightest == throttle.last {
+        String::new()
+    } else {
+        format!(" (at the tightest {})", how_slow(&throttle.tightest))
+    };
+    format!(
+        "after {} for {}, {}{tightest}; vCPUs were held back for {}",
+        time(throttle.first_at_ms),
+        time(throttle.time_ms),
+        how_slow(&throttle.last),
+        time(throttle.held_ms)
     )
 }
 
@@ -356,6 +375,8 @@ fn details(info: &MigrationInfo) -> String {
     }
     let changes = report.mode_changes.iter();
     lines.extend(changes.map(|change| ("mode", mode_change(change))));
+    let throttle = report.throttle.as_ref();
+    lines.extend(throttle.map(|throttle| ("throttled", slowed(throttle))));
     if let Some(reason) = report.pause_reason {
         lines.push(("paused", format!("because {}", reason.explain())));
     }
@@ -478,18 +499,19 @@ fn rounds(info: &MigrationInfo) -> String {
 #[cfg(test)]
 pub(crate) mod tests {
     use super::*;
-    use limosa_host::api::FaultLatency;
+    use limosa_host::api::{FaultLatency, ThrottleInfo, ThrottleKind};
 
     /// A migration as a daemon tells it, with most of it still unknown.
     pub(crate) fn info(id: &str, vm: &str) -> MigrationInfo {
         let limits = serde_json::json!({
-            "downtime_max_ms": 5.0, "bandwidth_max": null, "deadline_ms": 30000.0, "rounds_max": 30
+            "downtime_max_ms": 5.0, "bandwidth_max": null, "deadline_ms": 30000.0, "rounds_max": 30,
+            "throttle": "off"
         });
         let report = serde_json::json!({
             "outcome": null, "reason": null, "pause_reason": null, "preparation_ms": 12.5,
             "total_ms": 0.0, "eviction_ms": 0.0, "downtime_ms": null, "switch_ns": null,
             "predicted_downtime_ms": null, "fixed_cost_ms": 1.0, "rehearsal_stall_ms": 0.9,
-            "clock_offset_ns": 0, "clock_error_ms": 0.0, "rounds": [], "mode_changes": [],
+            "clock_offset_ns": 0, "clock_error_ms": 0.0, "rounds": [], "mode_changes": [], "throttle": null,
             "missing_at_switch": 0, "missing_set_bytes": 0, "pulled_pages": null,
             "pushed_before_need": null, "network_fault_share": null, "fault_latency_us": null,
             "first_fault_stall_ms": null, "pages_sent": 65536, "pages_resent": 0,
@@ -499,7 +521,7 @@ pub(crate) mod tests {
             "id": id, "vm": vm, "to": "127.0.0.1:7071", "encrypted": false, "mode": "pre-copy",
             "stage": "copying",
             "round": 1, "round_pages": 1000, "round_sent_pages": 250, "remaining_pages": 750,
-            "unsent_pages": 0, "dirty_pages_per_s": 50000, "bandwidth": 1_288_490_188,
+            "unsent_pages": 0, "dirty_pages_per_s": 50000, "throttle": null, "bandwidth": 1_288_490_188,
             "predicted_downtime_ms": 3.1, "elapsed_ms": 1234.0, "time_left_ms": 400.0,
             "unresolved": null, "dirty_tracker": "bitmap", "limits": limits, "report": report
         }))
@@ -539,7 +561,7 @@ pub(crate) mod tests {
             "migration  3f2a00000000000000000000000000aa of web to 127.0.0.1:7071, pre-copy\n\
              stage      copying\n\
              tracker    bitmap: a harvest reads a bit for each page; which vCPU writes how much is not known\n\
-             limits     downtime at most 5.00 ms, no bandwidth limit, deadline 30.0 s, at most 30 rounds\n\
+             limits     downtime at most 5.00 ms, no bandwidth limit, deadline 30.0 s, at most 30 rounds, throttle off\n\
              time       1.23 s since the request, 12.5 ms of it before the first page\n\
              now        round 1: 750 pages left, guest writes 50,000 pages/s, 1.20 GiB/s, \
              downtime 3.10 ms expected, 400 ms left\n\
@@ -547,6 +569,38 @@ pub(crate) mod tests {
              sent       65,536 pages, 0 of them again, 256 MiB with the state of 10.0 KiB\n"
         );
         assert_eq!(info("", "").mode, Mode::PreCopy);
+    }
+
+    #[test]
+    fn details_tell_how_the_writers_were_slowed_down() {
+        let mut info = info("3f2a00000000000000000000000000aa", "web");
+        let quota = |quota| ThrottleInfo {
+            kind: ThrottleKind::PerVcpu,
+            quota_pages_per_s: Some(quota),
+            share: None,
+        };
+        let equal = ThrottleInfo {
+            kind: ThrottleKind::Equal,
+            quota_pages_per_s: None,
+            share: Some(0.25),
+        };
+        info.throttle = Some(equal);
+        info.report.throttle = Some(ThrottleReport {
+            first_at_ms: 800.0,
+            time_ms: 1500.0,
+            held_ms: 1200.0,
+            changes: 2,
+            last: quota(15_000),
+            tightest: quota(12_500),
+        });
+        let text = details(&info);
+        for part in [
+            "throttled  after 800 ms for 1.50 s, each vCPU at most 15,000 pages/s (at the tightest \
+             each vCPU at most 12,500 pages/s); vCPUs were held back for 1.20 s",
+            "guest writes 50,000 pages/s, all vCPUs equally at 25 % of the time, 1.20 GiB/s",
+        ] {
+            assert!(text.contains(part), "{part}\n{text}");
+        }
     }
 
     #[test]

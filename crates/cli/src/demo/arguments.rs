@@ -4,7 +4,7 @@ use anyhow::bail;
 use clap::Args;
 use clap::builder::{PossibleValue, PossibleValuesParser, TypedValueParser};
 use limosa_engine::policy::Mode;
-use limosa_host::api::{Compression, PushOrder, TrackerKind};
+use limosa_host::api::{Compression, PushOrder, Throttling, TrackerKind};
 use limosa_lab::backing::Backing;
 use limosa_lab::record::Setup;
 use limosa_lab::values::{Milliseconds, PageRate, Rate, Size, compression, mode};
@@ -68,7 +68,9 @@ pub(crate) struct Arguments {
     /// Code pages to take fewer bytes: auto (where that is quicker), on (whatever shrinks), off
     #[arg(long, value_name = "auto|on|off", default_value = "auto", value_parser = compression)]
     pub compress: Compression,
-
+    /// Slow the guest's writers down if rounds do not shrink: auto or off
+    #[arg(long, value_name = "off|auto", default_value_t = Throttling::Off)]
+    pub throttle: Throttling,
     /// In which order missing pages are pushed: address, bubbling, hottest
     #[arg(long, value_name = "ORDER", default_value = "bubbling")]
     pub push_order: PushOrder,
@@ -105,6 +107,7 @@ Examples:
   limosa demo --memory 4G --working-set 256M --touch 768M
   limosa demo --rate max --link 500M --modes pre-copy,hybrid,auto
   limosa demo --content text --rate 40000 --link 125M --modes pre-copy --compress auto
+  limosa demo --rate max --link 125M --modes pre-copy --dirty-tracker ring --throttle auto
   limosa demo --modes pre-copy --repeat 5 --tls
   limosa demo --vcpus 2 --moves 200 --seed 7
 
@@ -158,6 +161,7 @@ impl Arguments {
             link: self.link.map(Rate::get),
             streams: self.streams,
             compress: self.compress,
+            throttle: self.throttle,
             push_order: self.push_order,
             tls: self.tls,
             deadline_ms: None,

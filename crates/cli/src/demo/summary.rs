@@ -79,6 +79,8 @@ pub(crate) struct Figures {
     pub first_fault_stall_ms: Option<Spread>,
     /// Changes of the technique.
     pub mode_changes: Option<Spread>,
+    /// How long the guest's writers were slowed down.
+    pub throttled_ms: Option<Spread>,
     /// Bytes on the wire.
     pub wire_bytes: Option<Spread>,
     /// The guest's speed before the moves.
@@ -125,6 +127,7 @@ impl Figures {
             fault_latency_p99_us: spread(&|one| Some(one.fault_latency_us.as_ref()?.p99)),
             first_fault_stall_ms: spread(&|one| one.first_fault_stall_ms),
             mode_changes: spread(&|one| Some(one.mode_changes.as_ref()?.len() as f64)),
+            throttled_ms: spread(&|one| Some(one.throttle.as_ref()?.time_ms)),
             wire_bytes: spread(&|one| Some(one.wire_bytes? as f64)),
             writes_per_s_before: spread(&|one| one.guest_writes_per_s.before),
             writes_per_s_during: spread(&|one| one.guest_writes_per_s.during),

@@ -1,6 +1,7 @@
 //! What the demo prints: a line as each move ends, a table with a column for each mode at the end.
 
 use crate::demo::summary::{Figures, Summary};
+use crate::follow::how_slow;
 use crate::output::count;
 use limosa_lab::record::MoveRecord;
 use limosa_lab::statistics::Spread;
@@ -31,6 +32,13 @@ pub(crate) fn move_line(record: &MoveRecord) -> String {
     }
     if let Some(change) = record.mode_changes.iter().flatten().next() {
         add(format!("{} → {}", change.from, change.to));
+    }
+    if let Some(throttle) = &record.throttle {
+        add(format!(
+            "throttled {}, {}",
+            ms(Some(throttle.time_ms)),
+            how_slow(&throttle.last)
+        ));
     }
     if let Some(bytes) = record.wire_bytes {
         add(ByteCount::new(bytes).to_string());
@@ -117,6 +125,7 @@ const ROWS: &[Row] = &[
     ("pages sent", |of| counts(of.pages_sent)),
     ("pages sent again", |of| counts(of.pages_resent)),
     ("mode changes", |of| counts(of.mode_changes)),
+    ("writers slowed down for", |of| times(of.throttled_ms)),
     ("pages missing at the switch", |of| {
         counts(of.missing_at_switch)
     }),

@@ -1,11 +1,13 @@
 //! Migrations as the control interface tells them, and how they follow from the engine's report.
 
+use super::throttle::{ThrottleInfo, ThrottleReport};
 use super::{duration, milliseconds};
 use limosa_carrier::{Compression, PushOrder, RATE_MIN};
 use limosa_engine::handover::MigrationId;
 use limosa_engine::policy::{Limits, Mode, PauseReason};
 use limosa_engine::report::{self, FaultReport, MigrationReport, Outcome};
 use limosa_engine::source::Stage;
+use limosa_engine::throttle::Throttling;
 use limosa_os::dirty::TrackerKind;
 use limosa_pages::BytesPerSecond;
 use serde::{Deserialize, Serialize};
@@ -46,6 +48,10 @@ pub struct MigrateBody {
     #[serde(default)]
     #[schema(value_type = String, example = "auto")]
     pub compress: Compression,
+    /// Whether the guest's writers are slowed down if rounds do not shrink: `auto` or `off`.
+    #[serde(default)]
+    #[schema(value_type = String, example = "off")]
+    pub throttle: Throttling,
     /// In which order missing pages are pushed: `address`, `bubbling` (outwards from those that were
     /// asked for last) or `hottest` (what was written most often in the rounds before).
     #[serde(default)]
@@ -72,6 +78,7 @@ impl MigrateBody {
             streams: None,
             verify: false,
             compress: Compression::default(),
+            throttle: Throttling::default(),
             push_order: PushOrder::default(),
             link: None,
             insecure: false,
@@ -89,6 +96,7 @@ impl MigrateBody {
             deadline_ms: self.deadline_ms,
             rounds_max: self.rounds_max,
             compress: None,
+            throttle: Some(self.throttle),
             mode: None,
         }
         .apply(Limits::default())
@@ -127,6 +135,10 @@ pub struct LimitsPatch {
     #[serde(default)]
     #[schema(value_type = Option<String>, example = "off")]
     pub compress: Option<Compression>,
+    /// Whether the guest's writers are slowed down if rounds do not shrink; `off` lets them go.
+    #[serde(default)]
+    #[schema(value_type = Option<String>, example = "auto")]
+    pub throttle: Option<Throttling>,
 }
 
 impl LimitsPatch {
@@ -158,6 +170,7 @@ impl LimitsPatch {
             }
             limits.rounds_max = rounds;
         }
+        limits.throttle = self.throttle.unwrap_or(limits.throttle);
         Ok(limits)
     }
 }
@@ -192,6 +205,10 @@ pub struct LimitsInfo {
     pub deadline_ms: Option<f64>,
     /// Rounds while the guest runs.
     pub rounds_max: u32,
+    /// Whether the guest's writers are slowed down if rounds do not shrink.
+    #[serde(default)]
+    #[schema(value_type = String, example = "off")]
+    pub throttle: Throttling,
 }
 
 impl From<Limits> for LimitsInfo {
@@ -201,6 +218,7 @@ impl From<Limits> for LimitsInfo {
             bandwidth_max: limits.bandwidth_max.map(BytesPerSecond::get),
             deadline_ms: limits.deadline.map(milliseconds),
             rounds_max: limits.rounds_max,
+            throttle: limits.throttle,
         }
     }
 }
@@ -234,6 +252,8 @@ pub struct MigrationInfo {
     pub unsent_pages: u64,
     /// Pages that the guest writes a second, as seen in the last round.
     pub dirty_pages_per_s: Option<u64>,
+    /// How fast the guest may write; `null` if as fast as it can.
+    pub throttle: Option<ThrottleInfo>,
     /// Bytes a second, as delivered to the target.
     pub bandwidth: Option<u64>,
     /// Downtime if the guest were paused now.
@@ -290,6 +310,8 @@ pub struct Report {
     pub rounds: Vec<Round>,
     /// How the technique changed on the way, in order.
     pub mode_changes: Vec<ModeChange>,
+    /// How the guest's writers were slowed down; `null` if they were not.
+    pub throttle: Option<ThrottleReport>,
     /// Pages that the target did not have when the guest ran there.
     pub missing_at_switch: u64,
     /// Bytes that told the target which pages those are.
@@ -487,6 +509,7 @@ impl From<&MigrationReport> for Report {
             clock_error_ms: milliseconds(report.clock.error),
             rounds: report.rounds.iter().map(Round::from).collect(),
             mode_changes: report.mode_changes.iter().map(ModeChange::from).collect(),
+            throttle: report.throttle.as_ref().map(ThrottleReport::from),
             missing_at_switch: report.missing_at_switch.get(),
             missing_set_bytes: report.missing_set_bytes.get(),
             pulled_pages: faults.map(|faults| faults.pulled.get()),

@@ -1,7 +1,7 @@
 //! A real move of a small guest, where there are KVM and QEMU.
 
 use super::*;
-use limosa_host::api::Compression;
+use limosa_host::api::{Compression, Throttling};
 use limosa_lab::backing::Backing;
 use limosa_lab::qemu::Variant;
 
@@ -26,6 +26,7 @@ fn bed(variant: Variant, arguments: &str) -> Option<QemuBed> {
         streams: Some(1),
         push_order: limosa_host::api::PushOrder::default(),
         compress: Compression::Off,
+        throttle: Throttling::Off,
         tls: false,
         deadline_ms: None,
         rounds_max: None,
