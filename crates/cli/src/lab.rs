@@ -23,7 +23,6 @@ use crate::bed::{self, Bed, Interrupt, Interrupted};
 use crate::output::Output;
 use anyhow::{Context, Result, anyhow, bail};
 use arguments::{Command, Run};
-use limosa_host::api::Throttling;
 use limosa_lab::machine::Machine;
 use limosa_lab::plan::{BedKind, Plan};
 use limosa_lab::record::{MoveRecord, Setup};
@@ -150,7 +149,7 @@ fn measure(plan: &Plan, run: &schedule::Run, way: &Way, title: &str) -> Result<M
         link: cell.link,
         streams: Some(cell.streams),
         compress: cell.compress,
-        throttle: Throttling::Off,
+        throttle: cell.throttle,
         push_order: cell.push_order,
         tls: cell.tls,
         deadline_ms: cell.deadline_ms,

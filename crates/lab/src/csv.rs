@@ -49,6 +49,7 @@ const COLUMNS: &[Column] = &[
         run.cell.dirty_tracker.name().to_owned()
     }),
     ("push_order", |run| run.cell.push_order.name().to_owned()),
+    ("throttle", |run| run.cell.throttle.name().to_owned()),
     ("tls", |run| run.cell.tls.to_string()),
     ("deadline_ms", |run| shown(run.cell.deadline_ms)),
     ("rounds_max", |run| run.cell.rounds_max.to_string()),
@@ -102,6 +103,9 @@ const COLUMNS: &[Column] = &[
     ("eviction_ms", |run| of(run, |one| one.eviction_ms)),
     ("rounds", |run| {
         of(run, |one| Some(one.rounds.as_ref()?.len()))
+    }),
+    ("throttled_ms", |run| {
+        of(run, |one| Some(one.throttle.as_ref()?.time_ms))
     }),
     ("mode_changes", |run| {
         of(run, |one| Some(one.mode_changes.as_ref()?.len()))

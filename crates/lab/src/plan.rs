@@ -18,7 +18,7 @@ use crate::qemu::{QemuWay, Variant};
 use crate::values::{Milliseconds, OrNone, PageRate, Rate, Size};
 use crate::workload::{Content, GuestProgram, Pattern, Rest, Workload};
 use limosa_engine::policy::{Limits, Mode};
-use limosa_host::api::{Compression, PushOrder, TrackerKind};
+use limosa_host::api::{Compression, PushOrder, Throttling, TrackerKind};
 use limosa_pages::{ByteCount, BytesPerSecond};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -88,6 +88,9 @@ pub struct Cell {
     /// In which order missing pages are pushed.
     #[serde(default)]
     pub push_order: PushOrder,
+    /// Whether the guest's writers are slowed down if rounds do not shrink.
+    #[serde(default)]
+    pub throttle: Throttling,
     /// Whether connections are encrypted.
     #[serde(default)]
     pub tls: bool,
@@ -156,6 +159,10 @@ impl Cell {
         add(
             order != PushOrder::default(),
             format!("push order {}", order.name()),
+        );
+        add(
+            self.throttle != Throttling::default(),
+            format!("throttle {}", self.throttle),
         );
         let deadline = format!("deadline {}", self.deadline_text());
         add(self.deadline_ms.is_some(), deadline);
@@ -324,6 +331,8 @@ struct MatrixTable {
     dirty_trackers: Vec<TrackerKind>,
     #[serde(default = "push_orders_default")]
     push_orders: Vec<PushOrder>,
+    #[serde(default = "throttles_default")]
+    throttles: Vec<Throttling>,
     #[serde(default = "tls_default")]
     tls: Vec<bool>,
     #[serde(default = "deadlines_default")]
@@ -388,6 +397,10 @@ fn pages_default() -> Vec<Backing> {
 
 fn push_orders_default() -> Vec<PushOrder> {
     vec![PushOrder::default()]
+}
+
+fn throttles_default() -> Vec<Throttling> {
+    vec![Throttling::default()]
 }
 
 fn dirty_trackers_default() -> Vec<TrackerKind> {
@@ -546,6 +559,7 @@ impl MatrixTable {
             pages: self.pages[digit(self.pages.len())],
             dirty_tracker: self.dirty_trackers[digit(self.dirty_trackers.len())],
             push_order: self.push_orders[digit(self.push_orders.len())],
+            throttle: self.throttles[digit(self.throttles.len())],
             tls: self.tls[digit(self.tls.len())],
             deadline_ms: match self.deadlines[digit(self.deadlines.len())].0 {
                 OrNone::Some(deadline) => Some(deadline.get() as u64),
@@ -570,6 +584,7 @@ impl MatrixTable {
             ("pages", self.pages.len()),
             ("dirty_trackers", self.dirty_trackers.len()),
             ("push_orders", self.push_orders.len()),
+            ("throttles", self.throttles.len()),
             ("tls", self.tls.len()),
             ("deadlines", self.deadlines.len()),
             ("rounds", self.rounds.len()),

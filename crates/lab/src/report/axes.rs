@@ -7,7 +7,7 @@ use std::collections::HashSet;
 type Axis = (&'static str, fn(&Cell) -> String);
 
 /// From the outer to the inner grouping. The technique is no axis: it stands in every row.
-const AXES: [Axis; 13] = [
+const AXES: [Axis; 14] = [
     ("row", |cell| cell.row.clone().unwrap_or_default()),
     ("workload", |cell| cell.workload.clone()),
     ("link", Cell::link_text),
@@ -20,6 +20,7 @@ const AXES: [Axis; 13] = [
     ("pages", |cell| cell.pages.name().to_owned()),
     ("tracker", |cell| cell.dirty_tracker.name().to_owned()),
     ("push order", |cell| cell.push_order.name().to_owned()),
+    ("throttle", |cell| cell.throttle.name().to_owned()),
     ("TLS", |cell| if cell.tls { "on" } else { "off" }.to_owned()),
     ("deadline", Cell::deadline_text),
     ("rounds at most", |cell| cell.rounds_max.to_string()),
@@ -69,7 +70,7 @@ impl Axes {
             .map(|(name, value)| match *name {
                 "vCPUs" => counted(cell.vcpus, "vCPU"),
                 "streams" => counted(cell.streams, "stream"),
-                name @ ("compress" | "TLS" | "deadline" | "rounds at most") => {
+                name @ ("compress" | "throttle" | "TLS" | "deadline" | "rounds at most") => {
                     format!("{name} {}", value(cell))
                 }
                 "pages" => format!("{} pages", cell.pages),
@@ -95,7 +96,7 @@ mod tests {
         assert_eq!(
             axes.same,
             "workload i, memory 64.0 MiB, vCPUs 1, compress auto, pages host, tracker bitmap, push order bubbling, \
-             TLS off, deadline none, rounds at most 30"
+             throttle off, TLS off, deadline none, rounds at most 30"
         );
         assert_eq!(axes.names().collect::<Vec<_>>(), ["link", "streams"]);
         assert_eq!(
