@@ -317,12 +317,16 @@ impl Policy for Auto {
     fn verdict(&self, progress: &Progress, limits: &Limits) -> Verdict {
         // A guest that dirtied as much as was sent dirties as much in the next round, which takes
         // as long: no round after it will be smaller.
+        let does_not_shrink = progress.remaining.get() >= progress.last_round.get() / 10 * 9;
         // After the bulk round, which says little about it, there may be a forecast, which is
-        // rather too low: pre-copy would send what waits four times over, post-copy once.
-        let is_stuck = progress.remaining.get() >= progress.last_round.get() / 10 * 9
-            || progress
-                .next_round
-                .is_some_and(|next| next.get() >= progress.remaining.get() / 4 * 3);
+        // rather too low: pre-copy would send what waits four times over, post-copy once. But it
+        // is of a guest that writes as fast as it can. If that may be changed, the round is made:
+        // it gives the rate by which the writers are slowed down.
+        let will_not_shrink = progress
+            .next_round
+            .is_some_and(|next| next.get() >= progress.remaining.get() / 4 * 3);
+        let may_be_slowed = limits.throttle != Throttling::Off;
+        let is_stuck = does_not_shrink || will_not_shrink && !may_be_slowed;
         match PreCopy.verdict(progress, limits) {
             Verdict::AnotherRound if progress.rounds > 0 && is_stuck && !progress.was_slowed => {
                 Verdict::SwitchNow(PauseReason::Predicted)
@@ -403,6 +407,31 @@ mod tests {
         check(Mode::Hybrid, 500, "AnotherRound");
         check(Mode::Hybrid, 501, "SwitchNow(BulkDone)");
         check(Mode::PreCopy, 1000, "AnotherRound");
+    }
+
+    #[test]
+    fn auto_slows_the_guest_before_it_switches_by_the_forecast() {
+        let check = |mode: Mode, throttle, remaining, expect: &str| {
+            let progress = Progress {
+                next_round: Some(PageCount::new(remaining)),
+                ..progress(1, remaining)
+            };
+            let limits = Limits {
+                throttle,
+                ..Limits::default()
+            };
+            let verdict = mode.policy().verdict(&progress, &limits);
+            assert_eq!(
+                alloc::format!("{verdict:?}"),
+                expect,
+                "{mode} {throttle} {remaining}"
+            );
+        };
+        check(Mode::Auto, Throttling::Off, 1000, "SwitchNow(Predicted)");
+        check(Mode::Auto, Throttling::Auto, 1000, "AnotherRound");
+        // The law was asked about this round and had no answer.
+        check(Mode::Auto, Throttling::Auto, 1800, "SwitchNow(Predicted)");
+        check(Mode::Hybrid, Throttling::Auto, 1000, "SwitchNow(BulkDone)");
     }
 
     #[test]

@@ -137,3 +137,65 @@ impl Source {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::handover::MigrationId;
+    use crate::policy::{Limits, Mode};
+    use crate::source::{SourceConfig, State};
+    use alloc::format;
+    use alloc::string::String;
+    use limosa_pages::BytesPerSecond;
+
+    const PAGES: u32 = 1 << 16;
+
+    fn at(milliseconds: u64) -> Timestamp {
+        Timestamp::from_nanos(milliseconds * 1_000_000)
+    }
+
+    /// A source whose guest wrote all of its memory in the second that the bulk round took, with
+    /// so many looks in between.
+    fn slowed(looks: u64) -> Source {
+        let memory = PageCount::new(u64::from(PAGES));
+        let mut source = Source::new(SourceConfig {
+            id: MigrationId(1),
+            peer: String::new(),
+            mode: Mode::Auto,
+            limits: Limits {
+                throttle: Throttling::Auto,
+                ..Limits::default()
+            },
+            streams: 1,
+            memory,
+            chunk: memory,
+            verify: false,
+            vm: Vec::new(),
+            boot_id: 0,
+        });
+        let writers = |pages: u64| Writers {
+            pages: vec![PageCount::new(pages)],
+            held: Duration::ZERO,
+        };
+        source.state = State::Rounds;
+        source.harvested(at(0), 0, &[PAGES], &writers(0));
+        for look in 0..looks {
+            source.looked(at(100 * (look + 1)), vec![PAGES / 2]);
+        }
+        source.progress.rounds = 1;
+        source.progress.last_round = memory;
+        source.progress.bandwidth = Some(BytesPerSecond::new(4096 * u64::from(PAGES)));
+        source.harvested(at(1000), 1, &[PAGES], &writers(u64::from(PAGES)));
+        source
+    }
+
+    #[test]
+    fn a_look_is_no_harvest_for_the_law() {
+        let (without, with) = (slowed(0), slowed(8));
+        assert!(without.throttle().is_some());
+        assert_eq!(
+            format!("{:?}", with.slowing),
+            format!("{:?}", without.slowing)
+        );
+    }
+}
