@@ -57,7 +57,10 @@ impl MigrationStatus {
         elapsed: Duration,
         unresolved: Option<String>,
     ) -> Self {
-        let report = source.report().clone();
+        let mut report = source.report().clone();
+        if let Some(throttle) = &mut report.throttle {
+            throttle.time = source.throttled_for(elapsed);
+        }
         let progress = source.progress();
         let (round_pages, _) = source.round_progress();
         let round_sent_pages = pages_out

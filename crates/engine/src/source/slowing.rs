@@ -48,6 +48,17 @@ impl Slowing {
 }
 
 impl Source {
+    /// For how long throttles have been in force, `elapsed` after the migration was asked for.
+    pub fn throttled_for(&self, elapsed: Duration) -> Duration {
+        let Slowing {
+            in_force,
+            time_before,
+            ..
+        } = &self.slowing;
+        let now = in_force.map(|(_, since)| elapsed.saturating_sub(since.since(self.begun)));
+        *time_before + now.unwrap_or_default()
+    }
+
     /// Asks the law; a throttle that is another one than before.
     pub(super) fn regulate(&mut self, now: Timestamp, writers: &Writers) -> Option<Throttle> {
         let before = self.slowing.harvested_at.replace(now);
@@ -197,5 +208,18 @@ mod tests {
             format!("{:?}", with.slowing),
             format!("{:?}", without.slowing)
         );
+    }
+
+    #[test]
+    fn the_time_of_a_throttle_goes_on_until_the_guest_is_let_go() {
+        let mut source = slowed(0);
+        let check = |source: &Source, elapsed: u64, expect: u64| {
+            let time = source.throttled_for(Duration::from_millis(elapsed));
+            assert_eq!(time, Duration::from_millis(expect));
+        };
+        check(&source, 1000, 0);
+        check(&source, 1250, 250);
+        source.note_let_go(at(1400));
+        check(&source, 2000, 400);
     }
 }

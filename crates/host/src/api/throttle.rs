@@ -32,8 +32,7 @@ pub struct ThrottleInfo {
 pub struct ThrottleReport {
     /// When that began, since the request.
     pub first_at_ms: f64,
-    /// For how long it was in force, until the guest was paused or let go; as of the last harvest
-    /// while it still is.
+    /// For how long it has been in force, until the guest was paused or let go.
     pub time_ms: f64,
     /// How long vCPUs were held back, all together; as of the last harvest.
     pub held_ms: f64,
