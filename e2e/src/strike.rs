@@ -359,6 +359,19 @@ pub fn remove_ended(daemon: &Daemon) -> VmInfo {
     vm
 }
 
+/// Kills the daemon and, in the next instant, the VM process: in the other order the daemon might live to
+/// see it and to tidy up.
+///
+/// # Panics
+/// If there is none.
+#[track_caller]
+pub fn kill_host(daemon: &mut Daemon) {
+    let pid = daemon.client().vm(VM).expect("it is listed").pid;
+    assert_ne!(pid, 0, "a VM that runs");
+    daemon.kill();
+    process::kill(pid);
+}
+
 /// Kills the VM process of the guest.
 ///
 /// # Panics

@@ -7,7 +7,7 @@
 use limosa_e2e::cases::run_all;
 use limosa_e2e::pair::{assert_back_home, assert_failed, assert_gone};
 use limosa_e2e::points::{Place, TOO_LATE, places_before_commit};
-use limosa_e2e::strike::{Held, Victim, assert_lost, kill_vm, remove_ended};
+use limosa_e2e::strike::{Held, Victim, assert_lost, kill_host, kill_vm, remove_ended};
 use limosa_e2e::{VM, guest, has_kvm, wait};
 use std::fmt;
 
@@ -122,8 +122,7 @@ fn source_vm_killed_before_the_commit() {
 #[test]
 fn source_host_killed_before_the_commit() {
     run_before(Victim::SourceHost, |_, mut held| {
-        kill_vm(&held.pair.a);
-        held.pair.a.kill();
+        kill_host(&mut held.pair.a);
         held.release();
         assert_gone(VM, &held.pair.b);
         held.pair.a.restart();

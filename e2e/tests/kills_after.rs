@@ -13,8 +13,10 @@
 use limosa_e2e::cases::run_all;
 use limosa_e2e::pair::{assert_back_home, assert_failed, assert_is_at};
 use limosa_e2e::points::{Manner, is_complete};
-use limosa_e2e::strike::{COMING_BACK, Held, SERVING, Victim, assert_lost, kill_vm, remove_ended};
-use limosa_e2e::{VM, guest, has_kvm, process};
+use limosa_e2e::strike::{
+    COMING_BACK, Held, SERVING, Victim, assert_lost, kill_host, kill_vm, remove_ended,
+};
+use limosa_e2e::{VM, guest, has_kvm};
 use limosa_engine::policy::Mode;
 use limosa_host::api::VmState;
 use std::fmt;
@@ -282,8 +284,7 @@ fn strike(held: &mut Held, case: &After) {
             }
         }
         Victim::SourceHost => {
-            kill_vm(&held.pair.a);
-            held.pair.a.kill();
+            kill_host(&mut held.pair.a);
             held.release();
             held.pair.a.restart();
         }
@@ -298,9 +299,7 @@ fn the_first_instruction_outlives_the_whole_target() {
     if has_kvm() {
         run_all(&manners.map(Manner::Of), |manner| {
             let mut held = Held::at("target.runs", *manner);
-            let pid = held.pair.b.client().vm(VM).expect("it is listed").pid;
-            held.pair.b.kill();
-            process::kill(pid);
+            kill_host(&mut held.pair.b);
             held.assert_in_doubt();
             held.pair.b.restart();
             let report = held.end();
@@ -326,8 +325,7 @@ fn a_guest_without_its_source_stands_until_it_is_given_up() {
     if has_kvm() {
         run_all(&places.map(Place), |Place((point, manner))| {
             let mut held = Held::at(point, *manner);
-            kill_vm(&held.pair.a);
-            held.pair.a.kill();
+            kill_host(&mut held.pair.a);
             held.release();
             held.assert_stands_until_given_up();
             // Should it come back after all, it hears what was decided.

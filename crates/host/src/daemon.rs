@@ -50,6 +50,8 @@ pub struct Options {
 /// # Errors
 /// One line: another daemon is there, an address is taken or not allowed, a certificate is broken.
 pub fn serve(options: &Options) -> Result<()> {
+    // What one guest needed is not kept for the next.
+    limosa_os::process::return_freed_blocks();
     let credentials = credentials(options)?;
     let state = StateDir::open(&options.state_dir)?;
     let socket = state.host_socket();

@@ -16,6 +16,16 @@ pub fn ignore_hangup() {
     }
 }
 
+/// Gives large blocks of memory back to the kernel as soon as they are freed. By itself the allocator
+/// keeps blocks up to the size of the largest that was ever freed, in each thread's arena.
+pub fn return_freed_blocks() {
+    /// Bytes from which on a block counts as large: the allocator's own first choice.
+    const LARGE: libc::c_int = 128 << 10;
+    // SAFETY: it sets a parameter of the allocator, under the allocator's lock.
+    let is_known = unsafe { libc::mallopt(libc::M_MMAP_THRESHOLD, LARGE) } == 1;
+    debug_assert!(is_known, "the allocator knows the parameter");
+}
+
 /// Starts a command in a session of its own, so that no signal to our terminal or process group
 /// reaches it.
 ///
