@@ -222,6 +222,7 @@ pub(crate) fn start(
                 gathered: Gathered::default(),
                 content: Vec::new(),
                 coded: Vec::new(),
+                is_among_runs: false,
                 start: 0,
                 end: 0,
             };
@@ -292,6 +293,9 @@ struct PushStream {
     content: Vec<u8>,
     /// The same before they were decoded.
     coded: Vec<u8>,
+    /// The last header announced a long run: what is read ahead of the next one would be copied once
+    /// more.
+    is_among_runs: bool,
     start: usize,
     end: usize,
 }
@@ -301,6 +305,8 @@ impl PushStream {
         let memory = self.shared.memory.page_count();
         loop {
             let header = PushHeader::decode(&self.read_header()?, memory)?;
+            self.is_among_runs =
+                matches!(header, PushHeader::Pages(range) if range.count >= DETOUR_PAGES_MIN);
             if !self.continues(header) {
                 self.write_gathered()?;
             }
@@ -472,7 +478,12 @@ impl PushStream {
             self.buffer.copy_within(self.start..self.end, 0);
             self.end -= self.start;
             self.start = 0;
-            let read = self.reader.read(&mut self.buffer[self.end..])?;
+            let until = if self.is_among_runs {
+                PUSH_HEADER_BYTES
+            } else {
+                self.buffer.len()
+            };
+            let read = self.reader.read(&mut self.buffer[self.end..until])?;
             if read == 0 {
                 return Err(io::ErrorKind::UnexpectedEof.into());
             }
