@@ -5,7 +5,7 @@ use crate::vm_process::VmProcess;
 use limosa_engine::handover::{MigrationId, Phase};
 use limosa_os::dirty::TrackerKind;
 use limosa_os::kvm::Kvm;
-use limosa_pages::{ByteCount, PAGE_SIZE, PageCount, PageRange, PagesPerSecond, Pfn};
+use limosa_pages::{ByteCount, PAGE_SIZE, PageRange, PagesPerSecond, Pfn};
 use limosa_vmm::client::VmHandle;
 use limosa_vmm::config::VmConfig;
 use limosa_vmm::machine::Machine;
@@ -130,11 +130,9 @@ fn check_a_throttled_writer(tracker: TrackerKind) {
             "{dirtied}, {left} left"
         );
         let share = slow / quota.get() as f64;
-        // A transparent huge page takes longer to come than a throttled run may be, so the guest needs
-        // several to get one.
-        let is_single = writer.machine.memory().write_unit() == Some(PageCount::new(1));
-        let least = if is_single { 0.3 } else { 0.0 };
-        assert!((least..1.5).contains(&share), "{share} of the quota");
+        // How far below it stays depends on who else wants the processors, and on what a fault takes:
+        // a transparent huge page may take longer to come than a throttled run is.
+        assert!(share < 1.5, "{share} of the quota");
     }
 }
 
