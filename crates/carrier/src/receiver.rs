@@ -436,6 +436,10 @@ impl PushStream {
         if self.gathered.is_empty() {
             return Ok(());
         }
+        // The barrier of the last round wrote what was gathered: this came behind it.
+        if self.shared.owner() != Owner::Streams {
+            return Err(ReceiveError::Late);
+        }
         let (range, content) = (self.gathered.range(), self.gathered.content());
         self.shared.write_fresh(range, content)?;
         self.note(range, content)?;
@@ -506,7 +510,6 @@ impl PushStream {
             self.shared.count(range.count, range.bytes().get());
             return self.write_gathered_units();
         }
-        self.write_gathered()?;
         let offset = range.first.file_offset();
         let length = content_length(range);
         let ahead = length.min(self.end - self.start);
@@ -567,5 +570,49 @@ impl PushStream {
         self.arrived_in_place(range)?;
         self.shared.count(range.count, 0);
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::channel::Channel;
+    use limosa_os::PageKind;
+    use limosa_pages::Pfn;
+    use std::net::{TcpListener, TcpStream};
+
+    /// What a peer sends behind the last barrier waits for the end of its huge page; meanwhile the
+    /// memory has become the guest's.
+    #[test]
+    fn what_was_gathered_too_late_is_not_written() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let socket = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let size = PageCount::new(4).bytes();
+        let memory = Arc::new(SharedMemory::create(size, PageKind::Small).unwrap());
+        let shared = Arc::new(Shared::new(Arc::clone(&memory), false, None));
+        let mut stream = PushStream {
+            index: 0,
+            reader: Channel::plain(socket).reader,
+            shared: Arc::clone(&shared),
+            buffer: Vec::new(),
+            gathered: Gathered::default(),
+            content: Vec::new(),
+            coded: Vec::new(),
+            is_among_runs: false,
+            start: 0,
+            end: 0,
+        };
+        let range = |first| PageRange::new(Pfn::new(first), PageCount::new(1));
+        stream.gathered.append(range(0)).fill(1);
+        stream.write_gathered().unwrap();
+        assert!(!memory.is_zero(Pfn::new(0)));
+        for (page, become_the_guests) in [(1, Shared::serve as fn(&Shared)), (2, Shared::seal)] {
+            stream.gathered.clear();
+            stream.gathered.append(range(page)).fill(1);
+            become_the_guests(&shared);
+            let late = stream.write_gathered().unwrap_err();
+            assert!(matches!(late, ReceiveError::Late), "{late}");
+            assert!(memory.is_zero(Pfn::new(page)));
+        }
     }
 }
