@@ -23,6 +23,7 @@ use crate::bed::{self, Bed, Interrupt, Interrupted};
 use crate::output::Output;
 use anyhow::{Context, Result, anyhow, bail};
 use arguments::{Command, Run};
+use limosa_lab::backing::Backing;
 use limosa_lab::machine::Machine;
 use limosa_lab::plan::{BedKind, Plan};
 use limosa_lab::record::{MoveRecord, Setup};
@@ -66,8 +67,10 @@ fn make_runs(arguments: &Run, output: Output) -> Result<()> {
         program::check(&way.qemu)?;
     }
     if !simulated {
-        for cell in &plan.cells {
-            HostPages::check(cell.pages)?;
+        for backing in Backing::ALL {
+            if plan.cells.iter().any(|cell| cell.pages == backing) {
+                HostPages::check(backing)?;
+            }
         }
     }
     let start = Start {

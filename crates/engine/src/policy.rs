@@ -156,6 +156,11 @@ impl Progress {
         Some(self.fixed_cost.saturating_add(self.copy_time()?))
     }
 
+    /// True if the guest dirtied about as much as was sent: at least nine tenths of it.
+    pub(crate) fn is_stuck(&self) -> bool {
+        self.remaining.get() >= self.last_round.get() / 10 * 9
+    }
+
     /// Time to copy what remains.
     pub(crate) fn copy_time(&self) -> Option<Duration> {
         self.bandwidth?.time_for(self.remaining.bytes())
@@ -317,7 +322,7 @@ impl Policy for Auto {
     fn verdict(&self, progress: &Progress, limits: &Limits) -> Verdict {
         // A guest that dirtied as much as was sent dirties as much in the next round, which takes
         // as long: no round after it will be smaller.
-        let does_not_shrink = progress.remaining.get() >= progress.last_round.get() / 10 * 9;
+        let does_not_shrink = progress.is_stuck();
         // After the bulk round, which says little about it, there may be a forecast, which is
         // rather too low: pre-copy would send what waits four times over, post-copy once. But it
         // is of a guest that writes as fast as it can. If that may be changed, the round is made:

@@ -325,15 +325,15 @@ struct MatrixTable {
     links: Vec<Text<Link>>,
     streams: Option<Vec<u8>>,
     compress: Option<Vec<Compression>>,
-    #[serde(default = "pages_default")]
+    #[serde(default = "only_default")]
     pages: Vec<Backing>,
-    #[serde(default = "dirty_trackers_default")]
+    #[serde(default = "only_default")]
     dirty_trackers: Vec<TrackerKind>,
-    #[serde(default = "push_orders_default")]
+    #[serde(default = "only_default")]
     push_orders: Vec<PushOrder>,
-    #[serde(default = "throttles_default")]
+    #[serde(default = "only_default")]
     throttles: Vec<Throttling>,
-    #[serde(default = "tls_default")]
+    #[serde(default = "only_default")]
     tls: Vec<bool>,
     #[serde(default = "deadlines_default")]
     deadlines: Vec<Text<OrNone<Milliseconds>>>,
@@ -391,24 +391,9 @@ fn links_default() -> Vec<Text<Link>> {
     vec![Text(Link(None))]
 }
 
-fn pages_default() -> Vec<Backing> {
-    vec![Backing::default()]
-}
-
-fn push_orders_default() -> Vec<PushOrder> {
-    vec![PushOrder::default()]
-}
-
-fn throttles_default() -> Vec<Throttling> {
-    vec![Throttling::default()]
-}
-
-fn dirty_trackers_default() -> Vec<TrackerKind> {
-    vec![TrackerKind::default()]
-}
-
-fn tls_default() -> Vec<bool> {
-    vec![false]
+/// Who leaves an axis out has what is usual.
+fn only_default<T: Default>() -> Vec<T> {
+    vec![T::default()]
 }
 
 fn deadlines_default() -> Vec<Text<OrNone<Milliseconds>>> {

@@ -30,6 +30,7 @@ use std::time::Duration;
 use xxhash_rust::xxh3::xxh3_64;
 
 pub use existing::ExistingPages;
+pub use folios::chosen_word;
 pub use warm::warm_free_memory;
 
 /// Bytes in a huge page.

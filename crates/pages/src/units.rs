@@ -120,12 +120,7 @@ impl ByteCount {
 impl BytesPerSecond {
     /// The rate at which `bytes` took `time`, rounded down; `None` when no time passed.
     pub fn measured(bytes: ByteCount, time: Duration) -> Option<Self> {
-        let nanos = time.as_nanos();
-        if nanos == 0 {
-            return None;
-        }
-        let rate = u128::from(bytes.0) * 1_000_000_000 / nanos;
-        Some(Self(u64::try_from(rate).unwrap_or(u64::MAX)))
+        a_second(bytes.0, time).map(Self)
     }
 
     /// Whole pages a second at this rate, rounded down.
@@ -148,13 +143,14 @@ impl BytesPerSecond {
 impl PagesPerSecond {
     /// The rate at which `pages` took `time`, rounded down; `None` when no time passed.
     pub fn measured(pages: PageCount, time: Duration) -> Option<Self> {
-        let nanos = time.as_nanos();
-        if nanos == 0 {
-            return None;
-        }
-        let rate = u128::from(pages.0) * 1_000_000_000 / nanos;
-        Some(Self(u64::try_from(rate).unwrap_or(u64::MAX)))
+        a_second(pages.0, time).map(Self)
     }
+}
+
+/// What `amount` in `time` is in a second, rounded down; `None` when no time passed.
+fn a_second(amount: u64, time: Duration) -> Option<u64> {
+    let rate = (u128::from(amount) * 1_000_000_000).checked_div(time.as_nanos())?;
+    Some(u64::try_from(rate).unwrap_or(u64::MAX))
 }
 
 impl fmt::Display for Pfn {

@@ -216,10 +216,8 @@ impl Process<'_> {
 
     /// The daemon that slows the guest down keeps silent.
     fn let_go(&mut self) {
-        if let Some(machine) = self
-            .machine
-            .as_mut()
-            .filter(|machine| machine.throttled().is_some())
+        if self.is_slowed()
+            && let Some(machine) = &mut self.machine
         {
             tracing::warn!("the daemon is silent: the guest is let go");
             machine.let_go();

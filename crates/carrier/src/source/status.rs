@@ -5,7 +5,7 @@ use limosa_engine::policy::{Limits, Mode};
 use limosa_engine::report::MigrationReport;
 use limosa_engine::source::{Source, Stage};
 use limosa_engine::throttle::Throttle;
-use limosa_pages::{BytesPerSecond, PageCount};
+use limosa_pages::{BytesPerSecond, PageCount, PagesPerSecond};
 use serde::Serialize;
 use std::time::Duration;
 
@@ -67,10 +67,9 @@ impl MigrationStatus {
             .saturating_sub(report.pages_sent())
             .min(round_pages);
         let remaining_pages = round_pages.saturating_sub(round_sent_pages);
-        let dirty_rate = report.rounds.last().and_then(|round| {
-            let seconds = round.time.as_secs_f64();
-            (seconds > 0.0).then(|| (round.dirty_after.get() as f64 / seconds) as u64)
-        });
+        let last = report.rounds.last();
+        let dirty_rate =
+            last.and_then(|last| PagesPerSecond::measured(last.dirty_after, last.time));
         let time_left = progress
             .bandwidth
             .and_then(|rate| rate.time_for(remaining_pages.bytes()));
@@ -83,7 +82,7 @@ impl MigrationStatus {
             round_sent_pages,
             remaining_pages,
             unsent_pages: unsent,
-            dirty_rate,
+            dirty_rate: dirty_rate.map(PagesPerSecond::get),
             throttle: source.throttle(),
             bandwidth: progress.bandwidth,
             predicted_downtime: progress.predicted_downtime(),

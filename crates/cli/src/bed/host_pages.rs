@@ -17,6 +17,7 @@
 
 use anyhow::{Context, anyhow};
 use limosa_lab::backing::Backing;
+use limosa_os::memory::chosen_word;
 use std::fs::{self, File};
 use std::io;
 use std::path::{Path, PathBuf};
@@ -104,7 +105,7 @@ fn changes(settings: &Path, backing: Backing) -> anyhow::Result<Vec<Change>> {
     let mut changes = Vec::new();
     for (file, wanted) in all {
         let text = fs::read_to_string(&file).with_context(unknown)?;
-        let former = chosen(&text).ok_or_else(|| {
+        let former = chosen_word(&text).ok_or_else(|| {
             let file = file.display();
             anyhow!(
                 "{file} marks none of its words as chosen: '{}'",
@@ -135,12 +136,6 @@ fn sizes(settings: &Path) -> io::Result<Vec<(PathBuf, &'static str)>> {
     }
     sizes.sort();
     Ok(sizes)
-}
-
-/// The word in brackets.
-fn chosen(text: &str) -> Option<&str> {
-    let (_, rest) = text.split_once('[')?;
-    rest.split_once(']').map(|(word, _)| word)
 }
 
 fn advice(change: &Change, backing: Backing) -> String {
@@ -175,7 +170,7 @@ mod tests {
         drop(set);
         let former = says();
         for (former, word) in former.iter().zip(words) {
-            let is_back = former == word || Some(former.as_str()) == chosen(word);
+            let is_back = former == word || Some(former.as_str()) == chosen_word(word);
             assert!(is_back, "{backing}: {former} in place of {word}");
         }
     }

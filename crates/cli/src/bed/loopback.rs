@@ -205,10 +205,8 @@ impl Loopback {
         let counted = counted(&guest, observer::now().since(begun));
         stalls.extend(stalls_of(&guest));
         let mut observed = self.observed((begun, ended), &report, &stalls, &counted);
-        observed.others_cpu_share = processors.and_then(|before| {
-            let now = Processors::now(self.hosts.directory())?;
-            now.others_since(&before)
-        });
+        observed.others_cpu_share =
+            processors.and_then(|before| before.others_until_now(self.hosts.directory()));
         let checked = self.check(&before)?;
         self.note_resources()?;
         let way = (NAMES[from], NAMES[to]);

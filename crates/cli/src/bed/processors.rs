@@ -50,8 +50,13 @@ impl Processors {
         Some(Self { all, used, ours })
     }
 
+    /// The share of others from this moment until now, the same processes being ours.
+    pub(crate) fn others_until_now(&self, directory: &Path) -> Option<f64> {
+        Self::now(directory)?.others_since(self)
+    }
+
     /// The share of all processor time since `before` that others used, 0 to 1; `None` if there was none.
-    pub(crate) fn others_since(&self, before: &Self) -> Option<f64> {
+    fn others_since(&self, before: &Self) -> Option<f64> {
         let all = self.all.checked_sub(before.all).filter(|all| *all > 0)?;
         let used = self.used.saturating_sub(before.used);
         // The kernel counts processes to the nanosecond and processors by ticks: the difference of what

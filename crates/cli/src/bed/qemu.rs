@@ -167,10 +167,8 @@ impl QemuBed {
         stalls.extend(self.heard.take_stalls());
         let counted = self.counted(at, begun);
         let mut observed = self.observed((begun, ended), &followed, &stalls, &counted);
-        observed.others_cpu_share = processors.and_then(|before| {
-            let now = Processors::now(self.directory.path())?;
-            now.others_since(&before)
-        });
+        observed.others_cpu_share =
+            processors.and_then(|before| before.others_until_now(self.directory.path()));
         let swept = self.command(at, CommandKind::Sweep, patience(&self.setup))?;
         let errors = |report: &Report| report.errors + report.tsc_backwards;
         let checked = Checked {

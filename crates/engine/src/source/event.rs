@@ -49,6 +49,25 @@ impl SourceConfig {
     }
 }
 
+#[cfg(test)]
+impl SourceConfig {
+    /// One for tests of the parts of a source.
+    pub(super) fn sample(memory: PageCount, chunk: PageCount) -> Self {
+        Self {
+            id: MigrationId(1),
+            peer: String::new(),
+            mode: Mode::PreCopy,
+            limits: Limits::default(),
+            streams: 2,
+            memory,
+            chunk,
+            verify: false,
+            vm: Vec::new(),
+            boot_id: 0,
+        }
+    }
+}
+
 /// A part of a round: sent by one stream after its dirty log was cleared.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Piece {

@@ -130,9 +130,6 @@ impl Forecast {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::handover::MigrationId;
-    use crate::policy::{Limits, Mode};
-    use alloc::string::String;
     use limosa_pages::Pfn;
 
     const CHUNKS: u64 = 40;
@@ -145,25 +142,14 @@ mod tests {
     /// ten, all of them within `sweep` ms after a clear; what the next round is said to leave, in
     /// percent of the pages that it sends.
     fn percent(sweep: u64, next: u64) -> u64 {
-        let config = SourceConfig {
-            id: MigrationId(1),
-            peer: String::new(),
-            mode: Mode::Auto,
-            limits: Limits::default(),
-            streams: 2,
-            memory: PageCount::new(CHUNKS * 512),
-            chunk: PageCount::new(512),
-            verify: false,
-            vm: Vec::new(),
-            boot_id: 0,
-        };
+        let planned = PageCount::new(CHUNKS * 512);
+        let config = SourceConfig::sample(planned, PageCount::new(512));
         let dirty = |now: u64| -> Vec<u32> {
             let age = |chunk: u64| now.saturating_sub(chunk * 25);
             (0..CHUNKS)
                 .map(|chunk| (512 * age(chunk).min(sweep) / sweep) as u32 * u32::from(chunk < 10))
                 .collect()
         };
-        let planned = PageCount::new(CHUNKS * 512);
         let mut forecast = Forecast::new(&config, planned, at(0));
         let mut looks = 0;
         for chunk in 0..CHUNKS {

@@ -331,24 +331,11 @@ fn cut(round: u32, dirty: &[u32], config: &SourceConfig, everything: bool) -> Ve
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::handover::MigrationId;
-    use crate::policy::{Limits, Mode};
     use alloc::string::String;
     use proptest::prelude::*;
 
     fn config(memory: u64, chunk: u64) -> SourceConfig {
-        SourceConfig {
-            id: MigrationId(1),
-            peer: String::new(),
-            mode: Mode::PreCopy,
-            limits: Limits::default(),
-            streams: 2,
-            memory: PageCount::new(memory),
-            chunk: PageCount::new(chunk),
-            verify: false,
-            vm: Vec::new(),
-            boot_id: 0,
-        }
+        SourceConfig::sample(PageCount::new(memory), PageCount::new(chunk))
     }
 
     proptest! {

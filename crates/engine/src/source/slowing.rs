@@ -35,6 +35,12 @@ impl Slowing {
         }
     }
 
+    /// For how long throttles have been in force by that time.
+    fn time(&self, now: Timestamp) -> Duration {
+        let current = self.in_force.map(|(_, since)| now.since(since));
+        self.time_before + current.unwrap_or_default()
+    }
+
     /// Pages of each vCPU since the last look.
     fn take_pages(&mut self, writers: &Writers) -> Vec<PageCount> {
         let before = core::mem::replace(&mut self.pages, writers.pages.clone());
@@ -50,13 +56,7 @@ impl Slowing {
 impl Source {
     /// For how long throttles have been in force, `elapsed` after the migration was asked for.
     pub fn throttled_for(&self, elapsed: Duration) -> Duration {
-        let Slowing {
-            in_force,
-            time_before,
-            ..
-        } = &self.slowing;
-        let now = in_force.map(|(_, since)| elapsed.saturating_sub(since.since(self.begun)));
-        *time_before + now.unwrap_or_default()
+        self.slowing.time(self.begun.after(elapsed))
     }
 
     /// Asks the law; a throttle that is another one than before.
@@ -69,13 +69,12 @@ impl Source {
         if self.config.limits.throttle == Throttling::Off || is_bulk {
             return None;
         }
-        let last_round = self.progress.last_round.get();
         let seen = Observation {
             bandwidth: self.progress.bandwidth?,
             time: now.since(before?),
             dirtied: self.progress.remaining,
             by_vcpu: &by_vcpu,
-            is_stuck: self.progress.remaining.get() >= last_round / 10 * 9,
+            is_stuck: self.progress.is_stuck(),
         };
         let former = self.slowing.regulator.current();
         let next = self.slowing.regulator.regulate(&seen)?;
@@ -128,9 +127,8 @@ impl Source {
     /// The guest is let go, or was by whoever paused it at that time.
     pub(super) fn note_let_go(&mut self, at: Timestamp) {
         self.note_time(at);
-        if let Some((_, since)) = self.slowing.in_force.take() {
-            self.slowing.time_before += at.since(since);
-        }
+        self.slowing.time_before = self.slowing.time(at);
+        self.slowing.in_force = None;
         self.slowing.regulator.let_go();
     }
 
@@ -142,9 +140,8 @@ impl Source {
     }
 
     fn note_time(&mut self, now: Timestamp) {
-        if let (Some(report), Some((_, since))) = (&mut self.report.throttle, self.slowing.in_force)
-        {
-            report.time = self.slowing.time_before + now.since(since);
+        if let Some(report) = &mut self.report.throttle {
+            report.time = self.slowing.time(now);
         }
     }
 }
@@ -152,11 +149,9 @@ impl Source {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::handover::MigrationId;
     use crate::policy::{Limits, Mode};
     use crate::source::{SourceConfig, State};
     use alloc::format;
-    use alloc::string::String;
     use limosa_pages::BytesPerSecond;
 
     const PAGES: u32 = 1 << 16;
@@ -170,19 +165,12 @@ mod tests {
     fn slowed(looks: u64) -> Source {
         let memory = PageCount::new(u64::from(PAGES));
         let mut source = Source::new(SourceConfig {
-            id: MigrationId(1),
-            peer: String::new(),
             mode: Mode::Auto,
             limits: Limits {
                 throttle: Throttling::Auto,
                 ..Limits::default()
             },
-            streams: 1,
-            memory,
-            chunk: memory,
-            verify: false,
-            vm: Vec::new(),
-            boot_id: 0,
+            ..SourceConfig::sample(memory, memory)
         });
         let writers = |pages: u64| Writers {
             pages: vec![PageCount::new(pages)],

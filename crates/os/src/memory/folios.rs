@@ -14,10 +14,11 @@ pub(super) fn may_be_large() -> bool {
 }
 
 fn is_any_large(settings: &Path) -> bool {
-    let chosen = |file: &Path| chosen(&fs::read_to_string(file).unwrap_or_default());
-    let is_large = |word: &str| matches!(word, "always" | "within_size" | "force");
-    let all_sizes = chosen(&settings.join("shmem_enabled"));
-    if is_large(&all_sizes) {
+    let is_large = |file: &Path| {
+        let text = fs::read_to_string(file).unwrap_or_default();
+        matches!(chosen_word(&text), Some("always" | "within_size" | "force"))
+    };
+    if is_large(&settings.join("shmem_enabled")) {
         return true;
     }
     let sizes = fs::read_dir(settings).into_iter().flatten().flatten();
@@ -28,15 +29,13 @@ fn is_any_large(settings: &Path) -> bool {
                 .to_string_lossy()
                 .starts_with("hugepages-")
         })
-        .any(|entry| is_large(&chosen(&entry.path().join("shmem_enabled"))))
+        .any(|entry| is_large(&entry.path().join("shmem_enabled")))
 }
 
-/// The word in brackets.
-fn chosen(text: &str) -> String {
-    let inside = text
-        .split_once('[')
-        .and_then(|(_, rest)| rest.split_once(']'));
-    inside.map_or_else(String::new, |(word, _)| word.to_owned())
+/// The word in brackets: of those that a setting of the kernel can have, the one that it has.
+pub fn chosen_word(text: &str) -> Option<&str> {
+    let (_, rest) = text.split_once('[')?;
+    rest.split_once(']').map(|(word, _)| word)
 }
 
 #[cfg(test)]
