@@ -1,7 +1,7 @@
 //! What a machine answers: where it is in its life, what a pause found, what a load refused.
 
 use limosa_engine::Timestamp;
-use limosa_pages::{PageCount, PageSet, Pfn};
+use limosa_pages::{PageSet, Pfn};
 use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::time::Duration;
@@ -97,16 +97,6 @@ pub struct SaveTimes {
     pub saved: Timestamp,
     /// The guest's time stamp counter, on vCPU 0, at [`SaveTimes::stopped_first`].
     pub stopped_guest_tsc: u64,
-}
-
-/// What the vCPUs have done since tracking began.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Writers {
-    /// Pages that each vCPU has dirtied, in their order; empty if the tracker does not count them. A
-    /// page that is dirtied anew after it was protected again counts anew.
-    pub dirtied: Vec<PageCount>,
-    /// How long vCPUs were held back by a throttle, all together.
-    pub held: Duration,
 }
 
 /// A machine that has just begun to run.

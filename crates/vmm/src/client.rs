@@ -5,7 +5,7 @@
 //! written without asking. A request that gets no answer in time ends the connection, since a late
 //! answer would be taken for that of the next one.
 
-use crate::answer::{Loaded, RunState, Running, Saved, SectionInfo, Writers};
+use crate::answer::{Loaded, RunState, Running, Saved, SectionInfo};
 use crate::config::VmConfig;
 use crate::process::command_number;
 use crate::protocol::{
@@ -13,9 +13,10 @@ use crate::protocol::{
     in_one_line,
 };
 use crate::state::STATE_BYTES_MAX;
-use crate::throttle::Throttle;
 use limosa_engine::Timestamp;
 use limosa_engine::handover::{MigrationId, Phase};
+use limosa_engine::source::Writers;
+use limosa_engine::throttle::Throttle;
 use limosa_micro_abi::{CommandKind, PAGE_BYTES, Report, memory_map};
 use limosa_os::bitmap::BitmapError;
 use limosa_os::dirty::TrackerKind;

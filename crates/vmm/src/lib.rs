@@ -26,6 +26,6 @@ mod ports;
 pub mod process;
 mod protocol;
 pub mod state;
-pub mod throttle;
+mod throttle;
 
 pub use elf::ElfError;

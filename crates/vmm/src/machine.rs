@@ -29,17 +29,19 @@ mod time;
 mod vcpu_state;
 mod vcpu_thread;
 
-use crate::answer::{ExitReason, Loaded, RunState, Running, SaveTimes, Writers};
+use crate::answer::{ExitReason, Loaded, RunState, Running, SaveTimes};
 use crate::boot::{self, BootError};
 use crate::config::{ConfigError, VmConfig, is_same_rate};
 use crate::cpu;
 use crate::layout;
 use crate::ports::{MicroDevice, Ports};
 use crate::state::{StateError, Writer};
-use crate::throttle::Throttle;
+use crate::throttle;
 pub use faults::HeldFaults;
 use first_needed::Place;
 use limosa_engine::Timestamp;
+use limosa_engine::source::Writers;
+use limosa_engine::throttle::Throttle;
 use limosa_micro_abi::CommandKind;
 use limosa_os::bitmap::BitmapError;
 use limosa_os::kvm::{Kvm, KvmError, Vcpu, Vm};
@@ -422,7 +424,7 @@ impl Machine {
         if !self.vm.is_tracking() {
             return Err(MachineError::Throttle("its writes are not tracked"));
         }
-        if !throttle.is_sound() {
+        if !throttle::is_sound(throttle) {
             return Err(MachineError::Throttle("it would not get on at all"));
         }
         let needs_vcpus = matches!(throttle, Throttle::PerVcpu { .. });
@@ -461,9 +463,9 @@ impl Machine {
 
     /// What the vCPUs have done since tracking began.
     pub fn writers(&self) -> Writers {
-        let dirtied = self.vm.dirtied().into_iter().map(PageCount::new);
+        let pages = self.vm.dirtied().into_iter().map(PageCount::new);
         Writers {
-            dirtied: dirtied.collect(),
+            pages: pages.collect(),
             held: self.shared.rule.held(),
         }
     }

@@ -8,7 +8,7 @@
 //! Invariants: the guest runs only in a phase that permits it; the phase changes only along legal
 //! steps; a commit is recorded before the first instruction; the socket is gone when the process is.
 
-use crate::answer::{RunState, Running, Writers};
+use crate::answer::{RunState, Running};
 use crate::arrival_note;
 use crate::config::VmConfig;
 use crate::machine::{Machine, MachineError, Snapshot};
@@ -18,6 +18,7 @@ use crate::protocol::{
 use crate::state;
 use limosa_engine::Timestamp;
 use limosa_engine::handover::{IllegalTransition, MigrationId, OnDaemonLost, Phase};
+use limosa_engine::source::Writers;
 use limosa_micro_abi::CommandKind;
 use limosa_os::userfault::FaultPath;
 use limosa_os::{process as os_process, socket, thread as os_thread};

@@ -5,11 +5,12 @@
 //! first bytes of a frame. Neither side trusts the other: lengths are limited, buffers grow as bytes
 //! arrive, and whatever does not fit ends the connection.
 
-use crate::answer::{Loaded, RunState, Running, SaveTimes, SectionInfo, Writers};
+use crate::answer::{Loaded, RunState, Running, SaveTimes, SectionInfo};
 use crate::config::VmConfig;
-use crate::throttle::Throttle;
 use limosa_engine::Timestamp;
 use limosa_engine::handover::{MigrationId, Phase};
+use limosa_engine::source::Writers;
+use limosa_engine::throttle::Throttle;
 use limosa_os::descriptor;
 use limosa_pages::{PageCount, PageRange, Pfn};
 use serde::de::DeserializeOwned;

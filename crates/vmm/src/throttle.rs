@@ -16,10 +16,11 @@
 //! `[QEMU]` auto-converge sleeps as long as it takes after each 10 ms of running, up to a second. Differs:
 //! many short sleeps instead of one long one, since what the guest's clients notice is the longest.
 //!
-//! Deliberately absent: how much a guest may write. That is the engine's law.
+//! Deliberately absent: how much a guest may write. That is the engine's law
+//! ([`limosa_engine::throttle`]).
 
+use limosa_engine::throttle::{Share, Throttle};
 use limosa_pages::PagesPerSecond;
-use serde::{Deserialize, Serialize};
 use std::time::Duration;
 
 /// Longest sleep at once.
@@ -40,32 +41,13 @@ const OWED_MAX: Duration = Duration::from_secs(1);
 /// What was not used before may be used up later, as far as this.
 const SAVED_MAX: Duration = Duration::from_millis(10);
 /// The whole, for shares.
-const THOUSANDTHS: u16 = 1000;
+const THOUSANDTHS: u16 = Share::WHOLE.thousandths();
 
-/// What a vCPU may do.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub enum Throttle {
-    /// Each may dirty so many pages a second.
-    PerVcpu {
-        /// More than zero.
-        quota: PagesPerSecond,
-    },
-    /// Each may be in the guest for a share of the time.
-    Equal {
-        /// 1 to 1000.
-        share_thousandths: u16,
-    },
-}
-
-impl Throttle {
-    /// Whether it is one that can be carried out.
-    pub const fn is_sound(self) -> bool {
-        match self {
-            Self::PerVcpu { quota } => quota.get() > 0,
-            Self::Equal { share_thousandths } => {
-                share_thousandths >= 1 && share_thousandths <= THOUSANDTHS
-            }
-        }
+/// Whether it is a throttle that can be carried out. One that came over a socket may be any.
+pub(crate) const fn is_sound(throttle: Throttle) -> bool {
+    match throttle {
+        Throttle::PerVcpu { quota } => quota.get() > 0,
+        Throttle::Equal { share } => share.thousandths() >= 1 && share.thousandths() <= THOUSANDTHS,
     }
 }
 
@@ -117,7 +99,7 @@ impl Account {
             doublings: 0,
             look_after: match throttle {
                 Throttle::PerVcpu { .. } => LOOK_MIN,
-                Throttle::Equal { share_thousandths } => run_for_a_sleep(share_thousandths),
+                Throttle::Equal { share } => run_for_a_sleep(share),
             },
         }
     }
@@ -131,9 +113,10 @@ impl Account {
     pub(crate) fn look(&mut self, seen: Seen) -> Sentence {
         let added = match self.throttle {
             Throttle::PerVcpu { quota } => self.written(seen, quota) - nanos(seen.passed),
-            Throttle::Equal { share_thousandths } => {
-                let rest = i64::from(THOUSANDTHS - share_thousandths);
-                let owed = nanos(seen.ran).saturating_mul(rest) / i64::from(share_thousandths);
+            Throttle::Equal { share } => {
+                let share = share.thousandths();
+                let rest = i64::from(THOUSANDTHS - share);
+                let owed = nanos(seen.ran).saturating_mul(rest) / i64::from(share);
                 owed.saturating_sub(nanos(seen.held))
             }
         };
@@ -177,9 +160,9 @@ impl Account {
 }
 
 /// The run for which a vCPU with that share owes one sleep.
-fn run_for_a_sleep(share_thousandths: u16) -> Duration {
-    let rest = THOUSANDTHS - share_thousandths;
-    let run = (SLEEP_MAX * u32::from(share_thousandths)).checked_div(u32::from(rest));
+fn run_for_a_sleep(share: Share) -> Duration {
+    let rest = THOUSANDTHS - share.thousandths();
+    let run = (SLEEP_MAX * u32::from(share.thousandths())).checked_div(u32::from(rest));
     run.unwrap_or(LOOK_MAX).clamp(RUN_MIN, LOOK_MAX)
 }
 
@@ -248,7 +231,7 @@ mod tests {
 
     #[test]
     fn everybody_runs_for_an_equal_share() {
-        for (share_thousandths, late, expect) in [
+        for (thousandths, late, expect) in [
             (1000, 0, 1.0),
             (900, 5, 0.9),
             (500, 5, 0.5),
@@ -256,8 +239,9 @@ mod tests {
             (250, 100, 0.25),
             (50, 5, 0.05),
         ] {
-            let throttle = Throttle::Equal { share_thousandths };
-            assert!(throttle.is_sound());
+            let share = Share::clamped(thousandths);
+            let throttle = Throttle::Equal { share };
+            assert!(is_sound(throttle));
             let (_, share, longest) = live(throttle, 0, Duration::from_micros(late));
             let error = (share - expect).abs() / expect;
             assert!(error < 0.1, "{share} instead of {expect}");
@@ -270,7 +254,7 @@ mod tests {
         const FAULT: Duration = Duration::from_micros(700);
         let mut account = Account::new(
             Throttle::Equal {
-                share_thousandths: 50,
+                share: Share::clamped(50),
             },
             0,
         );
@@ -302,6 +286,6 @@ mod tests {
         let none = Throttle::PerVcpu {
             quota: PagesPerSecond::new(0),
         };
-        assert!(!none.is_sound());
+        assert!(!is_sound(none));
     }
 }

@@ -11,7 +11,6 @@ use limosa_os::userfault::PageInstaller;
 use limosa_pages::{PageRange, PageSet};
 use limosa_vmm::answer::RunState;
 use limosa_vmm::client::{VmError, VmHandle};
-use limosa_vmm::throttle as vmm_throttle;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -43,15 +42,6 @@ impl From<limosa_vmm::answer::Saved> for Saved {
     }
 }
 
-const fn as_the_machine_has_it(throttle: Throttle) -> vmm_throttle::Throttle {
-    match throttle {
-        Throttle::PerVcpu { quota } => vmm_throttle::Throttle::PerVcpu { quota },
-        Throttle::Equal { share } => vmm_throttle::Throttle::Equal {
-            share_thousandths: share.thousandths(),
-        },
-    }
-}
-
 impl Guest for VmHandle {
     fn description(&self) -> Result<Vec<u8>, GuestError> {
         Ok(self.description())
@@ -70,15 +60,11 @@ impl Guest for VmHandle {
     }
 
     fn throttle(&self, throttle: Option<Throttle>) -> Result<(), GuestError> {
-        Ok(self.throttle(throttle.map(as_the_machine_has_it))?)
+        Ok(self.throttle(throttle)?)
     }
 
     fn harvest(&self, into: &mut PageSet) -> Result<Writers, GuestError> {
-        let writers = self.harvest(into)?;
-        Ok(Writers {
-            pages: writers.dirtied,
-            held: writers.held,
-        })
+        Ok(self.harvest(into)?)
     }
 
     fn harvests_freely(&self) -> bool {

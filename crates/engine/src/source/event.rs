@@ -120,7 +120,8 @@ pub struct SentPiece {
 /// What the vCPUs have done since tracking began.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Writers {
-    /// Pages that each vCPU has dirtied, in order of the vCPUs; empty where nobody counts.
+    /// Pages that each vCPU has dirtied, in order of the vCPUs; empty where nobody counts. A page that is
+    /// dirtied anew after it was protected again counts anew.
     pub pages: Vec<PageCount>,
     /// How long they were held back by a throttle, all together.
     pub held: Duration,

@@ -5,7 +5,8 @@
 //! one look at a number before each entry.
 
 use super::seat::Shared;
-use crate::throttle::{Account, Seen, Throttle};
+use crate::throttle::{Account, Seen};
+use limosa_engine::throttle::Throttle;
 use limosa_os::alarm::Alarm;
 use limosa_os::kvm::{Vcpu, kvm_regs};
 use std::sync::atomic::{AtomicU64, Ordering};

@@ -173,6 +173,19 @@ pub(crate) fn wait_until(mut is_so: impl FnMut() -> bool) {
     }
 }
 
+/// Which of its pages a [`STORM`] writes that number to.
+const fn storm_page(number: u64) -> u64 {
+    number.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 54
+}
+
+/// Waits until each vCPU of a [`STORM`] has made its first write.
+pub(crate) fn wait_for_storm(memory: &SharedMemory, vcpus: u64) {
+    for vcpu in 0..vcpus {
+        let at = DATA + storm_page(vcpu + 1 + 8) * PAGE_SIZE + (vcpu + 1) * 8;
+        wait_until(|| memory.read_word(at).unwrap() != 0);
+    }
+}
+
 /// Checks every page that a paused [`STORM`] has written: each holds the last number that hashes to
 /// it, so no page is stale. How many numbers it has written.
 pub(crate) fn check_storm(memory: &SharedMemory, state: &[u8], vcpus: u16) -> u64 {
@@ -196,7 +209,7 @@ pub(crate) fn check_storm(memory: &SharedMemory, state: &[u8], vcpus: u16) -> u6
         let mut missing = PAGES;
         let mut number = last;
         while number > start && missing > 0 {
-            let page = usize::try_from(number.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 54).unwrap();
+            let page = usize::try_from(storm_page(number)).unwrap();
             if expect[page] == 0 {
                 expect[page] = number;
                 missing -= 1;

@@ -3,13 +3,13 @@
 use crate::guests::*;
 use crate::vm_process::VmProcess;
 use limosa_engine::handover::{MigrationId, Phase};
+use limosa_engine::throttle::{Share, Throttle};
 use limosa_os::dirty::TrackerKind;
 use limosa_os::kvm::Kvm;
 use limosa_pages::{ByteCount, PAGE_SIZE, PageRange, PagesPerSecond, Pfn};
 use limosa_vmm::client::VmHandle;
 use limosa_vmm::config::VmConfig;
 use limosa_vmm::machine::Machine;
-use limosa_vmm::throttle::Throttle;
 use std::time::{Duration, Instant};
 
 /// Pages that the guest writes for an order: in some 150 ms if nobody holds it back.
@@ -100,7 +100,7 @@ fn check_a_throttled_writer(tracker: TrackerKind) {
         Throttle::PerVcpu { quota }
     } else {
         Throttle::Equal {
-            share_thousandths: 1000 / SLOWER as u16,
+            share: Share::clamped(1000 / SLOWER),
         }
     };
     writer.machine.throttle(throttle).unwrap();
@@ -122,8 +122,8 @@ fn check_a_throttled_writer(tracker: TrackerKind) {
         after.held > before.held + Duration::from_millis(200),
         "{after:?}"
     );
-    assert_eq!(after.dirtied.len(), usize::from(tracker.knows_vcpus()));
-    for (before, after) in before.dirtied.iter().zip(&after.dirtied) {
+    assert_eq!(after.pages.len(), usize::from(tracker.knows_vcpus()));
+    for (before, after) in before.pages.iter().zip(&after.pages) {
         let dirtied = after.get() - before.get();
         assert!(
             dirtied.abs_diff(PAGES - left) < 2000,
@@ -144,11 +144,11 @@ fn a_throttled_guest_can_be_paused_and_lives_on() {
     }
     let mut machine = machine(&STORM, 2);
     machine.run().unwrap();
+    // The first instructions are before its first write, and that takes longer on a slow machine.
+    wait_for_storm(machine.memory(), 2);
     machine.start_tracking().unwrap();
-    let share_thousandths = 50;
-    machine
-        .throttle(Throttle::Equal { share_thousandths })
-        .unwrap();
+    let share = Share::clamped(50);
+    machine.throttle(Throttle::Equal { share }).unwrap();
     for _ in 0..20 {
         let snapshot = machine.pause_and_save(true).unwrap();
         check_storm(machine.memory(), &snapshot.sections, 2);
@@ -172,7 +172,7 @@ fn slowed(phases: &[Phase]) -> (tempfile::TempDir, VmProcess, VmHandle) {
         vm.record(phase).unwrap();
     }
     let throttle = Throttle::Equal {
-        share_thousandths: 100,
+        share: Share::clamped(100),
     };
     let early = vm.throttle(Some(throttle)).unwrap_err().to_string();
     assert_eq!(
