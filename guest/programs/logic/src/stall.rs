@@ -147,7 +147,9 @@ mod tests {
         let groups = |report: &Report| {
             let groups = report.stall_groups.iter();
             let groups = groups.filter(|group| group.count > 0);
-            groups.map(|group| (group.count, group.ticks)).collect::<Vec<_>>()
+            groups
+                .map(|group| (group.count, group.ticks))
+                .collect::<Vec<_>>()
         };
         assert_eq!(groups(&report), [(3, 641_000), (1, 5_000_000)]);
         clear(&mut report);
