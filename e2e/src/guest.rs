@@ -14,7 +14,8 @@ const SWEEP_MAX: Duration = Duration::from_secs(60);
 pub fn writer(name: &str, args: &str) -> VmSpec {
     VmSpec {
         name: name.to_owned(),
-        micro: "writer".to_owned(),
+        micro: Some("writer".to_owned()),
+        linux: None,
         args: args.to_owned(),
         memory_bytes: 64 << 20,
         vcpus: 1,

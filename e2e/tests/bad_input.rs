@@ -53,6 +53,13 @@ run new --micro $DIR/low-segment
 run new --micro $DIR/high-segment
 run new --micro $DIR/nothing
 run new --micro reader
+run new
+run new --kernel $DIR/missing.elf
+run new --kernel $DIR
+run new --kernel $DIR/text
+run new --kernel $DIR/text --initrd $DIR/missing.elf
+run new --kernel $DIR/text --micro writer
+run new --initrd $DIR/text --micro writer
 run new --micro writer --memory 0
 run new --micro writer --memory 64K
 run new --micro writer --memory 3000001

@@ -138,16 +138,38 @@ Examples:
   limosa run web --micro writer --args 'ws=64M rate=50000' --memory 1G --vcpus 2
   limosa run calm --micro idle --memory 256M
   limosa run mine --micro ./my-guest.elf --memory 64M
+  limosa run debian --kernel vmlinuz --initrd initrd.img --cmdline console=ttyS0 --memory 1G
 
-The programs and their arguments are described in docs/micro-guests.md.")]
+The programs and their arguments are described in docs/micro-guests.md, guests with a kernel in
+docs/linux-guests.md.")]
+#[command(group(clap::ArgGroup::new("program").required(true).args(["micro", "kernel"])))]
 pub(crate) struct Run {
     /// Name of the virtual machine: letters, digits, '-', '_', '.'
     pub name: String,
-    /// Program of the guest: writer, idle, compute, or an ELF file
+    /// Program of a guest without a kernel: writer, idle, compute, or an ELF file
     #[arg(long, value_name = "PROGRAM|FILE")]
-    pub micro: String,
+    pub micro: Option<String>,
+    /// Stock Linux kernel to boot: a bzImage, as distributions have in /boot/vmlinuz
+    #[arg(long, value_name = "FILE")]
+    pub kernel: Option<PathBuf>,
+    /// Initial file system of the kernel
+    #[arg(long, value_name = "FILE", conflicts_with = "micro")]
+    pub initrd: Option<PathBuf>,
+    /// Command line of the kernel
+    #[arg(
+        long,
+        value_name = "TEXT",
+        conflicts_with = "micro",
+        default_value = "console=ttyS0"
+    )]
+    pub cmdline: String,
     /// Arguments of the program: key=value key=value
-    #[arg(long, value_name = "TEXT", default_value = "")]
+    #[arg(
+        long,
+        value_name = "TEXT",
+        default_value = "",
+        conflicts_with = "kernel"
+    )]
     pub args: String,
     /// Memory of the guest
     #[arg(long, value_name = "SIZE", default_value = "256M")]

@@ -15,8 +15,8 @@ pub use limosa_carrier::{Compression, PushOrder};
 pub use limosa_engine::throttle::Throttling;
 pub use limosa_os::dirty::TrackerKind;
 pub use machine::{
-    CommandBody, CommandKind, FirstError, GuestReport, SectionInfo, Stall, StallGroup, VcpuReport,
-    VmInfo, VmSpec, VmState,
+    CommandBody, CommandKind, FirstError, GuestReport, LinuxSpec, SectionInfo, Stall, StallGroup,
+    VcpuReport, VmInfo, VmSpec, VmState,
 };
 pub use migration::{
     Downtime, FaultLatency, IncomingInfo, LimitsInfo, LimitsPatch, MigrateAnswer, MigrateBody,

@@ -11,6 +11,7 @@
 //!
 //! Deliberately absent: split interrupt controllers, nested virtualisation.
 
+mod interrupt;
 pub(crate) mod request;
 pub(crate) mod slots;
 pub mod vcpu;
@@ -29,6 +30,7 @@ use std::io;
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
 
+pub use interrupt::InterruptLine;
 pub use request::{VcpuPart, VmPart};
 pub use slots::Region;
 pub use vcpu::{Exit, Kicker, Vcpu};
@@ -123,6 +125,12 @@ impl Kvm {
     /// True if a guest's time stamp counter can run at a rate other than the host's.
     pub fn scales_tsc(&self) -> bool {
         self.0.check_extension(Cap::TscControl)
+    }
+
+    /// True if a local interrupt controller can interrupt at a count of the time stamp counter. KVM
+    /// says so apart from the CPUID table, since it is the interrupt controller's.
+    pub fn has_tsc_deadline(&self) -> bool {
+        self.0.check_extension(Cap::TscDeadlineTimer)
     }
 
     /// Makes a machine without memory and vCPUs, whose writes that tracker will notice.

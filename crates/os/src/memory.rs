@@ -14,6 +14,7 @@ mod existing;
 mod extents;
 mod folios;
 mod transfer;
+mod view;
 mod warm;
 
 use crate::mapping::{Access, Mapping};
@@ -31,6 +32,7 @@ use xxhash_rust::xxh3::xxh3_64;
 
 pub use existing::ExistingPages;
 pub use folios::chosen_word;
+pub use view::{GuestView, ViewPart, view};
 pub use warm::warm_free_memory;
 
 /// Bytes in a huge page.

@@ -27,6 +27,10 @@ pub enum ExitReason {
         /// What it said; zero is success.
         status: u32,
     },
+    /// It switched itself off.
+    PoweredOff,
+    /// It reset itself, which a machine does not outlive: a reboot, or the end of a panic.
+    Reset,
     /// A fault in a fault handler, or without one.
     TripleFault {
         /// Which vCPU.
@@ -61,6 +65,8 @@ impl fmt::Display for ExitReason {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Finished { status } => write!(f, "the guest finished with status {status}"),
+            Self::PoweredOff => write!(f, "the guest switched itself off"),
+            Self::Reset => write!(f, "the guest reset itself: it rebooted, or panicked"),
             Self::TripleFault { vcpu } => write!(f, "triple fault on vCPU {vcpu}"),
             Self::Halted { vcpu } => write!(f, "vCPU {vcpu} halted with nothing to wake it"),
             Self::Failed { vcpu, what } => write!(f, "vCPU {vcpu}: {what}"),

@@ -6,11 +6,12 @@
 //! answer would be taken for that of the next one.
 
 use crate::answer::{Loaded, RunState, Running, Saved, SectionInfo};
+use crate::boot::linux::LinuxImage;
 use crate::config::VmConfig;
 use crate::process::command_number;
 use crate::protocol::{
-    self, FIRST_NEEDED_MAX, Faults, Frame, FrameError, PROTOCOL_VERSION, Refusal, Reply, Request,
-    in_one_line,
+    self, Boot, FIRST_NEEDED_MAX, Faults, Frame, FrameError, PROTOCOL_VERSION, Refusal, Reply,
+    Request, in_one_line,
 };
 use crate::state::STATE_BYTES_MAX;
 use limosa_engine::Timestamp;
@@ -26,7 +27,7 @@ use limosa_os::{MemoryError, SharedBitmap, SharedMemory, socket};
 use limosa_pages::{PageCount, PageRange, PageSet, Pfn};
 use std::io;
 use std::net::{Shutdown, SocketAddr};
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
@@ -236,9 +237,31 @@ impl VmHandle {
         let request = Request::Create {
             config: config.clone(),
             phase,
-            has_image: elf.is_some(),
+            boot: if elf.is_some() {
+                Boot::Micro
+            } else {
+                Boot::Nothing
+            },
         };
         let frame = self.exchange(&request, elf.unwrap_or_default())?;
+        self.attach(frame)
+    }
+
+    /// Makes the machine and boots a stock kernel in it. It does not run yet.
+    ///
+    /// # Errors
+    /// There is one, it is not possible here, or the kernel is none or does not fit.
+    pub fn create_linux(&self, config: &VmConfig, image: &LinuxImage) -> Result<(), VmError> {
+        let request = Request::Create {
+            config: config.clone(),
+            phase: Phase::Running,
+            boot: Boot::Linux {
+                cmdline: image.cmdline.clone(),
+            },
+        };
+        let files = [Some(&image.kernel), image.initrd.as_ref()];
+        let files: Vec<BorrowedFd<'_>> = files.into_iter().flatten().map(AsFd::as_fd).collect();
+        let frame = self.exchange_with(&request, &[], &files)?;
         self.attach(frame)
     }
 
@@ -669,6 +692,16 @@ impl VmHandle {
 
     /// One request and its reply. A refusal is an error.
     fn exchange(&self, request: &Request, bytes: &[u8]) -> Result<Frame<Reply>, VmError> {
+        self.exchange_with(request, bytes, &[])
+    }
+
+    /// The same, with descriptors.
+    fn exchange_with(
+        &self,
+        request: &Request,
+        bytes: &[u8],
+        descriptors: &[BorrowedFd<'_>],
+    ) -> Result<Frame<Reply>, VmError> {
         let mut connection = self
             .connection
             .lock()
@@ -679,7 +712,7 @@ impl VmHandle {
         let Some(Connection(socket)) = connection.as_ref() else {
             unreachable!("it was made just now")
         };
-        let sent = protocol::send(socket, request, bytes, &[]);
+        let sent = protocol::send(socket, request, bytes, descriptors);
         // A process that another daemon controls says so and closes, perhaps before it was asked.
         let is_closed = |error: &io::Error| error.kind() == io::ErrorKind::BrokenPipe;
         let reply = match &sent {

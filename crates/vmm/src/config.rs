@@ -24,9 +24,20 @@ pub const NAME_BYTES_MAX: usize = 64;
 /// Longest description: a table of 256 leaves takes at most 9 KiB.
 pub const DESCRIPTION_BYTES_MAX: usize = 32 << 10;
 /// Marks a description, with its version as the last byte.
-const MAGIC: [u8; 8] = *b"LIMOSVM\x02";
+const MAGIC: [u8; 8] = *b"LIMOSVM\x03";
 /// Clock rates within 250 ppm are the same: real clocks differ by that much from what they say.
 const TSC_TOLERANCE_PPM: u64 = 250;
+
+/// What a machine has beside memory and processors.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Platform {
+    /// The ports of a micro guest, and nothing else.
+    #[default]
+    Micro,
+    /// What a stock kernel needs: interrupt controllers, a timer, a serial console, a real-time clock,
+    /// ACPI.
+    Pc,
+}
 
 /// A machine's configuration.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -43,6 +54,8 @@ pub struct VmConfig {
     pub dirty_tracker: TrackerKind,
     /// Whether it has interrupt controllers and a timer in the kernel. Micro guests need none.
     pub irqchip: bool,
+    /// What it has beside memory and processors.
+    pub platform: Platform,
     /// Arguments of a micro guest.
     pub args: String,
     /// Where heartbeats are sent.
@@ -90,6 +103,9 @@ pub enum ConfigError {
     /// A clock that stands still.
     #[error("a clock rate of 0 kHz is not possible")]
     Clock,
+    /// A PC without interrupt controllers.
+    #[error("a PC has interrupt controllers")]
+    Platform,
     /// Write protection would track huge pages as a whole.
     #[error("huge pages are not tracked by write protection: use the bitmap or the ring")]
     Tracker,
@@ -127,6 +143,7 @@ impl VmConfig {
             huge_pages: false,
             dirty_tracker: TrackerKind::default(),
             irqchip: false,
+            platform: Platform::Micro,
             args: String::new(),
             observer: None,
             cpuid: None,
@@ -159,6 +176,9 @@ impl VmConfig {
         }
         if self.tsc_khz == Some(0) {
             return Err(ConfigError::Clock);
+        }
+        if self.platform == Platform::Pc && !self.irqchip {
+            return Err(ConfigError::Platform);
         }
         if self.huge_pages && self.dirty_tracker == TrackerKind::WriteProtect {
             return Err(ConfigError::Tracker);
@@ -196,7 +216,7 @@ impl VmConfig {
         let Some(wanted) = &self.cpuid else {
             return Ok(());
         };
-        let features = cpu::missing_features(wanted, &cpu::neutral_table(kvm)?);
+        let features = cpu::missing_features(wanted, &cpu::machine_table(kvm, self.platform)?);
         if features.is_empty() {
             Ok(())
         } else {

@@ -5,6 +5,7 @@
 //! gets its own from it. A host can take a machine if it offers every feature bit in it: checked
 //! before anything is changed, so that the guest stays where it is.
 
+use crate::config::Platform;
 use limosa_os::kvm::{Kvm, KvmError, kvm_cpuid_entry2};
 use serde::{Deserialize, Serialize};
 
@@ -59,8 +60,27 @@ pub fn neutral_table(kvm: &Kvm) -> Result<Vec<CpuidLeaf>, KvmError> {
     Ok(table)
 }
 
+/// The features of a machine on this platform: a PC also has what its interrupt controllers add.
+///
+/// # Errors
+/// KVM does not tell.
+pub fn machine_table(kvm: &Kvm, platform: Platform) -> Result<Vec<CpuidLeaf>, KvmError> {
+    let mut table = neutral_table(kvm)?;
+    if platform == Platform::Pc {
+        for leaf in table.iter_mut().filter(|leaf| leaf.function == 0x1) {
+            if kvm.has_tsc_deadline() {
+                leaf.registers[ECX] |= TSC_DEADLINE_TIMER;
+            }
+        }
+    }
+    Ok(table)
+}
+
+const TSC_DEADLINE_TIMER: u32 = 1 << 24;
 const HYPERVISOR: u32 = 1 << 31;
 const OSXSAVE: u32 = 1 << 27;
+/// The count of logical processors counts.
+const SEVERAL_PROCESSORS: u32 = 1 << 28;
 const OSPKE: u32 = 1 << 4;
 
 /// The table of one vCPU of a machine.
@@ -72,7 +92,12 @@ pub(crate) fn vcpu_table(neutral: &[CpuidLeaf], vcpu: u8, vcpus: u8) -> Vec<kvm_
     for leaf in &mut table {
         let registers = &mut leaf.registers;
         match (leaf.function, leaf.index) {
-            (0x1, _) => registers[EBX] |= id << 24 | count << 16,
+            (0x1, _) => {
+                registers[EBX] |= id << 24 | count << 16;
+                if count > 1 {
+                    registers[EDX] |= SEVERAL_PROCESSORS;
+                }
+            }
             // One thread a core, all cores in one package.
             (0xb | 0x1f, 0) => *registers = [0, 1, 0x100, id],
             (0xb | 0x1f, 1) => *registers = [width, count, 0x201, id],

@@ -9,23 +9,24 @@
 //! own sections and description. Of migrations it knows one thing: the record of who may run the
 //! guest, whose rules are the engine's.
 //!
-//! Deliberately absent: devices of stock kernels, disks, networks.
+//! Deliberately absent: disks, networks.
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
+mod acpi;
 pub mod answer;
 pub mod arrival_note;
+mod board;
 mod boot;
 pub mod client;
 pub mod config;
 pub mod cpu;
-mod elf;
 pub mod heartbeat;
 mod layout;
 pub mod machine;
-mod ports;
 pub mod process;
 mod protocol;
 pub mod state;
 mod throttle;
 
-pub use elf::ElfError;
+pub use boot::elf::ElfError;
+pub use boot::linux::{CMDLINE_BYTES_MAX, LinuxError, LinuxImage};

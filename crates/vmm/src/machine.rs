@@ -29,12 +29,16 @@ mod time;
 mod vcpu_state;
 mod vcpu_thread;
 
+use crate::acpi;
 use crate::answer::{ExitReason, Loaded, RunState, Running, SaveTimes};
-use crate::boot::{self, BootError};
-use crate::config::{ConfigError, VmConfig, is_same_rate};
+use crate::board::Board;
+use crate::board::micro::MicroDevice;
+use crate::board::pc::{self, Pc};
+use crate::boot::linux::{self, LinuxImage};
+use crate::boot::{BootError, Start, micro};
+use crate::config::{ConfigError, Platform, VmConfig, is_same_rate};
 use crate::cpu;
 use crate::layout;
-use crate::ports::{MicroDevice, Ports};
 use crate::state::{StateError, Writer};
 use crate::throttle;
 pub use faults::HeldFaults;
@@ -156,7 +160,7 @@ pub struct Machine {
     config: VmConfig,
     memory: Arc<SharedMemory>,
     bitmap: SharedBitmap,
-    device: Arc<MicroDevice>,
+    board: Board,
     shared: Arc<Shared>,
     host_khz: u32,
     life: Life,
@@ -191,7 +195,7 @@ impl Machine {
         }
         let neutral = match config.cpuid.take() {
             Some(table) => table,
-            None => cpu::neutral_table(&kvm)?,
+            None => cpu::machine_table(&kvm, config.platform)?,
         };
         let vcpus = (0..config.vcpus)
             .map(|index| vm.create_vcpu(index))
@@ -201,19 +205,25 @@ impl Machine {
         config.check_clock(&kvm, host_khz, guest_khz)?;
         config.tsc_khz = Some(guest_khz);
         config.cpuid = Some(neutral);
-        let device = Arc::new(MicroDevice::new(
-            &config.name,
-            host,
-            config.vcpus,
-            Arc::clone(&memory),
-        ));
+        let board = match config.platform {
+            Platform::Micro => Board::Micro(Arc::new(MicroDevice::new(
+                &config.name,
+                host,
+                config.vcpus,
+                Arc::clone(&memory),
+            ))),
+            Platform::Pc => {
+                let line = vm.interrupt_line(pc::SERIAL_LINE)?;
+                Board::Pc(Arc::new(Pc::new(&config.name, line)))
+            }
+        };
         let no_observer = |source| MachineError::Io {
             action: "send heartbeats to the observer",
             source,
         };
-        device.set_observer(config.observer).map_err(no_observer)?;
+        board.set_observer(config.observer).map_err(no_observer)?;
         let shared = Arc::new(Shared::default());
-        let threads = make_threads(&kvm, &config, host_khz, vcpus, &device, &shared)?;
+        let threads = make_threads(&kvm, &config, host_khz, vcpus, &board, &shared)?;
         let seats = Seats::start(threads, Arc::clone(&shared))?;
         Ok(Self {
             seats,
@@ -221,7 +231,7 @@ impl Machine {
             config,
             memory,
             bitmap,
-            device,
+            board,
             shared,
             host_khz,
             life: Life::Empty,
@@ -237,8 +247,25 @@ impl Machine {
         self.need(Life::Empty, "empty")?;
         let khz = self.config.tsc_khz.expect("set when the machine was made");
         let entry =
-            boot::fill_memory(&self.memory, elf, self.config.vcpus, khz, &self.config.args)?;
-        for reply in self.seats.ask(|_| Order::Boot { entry })? {
+            micro::fill_memory(&self.memory, elf, self.config.vcpus, khz, &self.config.args)?;
+        self.begin(Start::Micro { entry })
+    }
+
+    /// Puts a stock kernel into the empty machine.
+    ///
+    /// # Errors
+    /// It is no kernel, or does not fit.
+    pub fn boot_linux(&mut self, image: &mut LinuxImage) -> Result<(), MachineError> {
+        self.need(Life::Empty, "empty")?;
+        let view = limosa_os::memory::view(&self.memory, &layout::regions(self.config.memory));
+        let tables = acpi::tables(self.config.vcpus);
+        let entry = linux::fill_memory(&view, self.config.memory, image, &tables);
+        let entry = entry.map_err(BootError::from)?;
+        self.begin(Start::Linux { entry })
+    }
+
+    fn begin(&mut self, start: Start) -> Result<(), MachineError> {
+        for reply in self.seats.ask(|_| Order::Boot(start))? {
             reply.into_done()?;
         }
         self.life = Life::Paused;
@@ -333,7 +360,7 @@ impl Machine {
         let stopped_first = stops().min().expect("a machine has a vCPU");
         let stopped_last = stops().max().expect("a machine has a vCPU");
         let mut machine = MachineSections::new(&self.vm, &self.config);
-        machine.save(&self.device, pair.nanos, stopped_first)?;
+        machine.save(&self.board, pair.nanos, stopped_first)?;
         let places: Vec<Place> = vcpus.iter().map(|vcpu| vcpu.place).collect();
         let mut writers = vec![machine.into_writer()];
         let mut stopped_guest_tsc = 0;
@@ -380,7 +407,7 @@ impl Machine {
         if self.life == Life::Running || self.shared.exit().is_some() {
             return Err(self.wrong_state("empty or paused"));
         }
-        let mut state = MachineState::parse(state, &self.config)?;
+        let mut state = MachineState::parse(state, &self.config, &self.board)?;
         let mut vcpus = std::mem::take(&mut state.vcpus).into_iter();
         let replies = self
             .seats
@@ -389,7 +416,7 @@ impl Machine {
         for reply in replies {
             refused_msrs.extend(reply.into_loaded()?);
         }
-        state.load(&self.vm, &self.device)?;
+        state.load(&self.vm, &self.board)?;
         self.shared.set_clock(state.clock_nanos);
         self.life = Life::Paused;
         Ok(Loaded {
@@ -496,14 +523,14 @@ impl Machine {
             action: "send heartbeats to the observer",
             source,
         };
-        self.device.set_observer(address).map_err(no_observer)?;
+        self.board.set_observer(address).map_err(no_observer)?;
         self.config.observer = address;
         Ok(())
     }
 
-    /// Tells the micro guest to do something; the command's number.
-    pub fn command(&self, kind: CommandKind) -> u32 {
-        self.device.command(kind)
+    /// Tells the micro guest to do something; the command's number, `None` if it is none.
+    pub fn command(&self, kind: CommandKind) -> Option<u32> {
+        self.board.command(kind)
     }
 
     fn guest_khz(&self) -> u32 {
@@ -535,7 +562,7 @@ fn make_threads(
     config: &VmConfig,
     host_khz: u32,
     vcpus: Vec<Vcpu>,
-    device: &Arc<MicroDevice>,
+    board: &Board,
     shared: &Arc<Shared>,
 ) -> Result<Vec<VcpuThread>, MachineError> {
     let neutral = config.cpuid.as_deref().expect("set by the caller");
@@ -557,7 +584,7 @@ fn make_threads(
         threads.push(VcpuThread {
             index,
             vcpu,
-            ports: Ports::new(Arc::clone(device)),
+            ports: board.ports(),
             shared: Arc::clone(shared),
             fixed: vcpu_state::Fixed {
                 cpuid: vcpu_state::encode_cpuid(&table),

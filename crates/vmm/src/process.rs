@@ -10,10 +10,11 @@
 
 use crate::answer::{RunState, Running};
 use crate::arrival_note;
+use crate::boot::linux::LinuxImage;
 use crate::config::VmConfig;
 use crate::machine::{Machine, MachineError, Snapshot};
 use crate::protocol::{
-    self, Faults, Frame, FrameError, PROTOCOL_VERSION, Refusal, Reply, Request, in_one_line,
+    self, Boot, Faults, Frame, FrameError, PROTOCOL_VERSION, Refusal, Reply, Request, in_one_line,
 };
 use crate::state;
 use limosa_engine::Timestamp;
@@ -23,9 +24,9 @@ use limosa_micro_abi::CommandKind;
 use limosa_os::userfault::FaultPath;
 use limosa_os::{process as os_process, socket, thread as os_thread};
 use limosa_pages::PageCount;
-use std::fs;
+use std::fs::{self, File};
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
@@ -145,6 +146,10 @@ enum RequestError {
     Unknown(#[source] MachineError),
     #[error("command {0} is not known")]
     Command(u8),
+    #[error("only micro guests take commands")]
+    NotMicro,
+    #[error("a kernel comes with one or two files, not {0}")]
+    Files(usize),
     #[error("{0} are still missing here: the guest cannot move on before they have arrived")]
     PagesMissing(PageCount),
     #[error("the guest cannot run with pages missing: {0}")]
@@ -155,6 +160,36 @@ enum RequestError {
         #[source]
         source: io::Error,
     },
+}
+
+/// What a machine is to boot, with all that belongs to it.
+enum Image {
+    Nothing,
+    Micro(Vec<u8>),
+    Linux(LinuxImage),
+}
+
+impl Image {
+    fn of(boot: Boot, bytes: Vec<u8>, descriptors: Vec<OwnedFd>) -> Result<Self, RequestError> {
+        match boot {
+            Boot::Nothing => Ok(Self::Nothing),
+            Boot::Micro => Ok(Self::Micro(bytes)),
+            Boot::Linux { cmdline } => {
+                let files = descriptors.len();
+                let mut descriptors = descriptors.into_iter().map(File::from);
+                let (Some(kernel), initrd, None) =
+                    (descriptors.next(), descriptors.next(), descriptors.next())
+                else {
+                    return Err(RequestError::Files(files));
+                };
+                Ok(Self::Linux(LinuxImage {
+                    kernel,
+                    initrd,
+                    cmdline,
+                }))
+            }
+        }
+    }
 }
 
 impl RequestError {
@@ -302,9 +337,10 @@ impl Process<'_> {
             Request::Create {
                 config,
                 phase,
-                has_image,
+                boot,
             } => {
-                self.create(config, phase, has_image.then_some(frame.bytes))?;
+                let image = Image::of(boot, frame.bytes, frame.descriptors)?;
+                self.create(config, phase, image)?;
                 return Ok(Outcome::Lend(self.attached()));
             }
             Request::Run => Reply::Running(self.run()?),
@@ -352,7 +388,8 @@ impl Process<'_> {
             }
             Request::SetObserver { address } => done(self.machine()?.set_observer(address))?,
             Request::Command { kind } => {
-                Reply::Sequence(self.machine()?.command(command_kind(kind)?))
+                let command = self.machine()?.command(command_kind(kind)?);
+                Reply::Sequence(command.ok_or(RequestError::NotMicro)?)
             }
         };
         Ok(Outcome::Reply(reply, Vec::new()))
@@ -401,26 +438,22 @@ impl Process<'_> {
         }
     }
 
-    fn create(
-        &mut self,
-        config: VmConfig,
-        phase: Phase,
-        image: Option<Vec<u8>>,
-    ) -> Result<(), RequestError> {
+    fn create(&mut self, config: VmConfig, phase: Phase, image: Image) -> Result<(), RequestError> {
         if self.machine.is_some() {
             return Err(RequestError::HasMachine);
         }
         match (&phase, &image) {
-            (Phase::Running, Some(_)) | (Phase::Preparing { .. }, None) => {}
+            (Phase::Running, Image::Micro(_) | Image::Linux(_))
+            | (Phase::Preparing { .. }, Image::Nothing) => {}
             _ => return Err(RequestError::Beginning),
         }
         let mut machine = Machine::create(config, &self.options.host_tag)?;
-        if let Some(image) = image {
-            machine.boot(&image)?;
-            self.has_guest = true;
-        } else {
-            machine.arm();
+        match image {
+            Image::Micro(elf) => machine.boot(&elf)?,
+            Image::Linux(mut image) => machine.boot_linux(&mut image)?,
+            Image::Nothing => machine.arm(),
         }
+        self.has_guest = phase == Phase::Running;
         let config = machine.config();
         tracing::info!(vm = config.name, memory = %config.memory, vcpus = config.vcpus, %phase, "machine made");
         self.machine = Some(machine);

@@ -22,7 +22,7 @@ use std::os::fd::{BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 
 /// Version of this protocol; a process and a daemon of different versions do not talk.
-pub(crate) const PROTOCOL_VERSION: u32 = 4;
+pub(crate) const PROTOCOL_VERSION: u32 = 5;
 /// Largest message: the list of all sections of the largest state.
 const MESSAGE_BYTES_MAX: usize = 128 << 10;
 /// Most pages that a save names as needed first: the page tables of eight vCPUs and what they point at.
@@ -40,11 +40,11 @@ pub(crate) enum Request {
     Attach {
         version: u32,
     },
-    /// Make the machine; with an image as bytes, boot it.
+    /// Make the machine, and boot it.
     Create {
         config: VmConfig,
         phase: Phase,
-        has_image: bool,
+        boot: Boot,
     },
     Run,
     Stop,
@@ -88,6 +88,17 @@ pub(crate) enum Request {
     Command {
         kind: u8,
     },
+}
+
+/// What a machine is to boot.
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) enum Boot {
+    /// Nothing: a state will be loaded.
+    Nothing,
+    /// A micro guest, whose image is in the bytes.
+    Micro,
+    /// A stock kernel, whose file comes as a descriptor; behind it its initial file system, if any.
+    Linux { cmdline: String },
 }
 
 /// What the process answers.

@@ -40,6 +40,10 @@ pub enum Kind {
     Clock,
     /// The micro guest's ports: commands and heartbeats.
     Micro,
+    /// The serial line of a PC's console.
+    Serial,
+    /// The real-time clock of a PC.
+    RealTimeClock,
     /// The interval timer.
     Timer,
     /// An interrupt controller of the machine.
@@ -71,10 +75,12 @@ pub enum Kind {
 }
 
 /// Every kind, its name, and the version that is written and read.
-const KINDS: [(Kind, &str, u16); 17] = [
+const KINDS: [(Kind, &str, u16); 19] = [
     (Kind::Machine, "machine", 1),
     (Kind::Clock, "clock", 1),
     (Kind::Micro, "micro", 1),
+    (Kind::Serial, "serial", 1),
+    (Kind::RealTimeClock, "real-time-clock", 1),
     (Kind::Timer, "timer", 1),
     (Kind::InterruptController, "interrupt-controller", 1),
     (Kind::RunState, "vcpu.run-state", 1),

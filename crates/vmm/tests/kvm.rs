@@ -8,6 +8,8 @@ mod dirty_log;
 mod faults;
 #[path = "kvm/guests.rs"]
 mod guests;
+#[path = "kvm/linux.rs"]
+mod linux;
 #[path = "kvm/machines.rs"]
 mod machines;
 #[path = "kvm/moves.rs"]

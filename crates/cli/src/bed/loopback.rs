@@ -144,7 +144,8 @@ impl Loopback {
     fn run_guest(&self) -> anyhow::Result<()> {
         let spec = VmSpec {
             name: VM.to_owned(),
-            micro: self.setup.guest.clone(),
+            micro: Some(self.setup.guest.clone()),
+            linux: None,
             args: self.setup.arguments.clone(),
             memory_bytes: self.setup.memory_bytes,
             vcpus: self.setup.vcpus,

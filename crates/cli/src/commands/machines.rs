@@ -3,7 +3,7 @@
 use crate::arguments::{Run, Stop};
 use crate::output::{Align, Output, count, table};
 use anyhow::Result;
-use limosa_host::api::{SectionInfo, VmInfo, VmSpec, VmState};
+use limosa_host::api::{LinuxSpec, SectionInfo, VmInfo, VmSpec, VmState};
 use limosa_host::client::Client;
 use limosa_pages::ByteCount;
 use serde::Serialize;
@@ -11,9 +11,15 @@ use std::path::Path;
 
 /// Makes a virtual machine and starts it.
 pub(super) fn run(client: &Client, run: &Run, output: Output) -> Result<()> {
+    let linux = run.kernel.as_ref().map(|kernel| LinuxSpec {
+        kernel: absolute(kernel),
+        initrd: run.initrd.as_deref().map(absolute),
+        cmdline: run.cmdline.clone(),
+    });
     let spec = VmSpec {
         name: run.name.clone(),
-        micro: program(&run.micro),
+        micro: run.micro.as_deref().map(program),
+        linux,
         args: run.args.clone(),
         memory_bytes: run.memory.bytes(),
         vcpus: run.vcpus,
@@ -31,6 +37,12 @@ pub(super) fn run(client: &Client, run: &Run, output: Output) -> Result<()> {
             vm.pid
         )
     })
+}
+
+/// The daemon has another working directory.
+fn absolute(path: &Path) -> String {
+    let absolute = std::path::absolute(path);
+    absolute.as_deref().unwrap_or(path).display().to_string()
 }
 
 /// A path becomes absolute, since the daemon has another working directory; a name stays.

@@ -11,10 +11,15 @@ pub struct VmSpec {
     /// Letters, digits, `-`, `_` and `.`, at most 64, beginning with a letter or digit; unique on a host.
     #[schema(example = "web")]
     pub name: String,
-    /// `writer`, `idle`, `compute`, or the path of an ELF file on the daemon's host.
+    /// The micro guest: `writer`, `idle`, `compute`, or the path of an ELF file on the daemon's host.
+    /// Either this or `linux` has to be there.
+    #[serde(default)]
     #[schema(example = "writer")]
-    pub micro: String,
-    /// Arguments of the program, as text.
+    pub micro: Option<String>,
+    /// The stock kernel to boot.
+    #[serde(default)]
+    pub linux: Option<LinuxSpec>,
+    /// Arguments of the micro guest, as text.
     #[serde(default)]
     #[schema(example = "ws=64M rate=50000")]
     pub args: String,
@@ -35,6 +40,22 @@ pub struct VmSpec {
     /// socket on this machine.
     #[serde(default)]
     pub observer: Option<String>,
+}
+
+/// A stock Linux kernel to boot.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct LinuxSpec {
+    /// Path of a bzImage on the daemon's host.
+    #[schema(example = "/boot/vmlinuz")]
+    pub kernel: String,
+    /// Path of its initial file system.
+    #[serde(default)]
+    pub initrd: Option<String>,
+    /// What the kernel is told; at most 2047 bytes.
+    #[serde(default)]
+    #[schema(example = "console=ttyS0 root=/dev/vda")]
+    pub cmdline: String,
 }
 
 /// What a virtual machine does.

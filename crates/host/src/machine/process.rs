@@ -18,8 +18,8 @@ use limosa_micro_abi as abi;
 use limosa_pages::{ByteCount, PAGE_SIZE_USIZE};
 use limosa_vmm::answer::{self, RunState};
 use limosa_vmm::client::{VmError, VmHandle};
-use limosa_vmm::config::VmConfig;
-use preflight::{ensure_memory, read_program};
+use limosa_vmm::config::{Platform, VmConfig};
+use preflight::{Program, ensure_memory};
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
@@ -69,28 +69,18 @@ impl Processes {
     fn make(
         &self,
         name: &VmName,
-        config: &VmConfig,
-        elf: Option<&[u8]>,
-        phase: Phase,
+        shape: Shape,
+        make: impl FnOnce(&VmHandle) -> Result<(), VmError>,
         on_end: OnEnd,
     ) -> Result<Arc<dyn Machine>, String> {
         let socket = self.socket(name);
         let mut child = self.spawn(name, &socket)?;
         let made = connect_to_child(&socket, &mut child, &self.log(name)).and_then(|handle| {
-            handle
-                .create(config, elf, phase)
-                .map_err(|error| GuestError::from(error).0)?;
+            make(&handle).map_err(|error| GuestError::from(error).0)?;
             Ok(handle)
         });
         match made {
-            Ok(handle) => Process::watch(
-                handle,
-                child.id(),
-                Some(child),
-                shape(config),
-                socket,
-                on_end,
-            ),
+            Ok(handle) => Process::watch(handle, child.id(), Some(child), shape, socket, on_end),
             Err(reason) => {
                 end_child(&mut child);
                 remove_socket(&socket);
@@ -129,30 +119,27 @@ impl Machines for Processes {
         spec: &VmSpec,
         on_end: OnEnd,
     ) -> Result<Arc<dyn Machine>, Refusal> {
-        let read;
-        let elf = match limosa_micro::by_name(&spec.micro) {
-            Some(elf) => elf,
-            None => {
-                read = read_program(&spec.micro).map_err(Refusal::bad_request)?;
-                &read
-            }
-        };
+        let program = Program::open(spec).map_err(Refusal::bad_request)?;
         let mut config =
             VmConfig::new(name.as_str(), ByteCount::new(spec.memory_bytes), spec.vcpus);
         config.huge_pages = spec.huge_pages;
         config.dirty_tracker = spec.dirty_tracker;
         config.args = spec.args.clone();
+        if let Program::Linux(_) = program {
+            (config.platform, config.irqchip) = (Platform::Pc, true);
+        }
         config.observer = spec.observer.as_deref().and_then(|text| text.parse().ok());
         config
             .check()
             .map_err(|error| Refusal::bad_request(error.to_string()))?;
         ensure_memory(shape(&config)).map_err(Refusal::failed)?;
-        self.make(name, &config, Some(elf), Phase::Running, on_end)
+        let make = |handle: &VmHandle| match &program {
+            Program::Micro(elf) => handle.create(&config, Some(elf), Phase::Running),
+            Program::Linux(image) => handle.create_linux(&config, image),
+        };
+        self.make(name, shape(&config), make, on_end)
             .map_err(|reason| {
-                Refusal::failed(format!(
-                    "no VM '{name}' with program {}: {reason}",
-                    spec.micro
-                ))
+                Refusal::failed(format!("no VM '{name}' with {}: {reason}", what(spec)))
             })
     }
 
@@ -180,7 +167,11 @@ impl Machines for Processes {
         config.observer = config
             .observer
             .filter(|observer| observer.ip().is_loopback());
-        self.make(name, &config, None, Phase::Preparing { id }, on_end)
+        let make = |handle: &VmHandle| {
+            let phase = Phase::Preparing { id };
+            handle.create(&config, None, phase)
+        };
+        self.make(name, shape(&config), make, on_end)
     }
 
     fn attach(&self, name: &VmName, on_end: OnEnd) -> Result<Option<Arc<dyn Machine>>, String> {
@@ -206,6 +197,15 @@ impl Machines for Processes {
             ));
         }
         Process::watch(handle, attached.pid, None, shape(&config), socket, on_end).map(Some)
+    }
+}
+
+/// What a new guest runs, in words.
+fn what(spec: &VmSpec) -> String {
+    match (&spec.micro, &spec.linux) {
+        (Some(micro), _) => format!("program {micro}"),
+        (None, Some(linux)) => format!("kernel {}", linux.kernel),
+        (None, None) => "nothing to run".to_owned(),
     }
 }
 

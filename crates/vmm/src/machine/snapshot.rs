@@ -2,8 +2,8 @@
 
 use super::MachineError;
 use super::vcpu_state::VcpuState;
-use crate::config::VmConfig;
-use crate::ports::MicroDevice;
+use crate::board::Board;
+use crate::config::{Platform, VmConfig};
 use crate::state::{Kind, Section, StateError, Writer, parse};
 use limosa_os::kvm::{Vm, VmPart};
 
@@ -30,7 +30,7 @@ impl<'a> MachineSections<'a> {
     /// `now` is this moment, `stopped_at` when the guest stopped: the clock is that of the stop.
     pub(super) fn save(
         &mut self,
-        device: &MicroDevice,
+        board: &Board,
         now: u64,
         stopped_at: u64,
     ) -> Result<(), MachineError> {
@@ -41,10 +41,7 @@ impl<'a> MachineSections<'a> {
             .clock_nanos()?
             .saturating_sub(now.saturating_sub(stopped_at));
         writer.write(Kind::Clock, 0, &clock.to_le_bytes());
-        writer.fill(Kind::Micro, 0, MicroDevice::STATE_BYTES, |place| {
-            device.save(place);
-            Ok::<(), MachineError>(())
-        })?;
+        board.save(writer);
         if self.config.irqchip {
             let vm = self.vm;
             writer.fill(Kind::Timer, 0, VmPart::Timer.bytes(), |place| {
@@ -74,6 +71,7 @@ fn identity(config: &VmConfig) -> [u8; MACHINE_BYTES] {
     bytes[..8].copy_from_slice(&config.memory.get().to_le_bytes());
     bytes[8] = config.vcpus;
     bytes[9] = u8::from(config.irqchip);
+    bytes[10] = u8::from(config.platform == Platform::Pc);
     bytes
 }
 
@@ -82,12 +80,16 @@ fn identity(config: &VmConfig) -> [u8; MACHINE_BYTES] {
 pub(super) struct MachineState<'a> {
     pub(super) vcpus: Vec<VcpuState>,
     pub(super) clock_nanos: u64,
-    micro: Section<'a>,
+    board: Vec<Section<'a>>,
     parts: Vec<(VmPart, Section<'a>)>,
 }
 
 impl<'a> MachineState<'a> {
-    pub(super) fn parse(state: &'a [u8], config: &VmConfig) -> Result<Self, StateError> {
+    pub(super) fn parse(
+        state: &'a [u8],
+        config: &VmConfig,
+        board: &Board,
+    ) -> Result<Self, StateError> {
         let sections = parse(state)?;
         let find = |kind: Kind, instance: u16| {
             sections
@@ -102,36 +104,22 @@ impl<'a> MachineState<'a> {
         let machine = find(Kind::Machine, 0)?;
         if machine.bytes != identity(config) {
             return Err(machine
-                .content("it is of a machine with other memory, vCPUs or interrupt controllers"));
+                .content("it is of another kind of machine, or one with other memory, vCPUs or interrupt controllers"));
         }
         let clock = find(Kind::Clock, 0)?;
         let clock_bytes: [u8; 8] = clock
             .bytes
             .try_into()
             .map_err(|_| clock.content("it has another size"))?;
-        let mut parts = Vec::new();
-        if config.irqchip {
-            parts.push((VmPart::Timer, find(Kind::Timer, 0)?));
-            for index in CONTROLLERS {
-                let section = find(Kind::InterruptController, u16::from(index))?;
-                // The bytes say which controller they are for; KVM would believe them.
-                if section.bytes.first() != Some(&index) {
-                    return Err(section.content("it is of another controller"));
-                }
-                parts.push((VmPart::InterruptController(index), section));
-            }
-        }
-        if let Some((part, section)) = parts
+        let parts = if config.irqchip {
+            controllers(find)?
+        } else {
+            Vec::new()
+        };
+        if let Some(section) = sections
             .iter()
-            .find(|(part, section)| section.bytes.len() != part.bytes())
+            .find(|section| !has_place(section, config, board))
         {
-            return Err(section.content(format!(
-                "it has {} bytes, not {}",
-                section.bytes.len(),
-                part.bytes()
-            )));
-        }
-        if let Some(section) = sections.iter().find(|section| !has_place(section, config)) {
             return Err(StateError::NoPlace {
                 name: section.kind.name(),
                 instance: section.instance,
@@ -145,14 +133,18 @@ impl<'a> MachineState<'a> {
         Ok(Self {
             vcpus,
             clock_nanos,
-            micro: find(Kind::Micro, 0)?,
+            board: board
+                .kinds()
+                .iter()
+                .map(|&kind| find(kind, 0))
+                .collect::<Result<_, _>>()?,
             parts,
         })
     }
 
     /// Gives the machine's own parts their state, after the vCPUs have theirs.
-    pub(super) fn load(&self, vm: &Vm, device: &MicroDevice) -> Result<(), MachineError> {
-        device.load(self.micro)?;
+    pub(super) fn load(&self, vm: &Vm, board: &Board) -> Result<(), MachineError> {
+        board.load(&self.board)?;
         for (part, section) in &self.parts {
             vm.write_part(*part, section.bytes)?;
         }
@@ -160,10 +152,38 @@ impl<'a> MachineState<'a> {
     }
 }
 
+/// The sections of the timer and of the interrupt controllers.
+fn controllers<'a>(
+    find: impl Fn(Kind, u16) -> Result<Section<'a>, StateError>,
+) -> Result<Vec<(VmPart, Section<'a>)>, StateError> {
+    let mut parts = vec![(VmPart::Timer, find(Kind::Timer, 0)?)];
+    for index in CONTROLLERS {
+        let section = find(Kind::InterruptController, u16::from(index))?;
+        // The bytes say which controller they are for; KVM would believe them.
+        if section.bytes.first() != Some(&index) {
+            return Err(section.content("it is of another controller"));
+        }
+        parts.push((VmPart::InterruptController(index), section));
+    }
+    let has_other_size =
+        |(part, section): &&(VmPart, Section<'a>)| section.bytes.len() != part.bytes();
+    match parts.iter().find(has_other_size) {
+        None => Ok(parts),
+        Some((part, section)) => Err(section.content(format!(
+            "it has {} bytes, not {}",
+            section.bytes.len(),
+            part.bytes()
+        ))),
+    }
+}
+
 /// Whether the machine has what a section is of.
-fn has_place(section: &Section<'_>, config: &VmConfig) -> bool {
+fn has_place(section: &Section<'_>, config: &VmConfig, board: &Board) -> bool {
     match section.kind {
-        Kind::Machine | Kind::Clock | Kind::Micro => section.instance == 0,
+        Kind::Machine | Kind::Clock => section.instance == 0,
+        Kind::Micro | Kind::Serial | Kind::RealTimeClock => {
+            section.instance == 0 && board.kinds().contains(&section.kind)
+        }
         Kind::Timer => config.irqchip && section.instance == 0,
         Kind::InterruptController => config.irqchip && section.instance < 3,
         Kind::LocalInterruptController => {

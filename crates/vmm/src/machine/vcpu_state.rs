@@ -8,7 +8,7 @@ use super::first_needed::Place;
 use super::msrs::{self, KVM_CLOCKS, MsrPlan, TSC_DEADLINE};
 use super::time::{ClockPair, SavedTsc, ticks};
 use crate::answer::RefusedMsr;
-use crate::ports::Ports;
+use crate::board::Ports;
 use crate::state::{Kind, Section, StateError, Writer};
 use limosa_os::kvm::{KvmError, Vcpu, VcpuPart, kvm_cpuid_entry2};
 use std::sync::Arc;
@@ -96,9 +96,7 @@ pub(super) fn save(
     writer.fill(Kind::Events, instance, bytes, |place| {
         vcpu.read_part(VcpuPart::Events, place)
     })?;
-    let mut state = [0; Ports::STATE_BYTES];
-    ports.save(&mut state);
-    writer.write(Kind::Ports, instance, &state);
+    writer.write(Kind::Ports, instance, &ports.save());
     Ok(SavedVcpu {
         writer,
         place: place_in_memory,

@@ -10,8 +10,8 @@ use super::seat::Shared;
 use super::time::ClockPair;
 use super::vcpu_state::{self, Fixed, Resume, SavedVcpu, VcpuState};
 use crate::answer::{ExitReason, RefusedMsr};
-use crate::boot;
-use crate::ports::{AfterOut, Answer, Ports};
+use crate::board::{AfterOut, Answer, Ports};
+use crate::boot::{Start, linux, micro};
 use crate::protocol::in_one_line;
 use limosa_micro_abi::port::{WAIT_LOOK_AGAIN, WAIT_TIME_OVER};
 use limosa_os::kvm::{Exit, KvmError, Vcpu, VcpuPart};
@@ -30,8 +30,8 @@ const COMPLETIONS_MAX: u32 = 64;
 pub(super) enum Order {
     /// Say which thread it is.
     Name,
-    /// Take the registers of a micro guest's first instruction.
-    Boot { entry: u64 },
+    /// Take the registers of the guest's first instruction.
+    Boot(Start),
     /// Save.
     Save,
     /// Take this state.
@@ -131,7 +131,7 @@ impl VcpuThread {
             let is_save = matches!(order, Order::Save);
             let reply = match order {
                 Order::Name => Reply::Name(ThreadId::current()),
-                Order::Boot { entry } => Reply::Done(self.boot(entry).map_err(MachineError::from)),
+                Order::Boot(start) => Reply::Done(self.boot(start).map_err(MachineError::from)),
                 Order::Save => Reply::Saved(self.save(&stop)),
                 Order::Load(state) => Reply::Loaded(self.load(*state)),
                 Order::Run(at) => {
@@ -155,16 +155,39 @@ impl VcpuThread {
         }
     }
 
-    fn boot(&self, entry: u64) -> Result<(), KvmError> {
+    fn boot(&self, start: Start) -> Result<(), KvmError> {
+        match start {
+            Start::Micro { entry } => self.boot_micro(entry),
+            Start::Linux { entry } if self.index == 0 => self.boot_linux(entry),
+            // KVM lets it wait for the start signal of the first one.
+            Start::Linux { .. } => Ok(()),
+        }
+    }
+
+    fn boot_linux(&self, entry: u64) -> Result<(), KvmError> {
         let mut special = self.vcpu.special_registers()?;
-        boot::set_special_registers(&mut special);
+        linux::set_special_registers(&mut special);
+        self.vcpu.set_special_registers(&special)?;
+        let part = VcpuPart::InterruptController;
+        let mut controller = vec![0; self.vcpu.part_bytes(part)];
+        self.vcpu.read_part(part, &mut controller)?;
+        linux::set_local_lines(&mut controller);
+        self.vcpu.write_part(part, &controller)?;
+        self.vcpu.write_msrs(&linux::MSRS)?;
+        self.vcpu.set_registers(&linux::registers(entry))
+    }
+
+    fn boot_micro(&self, entry: u64) -> Result<(), KvmError> {
+        let mut special = self.vcpu.special_registers()?;
+        micro::set_special_registers(&mut special);
         self.vcpu.set_special_registers(&special)?;
         if self.fixed.has_irqchip {
             // With interrupt controllers, KVM lets all but the first one wait for a start signal.
             let runnable = 0u32.to_le_bytes();
             self.vcpu.write_part(VcpuPart::RunState, &runnable)?;
         }
-        self.vcpu.set_registers(&boot::registers(entry, self.index))
+        self.vcpu
+            .set_registers(&micro::registers(entry, self.index))
     }
 
     fn save(&self, stop: &Stop) -> Result<SavedVcpu, MachineError> {
@@ -243,8 +266,8 @@ impl VcpuThread {
                     fill(bytes, answer);
                 }
                 Exit::PortOut(port, bytes) => {
-                    if let AfterOut::Exit { status } = self.ports.write(port, bytes) {
-                        self.shared.end(ExitReason::Finished { status });
+                    if let AfterOut::End(reason) = self.ports.write(port, bytes) {
+                        self.shared.end(reason);
                         return stop;
                     }
                 }

@@ -263,7 +263,7 @@ fn states_of_other_machines_are_refused_whole() {
         assert_eq!(target.load(state).unwrap_err().to_string(), expect);
         assert_eq!(target.run_state(), limosa_vmm::answer::RunState::Empty);
     };
-    let other = "section machine 0 of the state cannot be: it is of a machine with other memory, vCPUs or interrupt controllers";
+    let other = "section machine 0 of the state cannot be: it is of another kind of machine, or one with other memory, vCPUs or interrupt controllers";
     check(config(2), &state, other);
     check(irqchip_config(1), &state, other);
     let without = |kind: Kind| {

@@ -1,14 +1,58 @@
 //! What is checked before a VM process is started: its program, and room for its memory.
 
+use crate::api::VmSpec;
 use crate::machine::Shape;
 use limosa_pages::ByteCount;
-use std::{fs, io};
+use limosa_vmm::LinuxImage;
+use std::borrow::Cow;
+use std::fs::{self, File};
+use std::io;
 
 /// Largest program: micro guests are far smaller, and it has to fit below small memories anyway.
 const ELF_BYTES_MAX: u64 = 64 << 20;
 
+/// What a new guest runs.
+pub enum Program {
+    Micro(Cow<'static, [u8]>),
+    Linux(LinuxImage),
+}
+
+impl Program {
+    /// Reads, or opens, what a specification names.
+    pub fn open(spec: &VmSpec) -> Result<Self, String> {
+        match (&spec.micro, &spec.linux) {
+            (Some(micro), None) => Ok(Self::Micro(match limosa_micro::by_name(micro) {
+                Some(elf) => Cow::Borrowed(elf),
+                None => Cow::Owned(read_program(micro)?),
+            })),
+            (None, Some(linux)) => Ok(Self::Linux(LinuxImage {
+                kernel: open_file("kernel", &linux.kernel)?,
+                initrd: linux
+                    .initrd
+                    .as_ref()
+                    .map(|initrd| open_file("initrd", initrd))
+                    .transpose()?,
+                cmdline: linux.cmdline.clone(),
+            })),
+            _ => Err(
+                "a guest is either a micro program or a Linux kernel: give one of them".to_owned(),
+            ),
+        }
+    }
+}
+
+/// Opens a file that a kernel is booted with. Not a pipe or a device, which could keep us waiting.
+fn open_file(what: &str, path: &str) -> Result<File, String> {
+    let cannot = |error| format!("cannot read the {what} {path}: {error}");
+    let file = fs::metadata(path).map_err(cannot)?;
+    if !file.is_file() {
+        return Err(format!("the {what} {path} is no file"));
+    }
+    File::open(path).map_err(cannot)
+}
+
 /// Reads a program that is not built in.
-pub fn read_program(micro: &str) -> Result<Vec<u8>, String> {
+fn read_program(micro: &str) -> Result<Vec<u8>, String> {
     let file = fs::metadata(micro).map_err(|error| {
         if error.kind() == io::ErrorKind::NotFound && !micro.contains('/') {
             format!(

@@ -1,8 +1,10 @@
 //! The ports of a micro guest: heartbeats and commands, waiting, the console, the end.
 //!
-//! [`MicroDevice`] is what all vCPUs share, [`Ports`] what each has for itself; both are part of the
+//! [`MicroDevice`] is what all vCPUs share, [`MicroPorts`] what each has for itself; both are part of the
 //! machine's state. Ports are handled on the vCPU's own thread and never write the guest's memory.
 
+use super::{AfterOut, Answer};
+use crate::answer::ExitReason;
 use crate::heartbeat::{Heartbeat, Observer};
 use crate::state::{Section, StateError};
 use limosa_engine::Timestamp;
@@ -27,24 +29,6 @@ pub(crate) struct MicroDevice {
     heartbeats: AtomicU64,
     observer: Mutex<Option<Observer>>,
     console: Mutex<Vec<u8>>,
-}
-
-/// What a vCPU thread has to do after the guest wrote a port.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum AfterOut {
-    GoOn,
-    /// The guest is finished.
-    Exit {
-        status: u32,
-    },
-}
-
-/// What a vCPU thread has to do to answer the guest's reading a port.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Answer {
-    Word(u32),
-    /// Hold the vCPU for that long, or until a pause.
-    Wait(Duration),
 }
 
 impl MicroDevice {
@@ -79,10 +63,11 @@ impl MicroDevice {
         sequence
     }
 
-    pub(crate) fn save(&self, place: &mut [u8]) {
-        place[..4].copy_from_slice(&self.command.load(Ordering::SeqCst).to_le_bytes());
-        place[4..8].fill(0);
-        place[8..].copy_from_slice(&self.heartbeats.load(Ordering::SeqCst).to_le_bytes());
+    pub(crate) fn save(&self) -> [u8; Self::STATE_BYTES] {
+        let mut bytes = [0; Self::STATE_BYTES];
+        bytes[..4].copy_from_slice(&self.command.load(Ordering::SeqCst).to_le_bytes());
+        bytes[8..].copy_from_slice(&self.heartbeats.load(Ordering::SeqCst).to_le_bytes());
+        bytes
     }
 
     pub(crate) fn load(&self, section: Section<'_>) -> Result<(), StateError> {
@@ -140,13 +125,13 @@ impl MicroDevice {
 
 /// What of the micro guest's ports a vCPU has for itself.
 #[derive(Debug)]
-pub(crate) struct Ports {
+pub(crate) struct MicroPorts {
     device: Arc<MicroDevice>,
     /// How long its next wait lasts.
     wait_microseconds: u32,
 }
 
-impl Ports {
+impl MicroPorts {
     /// Bytes of its section.
     pub(crate) const STATE_BYTES: usize = 4;
 
@@ -169,9 +154,8 @@ impl Ports {
             port::WAIT_MICROSECONDS => self.wait_microseconds = word(bytes),
             port::CONSOLE => self.device.print(bytes),
             port::EXIT => {
-                return AfterOut::Exit {
-                    status: word(bytes),
-                };
+                let status = word(bytes);
+                return AfterOut::End(ExitReason::Finished { status });
             }
             // Nobody is there; real machines ignore it too.
             _ => tracing::trace!(port, "write to a port that nobody has"),
@@ -195,8 +179,8 @@ impl Ports {
         }
     }
 
-    pub(crate) fn save(&self, place: &mut [u8]) {
-        place.copy_from_slice(&self.wait_microseconds.to_le_bytes());
+    pub(crate) const fn save(&self) -> [u8; Self::STATE_BYTES] {
+        self.wait_microseconds.to_le_bytes()
     }
 
     pub(crate) const fn load(&mut self, state: [u8; Self::STATE_BYTES]) {
@@ -218,11 +202,10 @@ mod tests {
 
     #[test]
     fn a_wait_holds_once() {
-        let mut ports = Ports::new(device());
+        let mut ports = MicroPorts::new(device());
         assert_eq!(ports.read(port::WAIT), Answer::Wait(Duration::ZERO));
         ports.write(port::WAIT_MICROSECONDS, &700u32.to_le_bytes());
-        let mut state = [0; Ports::STATE_BYTES];
-        ports.save(&mut state);
+        let state = ports.save();
         assert_eq!(
             ports.read(port::WAIT),
             Answer::Wait(Duration::from_micros(700))
@@ -239,7 +222,7 @@ mod tests {
     fn commands_and_heartbeats_go_on_after_a_move() {
         let source = device();
         assert_eq!(source.command(CommandKind::Sweep), 1);
-        let mut ports = Ports::new(Arc::clone(&source));
+        let mut ports = MicroPorts::new(Arc::clone(&source));
         let word = Command {
             kind: CommandKind::Sweep,
             sequence: 1,
@@ -247,9 +230,7 @@ mod tests {
         .to_word();
         assert_eq!(ports.read(port::HEARTBEAT), Answer::Word(word));
         let mut writer = Writer::default();
-        let mut bytes = [0; MicroDevice::STATE_BYTES];
-        source.save(&mut bytes);
-        writer.write(Kind::Micro, 0, &bytes);
+        writer.write(Kind::Micro, 0, &source.save());
         let state = Writer::join(&[writer]);
         let target = device();
         target.load(parse(&state).unwrap()[0]).unwrap();
@@ -265,10 +246,10 @@ mod tests {
 
     #[test]
     fn the_end_and_unknown_ports() {
-        let mut ports = Ports::new(device());
+        let mut ports = MicroPorts::new(device());
         assert_eq!(
             ports.write(port::EXIT, &3u32.to_le_bytes()),
-            AfterOut::Exit { status: 3 }
+            AfterOut::End(ExitReason::Finished { status: 3 })
         );
         assert_eq!(ports.write(0x80, &[1]), AfterOut::GoOn);
         assert_eq!(ports.write(port::CONSOLE, &[b'x'; 1000]), AfterOut::GoOn);

@@ -1,0 +1,194 @@
+//! The tables in which a stock kernel reads what hardware it has (ACPI 6.5).
+//!
+//! The hardware-reduced form: interrupt controllers, registers to sleep and to reset, and the devices.
+//! Tables lie one after the other from [`START`], the root pointer first.
+
+use crate::board::pc::{self, port};
+use acpi_tables::fadt::{FADTBuilder, Flags, PmProfile};
+use acpi_tables::gas::{AccessSize, AddressSpace, GAS};
+use acpi_tables::madt::{
+    EnabledStatus, IoApic, LocalInterruptController, MADT, ProcessorLocalApic,
+};
+use acpi_tables::rsdp::Rsdp;
+use acpi_tables::sdt::Sdt;
+use acpi_tables::xsdt::XSDT;
+use acpi_tables::{Aml, AmlSink, aml};
+
+/// Where the tables begin, in the area in which firmware has its own.
+pub(crate) const START: u64 = 0xe_0000;
+const END: u64 = 0x10_0000;
+const LOCAL_CONTROLLERS: u32 = 0xfee0_0000;
+const IO_CONTROLLER: u32 = 0xfec0_0000;
+const OEM: [u8; 6] = *b"LIMOSA";
+const TABLE: [u8; 8] = *b"LIMOSAVM";
+const REVISION: u32 = 1;
+/// Revision of the definition block: 64-bit integers.
+const DEFINITIONS: u8 = 2;
+
+/// All tables as they lie in memory.
+#[derive(Debug)]
+pub(crate) struct Tables {
+    /// From [`START`] on.
+    pub(crate) bytes: Vec<u8>,
+}
+
+/// Collects bytes.
+#[derive(Default)]
+struct Bytes(Vec<u8>);
+
+impl AmlSink for Bytes {
+    fn byte(&mut self, byte: u8) {
+        self.0.push(byte);
+    }
+}
+
+fn bytes(part: &dyn Aml) -> Vec<u8> {
+    let mut bytes = Bytes::default();
+    part.to_aml_bytes(&mut bytes);
+    bytes.0
+}
+
+/// The tables of a machine with that many vCPUs.
+pub(crate) fn tables(vcpus: u8) -> Tables {
+    let mut all = vec![0; Rsdp::len().next_multiple_of(64)];
+    let mut place = |table: Vec<u8>| {
+        let address = START + all.len() as u64;
+        all.extend(table);
+        all.resize(all.len().next_multiple_of(64), 0);
+        address
+    };
+    let dsdt = place(definitions(vcpus));
+    let fadt = place(bytes(&fixed(dsdt)));
+    let madt = place(bytes(&controllers(vcpus)));
+    let mut xsdt = XSDT::new(OEM, TABLE, REVISION);
+    xsdt.add_entry(fadt);
+    xsdt.add_entry(madt);
+    let xsdt = place(bytes(&xsdt));
+    let root = bytes(&Rsdp::new(OEM, xsdt));
+    all[..root.len()].copy_from_slice(&root);
+    assert!(START + all.len() as u64 <= END, "tables are small");
+    Tables { bytes: all }
+}
+
+/// What is fixed: the registers for sleep and reset.
+fn fixed(dsdt: u64) -> acpi_tables::fadt::FADT {
+    let register = |port| {
+        GAS::new(
+            AddressSpace::SystemIo,
+            8,
+            0,
+            AccessSize::ByteAccess,
+            u64::from(port),
+        )
+    };
+    let mut builder = FADTBuilder::new(OEM, TABLE, REVISION)
+        .dsdt_64(dsdt)
+        .preferred_pm_profile(PmProfile::EnterpriseServer)
+        .flag(Flags::HwReducedAcpi)
+        .flag(Flags::ResetRegSup)
+        .flag(Flags::PwrButton)
+        .flag(Flags::SlpButton)
+        .flag(Flags::Headless);
+    builder.reset_reg = register(port::RESET);
+    builder.reset_value = pc::RESET_VALUE;
+    builder.sleep_control_reg = register(port::SLEEP_CONTROL);
+    builder.sleep_status_reg = register(port::SLEEP_STATUS);
+    builder.hypervisor_vendor_identity = u64::from_le_bytes(TABLE).into();
+    builder.finalize()
+}
+
+fn controllers(vcpus: u8) -> MADT {
+    let mut madt = MADT::new(
+        OEM,
+        TABLE,
+        REVISION,
+        LocalInterruptController::Address(LOCAL_CONTROLLERS),
+    );
+    for vcpu in 0..vcpus {
+        madt.add_structure(ProcessorLocalApic::new(vcpu, vcpu, EnabledStatus::Enabled));
+    }
+    madt.add_structure(IoApic::new(0, IO_CONTROLLER, 0));
+    madt
+}
+
+/// The devices, the processors among them.
+fn definitions(vcpus: u8) -> Vec<u8> {
+    let mut table = Sdt::new(*b"DSDT", 36, DEFINITIONS, OEM, TABLE, REVISION);
+    table.append_slice(&bytes(&aml::Device::new(
+        "_SB_.COM1".into(),
+        vec![
+            &aml::Name::new("_HID".into(), &aml::EISAName::new("PNP0501")),
+            &aml::Name::new("_UID".into(), &aml::ZERO),
+            &aml::Name::new(
+                "_CRS".into(),
+                &aml::ResourceTemplate::new(vec![
+                    &aml::IO::new(port::SERIAL, port::SERIAL, 0, 8),
+                    &aml::Interrupt::new(true, true, false, false, pc::SERIAL_LINE),
+                ]),
+            ),
+        ],
+    )));
+    table.append_slice(&bytes(&aml::Device::new(
+        "_SB_.RTC_".into(),
+        vec![
+            &aml::Name::new("_HID".into(), &aml::EISAName::new("PNP0B00")),
+            &aml::Name::new("_UID".into(), &aml::ZERO),
+            &aml::Name::new(
+                "_CRS".into(),
+                &aml::ResourceTemplate::new(vec![&aml::IO::new(
+                    port::CLOCK_INDEX,
+                    port::CLOCK_INDEX,
+                    0,
+                    2,
+                )]),
+            ),
+        ],
+    )));
+    for vcpu in 0..vcpus {
+        let name = format!("_SB_.C{vcpu:03X}");
+        table.append_slice(&bytes(&aml::Device::new(
+            name.as_str().into(),
+            vec![
+                &aml::Name::new("_HID".into(), &"ACPI0007"),
+                &aml::Name::new("_UID".into(), &vcpu),
+            ],
+        )));
+    }
+    table.append_slice(&bytes(&aml::Name::new(
+        "_S5_".into(),
+        &aml::Package::new(vec![&pc::OFF_STATE]),
+    )));
+    table.update_checksum();
+    table.as_slice().to_vec()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Follows the pointers as a kernel does.
+    #[test]
+    fn tables_are_found_from_the_root() {
+        let tables = tables(4);
+        let at = |address: u64| &tables.bytes[usize::try_from(address - START).unwrap()..];
+        let word = |bytes: &[u8], offset: usize| {
+            u64::from_le_bytes(bytes[offset..offset + 8].try_into().unwrap())
+        };
+        let sum = |bytes: &[u8]| bytes.iter().fold(0u8, |sum, byte| sum.wrapping_add(*byte));
+        let table = |address: u64| {
+            let bytes = at(address);
+            let length = u32::from_le_bytes(bytes[4..8].try_into().unwrap()) as usize;
+            assert_eq!(sum(&bytes[..length]), 0, "checksum of {:?}", &bytes[..4]);
+            bytes[..length].to_vec()
+        };
+        let root = at(START);
+        assert_eq!(&root[..8], b"RSD PTR ");
+        assert_eq!((sum(&root[..20]), sum(&root[..36])), (0, 0));
+        let xsdt = table(word(root, 24));
+        let [fadt, madt] = [36, 44].map(|offset| table(word(&xsdt, offset)));
+        assert_eq!((&fadt[..4], &madt[..4]), (&b"FACP"[..], &b"APIC"[..]));
+        assert_eq!(&table(word(&fadt, 140))[..4], b"DSDT");
+        let processors = madt[44..].chunks(8).filter(|entry| entry[..2] == [0, 8]);
+        assert_eq!(processors.count(), 4);
+    }
+}

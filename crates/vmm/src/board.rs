@@ -1,0 +1,131 @@
+//! What a guest has beside memory and processors: the ports of a micro guest ([`micro`]), or the
+//! devices of a PC that stock kernels know ([`pc`]).
+
+pub(crate) mod clock;
+pub(crate) mod micro;
+pub(crate) mod pc;
+
+use crate::answer::ExitReason;
+use crate::state::{Kind, Section, StateError, Writer};
+use limosa_micro_abi::CommandKind;
+use micro::{MicroDevice, MicroPorts};
+use pc::Pc;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+/// What a vCPU thread has to do after the guest wrote a port.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum AfterOut {
+    GoOn,
+    /// The guest wants to end.
+    End(ExitReason),
+}
+
+/// What a vCPU thread has to do to answer the guest's reading a port.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Answer {
+    Word(u32),
+    /// Hold the vCPU for that long, or until a pause.
+    Wait(Duration),
+}
+
+/// The board of a machine.
+#[derive(Clone, Debug)]
+pub(crate) enum Board {
+    Micro(Arc<MicroDevice>),
+    Pc(Arc<Pc>),
+}
+
+impl Board {
+    /// Its kinds of sections, each there once.
+    pub(crate) const fn kinds(&self) -> &'static [Kind] {
+        match self {
+            Self::Micro(_) => &[Kind::Micro],
+            Self::Pc(_) => &[Kind::Serial, Kind::RealTimeClock],
+        }
+    }
+
+    /// What a vCPU of this board reaches by ports.
+    pub(crate) fn ports(&self) -> Ports {
+        match self {
+            Self::Micro(device) => Ports::Micro(MicroPorts::new(Arc::clone(device))),
+            Self::Pc(pc) => Ports::Pc(Arc::clone(pc)),
+        }
+    }
+
+    /// Sends heartbeats to somebody else, or to nobody. A PC has none.
+    pub(crate) fn set_observer(&self, address: Option<SocketAddr>) -> std::io::Result<()> {
+        match self {
+            Self::Micro(device) => device.set_observer(address),
+            Self::Pc(_) => Ok(()),
+        }
+    }
+
+    /// Tells a micro guest to do something; the command's number, `None` if there is nobody to tell.
+    pub(crate) fn command(&self, kind: CommandKind) -> Option<u32> {
+        match self {
+            Self::Micro(device) => Some(device.command(kind)),
+            Self::Pc(_) => None,
+        }
+    }
+
+    /// Appends its sections.
+    pub(crate) fn save(&self, writer: &mut Writer) {
+        match self {
+            Self::Micro(device) => writer.write(Kind::Micro, 0, &device.save()),
+            Self::Pc(pc) => pc.save(writer),
+        }
+    }
+
+    /// Takes its sections, in the order of [`Board::kinds`].
+    pub(crate) fn load(&self, sections: &[Section<'_>]) -> Result<(), StateError> {
+        match (self, sections) {
+            (Self::Micro(device), [section]) => device.load(*section),
+            (Self::Pc(pc), [serial, clock]) => pc.load(*serial, *clock),
+            _ => unreachable!("sections are found by kind"),
+        }
+    }
+}
+
+/// What one vCPU reaches by ports.
+#[derive(Debug)]
+pub(crate) enum Ports {
+    Micro(MicroPorts),
+    Pc(Arc<Pc>),
+}
+
+impl Ports {
+    /// Bytes of a vCPU's own section.
+    pub(crate) const STATE_BYTES: usize = MicroPorts::STATE_BYTES;
+
+    /// The guest writes a port.
+    pub(crate) fn write(&mut self, port: u16, bytes: &[u8]) -> AfterOut {
+        match self {
+            Self::Micro(ports) => ports.write(port, bytes),
+            Self::Pc(pc) => pc.write(port, bytes),
+        }
+    }
+
+    /// The guest reads a port.
+    pub(crate) fn read(&mut self, port: u16) -> Answer {
+        match self {
+            Self::Micro(ports) => ports.read(port),
+            Self::Pc(pc) => Answer::Word(u32::from(pc.read(port))),
+        }
+    }
+
+    /// What of it is this vCPU's own.
+    pub(crate) fn save(&self) -> [u8; Self::STATE_BYTES] {
+        match self {
+            Self::Micro(ports) => ports.save(),
+            Self::Pc(_) => [0; Self::STATE_BYTES],
+        }
+    }
+
+    pub(crate) const fn load(&mut self, state: [u8; Self::STATE_BYTES]) {
+        if let Self::Micro(ports) = self {
+            ports.load(state);
+        }
+    }
+}

@@ -1,0 +1,240 @@
+//! The devices of a PC by ports: a serial line for the console, the real-time clock, the keyboard
+//! controller as far as it resets, and the registers by which ACPI sleeps and resets.
+//!
+//! All are handled on the thread of the vCPU that reaches for them, under a lock each, and none writes
+//! the guest's memory.
+
+use super::AfterOut;
+use super::clock::RealTimeClock;
+use crate::answer::ExitReason;
+use crate::state::{Kind, Section, StateError, Writer};
+use limosa_os::kvm::InterruptLine;
+use std::io::{self, Write};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::SystemTime;
+use vm_superio::serial::{NoEvents, SerialState};
+use vm_superio::{Serial, Trigger};
+
+/// Where the devices are.
+pub(crate) mod port {
+    /// First of eight.
+    pub(crate) const SERIAL: u16 = 0x3f8;
+    pub(crate) const CLOCK_INDEX: u16 = 0x70;
+    pub(crate) const CLOCK_DATA: u16 = 0x71;
+    /// State and commands of the keyboard controller.
+    pub(crate) const KEYBOARD: u16 = 0x64;
+    pub(crate) const SLEEP_CONTROL: u16 = 0x600;
+    pub(crate) const SLEEP_STATUS: u16 = 0x601;
+    pub(crate) const RESET: u16 = 0x602;
+}
+
+/// The line by which the serial port interrupts.
+pub(crate) const SERIAL_LINE: u32 = 4;
+/// What is written to reset.
+pub(crate) const RESET_VALUE: u8 = 1;
+/// The state in which a machine is off.
+pub(crate) const OFF_STATE: u8 = 5;
+/// Of the sleep register: the state, and the bit that enters it.
+const SLEEP_STATE_SHIFT: u32 = 2;
+const SLEEP_ENABLE: u8 = 1 << 5;
+/// The keyboard controller's pulse on the reset line.
+const KEYBOARD_RESET: u8 = 0xfe;
+const SERIAL_PORTS: u16 = 8;
+/// Registers of the serial port, before the bytes that the guest has not read yet.
+const SERIAL_FIELDS: usize = 9;
+/// Longest line of the console that is noted as one.
+const LINE_BYTES_MAX: usize = 1024;
+
+/// The devices.
+#[derive(Debug)]
+pub(crate) struct Pc {
+    serial: Mutex<SerialPort>,
+    clock: Mutex<RealTimeClock>,
+}
+
+type SerialPort = Serial<SerialLine, NoEvents, Console>;
+
+/// The serial port's interrupt.
+#[derive(Debug)]
+struct SerialLine(InterruptLine);
+
+impl Trigger for SerialLine {
+    type E = io::Error;
+
+    fn trigger(&self) -> io::Result<()> {
+        self.0.pulse()
+    }
+}
+
+/// Where the console's output goes: line by line into the log of the VM process.
+#[derive(Debug)]
+struct Console {
+    name: String,
+    line: Vec<u8>,
+}
+
+impl Write for Console {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        for &byte in bytes {
+            if !matches!(byte, b'\n' | b'\r') {
+                self.line.push(byte);
+            }
+            if byte == b'\n' || self.line.len() >= LINE_BYTES_MAX {
+                let text = String::from_utf8_lossy(&self.line).into_owned();
+                tracing::info!(vm = self.name, console = text, "the guest says");
+                self.line.clear();
+            }
+        }
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+impl Pc {
+    /// The devices of a machine with that name; the serial port interrupts by that line.
+    pub(crate) fn new(name: &str, line: InterruptLine) -> Self {
+        let console = Console {
+            name: name.to_owned(),
+            line: Vec::new(),
+        };
+        Self {
+            serial: Mutex::new(Serial::new(SerialLine(line), console)),
+            clock: Mutex::new(RealTimeClock::new()),
+        }
+    }
+
+    fn serial(&self) -> MutexGuard<'_, SerialPort> {
+        self.serial.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn clock(&self) -> MutexGuard<'_, RealTimeClock> {
+        self.clock.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The guest writes a port.
+    pub(crate) fn write(&self, port: u16, bytes: &[u8]) -> AfterOut {
+        let Some(&value) = bytes.first() else {
+            return AfterOut::GoOn;
+        };
+        if let Some(register) = serial_register(port) {
+            for &byte in bytes {
+                if let Err(error) = self.serial().write(register, byte) {
+                    tracing::warn!(%error, "the console's interrupt is lost");
+                }
+            }
+            return AfterOut::GoOn;
+        }
+        match (port, value) {
+            (port::CLOCK_INDEX, _) => self.clock().set_index(value),
+            (port::CLOCK_DATA, _) => self.clock().write(value),
+            (port::KEYBOARD, KEYBOARD_RESET) | (port::RESET, RESET_VALUE) => {
+                return AfterOut::End(ExitReason::Reset);
+            }
+            (port::SLEEP_CONTROL, _) if value == OFF_STATE << SLEEP_STATE_SHIFT | SLEEP_ENABLE => {
+                return AfterOut::End(ExitReason::PoweredOff);
+            }
+            _ => tracing::trace!(port, "write to a port that nobody has"),
+        }
+        AfterOut::GoOn
+    }
+
+    /// The guest reads a port.
+    pub(crate) fn read(&self, port: u16) -> u8 {
+        if let Some(register) = serial_register(port) {
+            return self.serial().read(register);
+        }
+        match port {
+            port::CLOCK_DATA => self.clock().read(SystemTime::now()),
+            // Nothing to be read, ready for a command; not asleep.
+            port::KEYBOARD | port::SLEEP_CONTROL | port::SLEEP_STATUS => 0,
+            _ => {
+                tracing::trace!(port, "read from a port that nobody has");
+                u8::MAX
+            }
+        }
+    }
+
+    /// Appends its sections.
+    pub(crate) fn save(&self, writer: &mut Writer) {
+        writer.write(Kind::Serial, 0, &encode(&self.serial().state()));
+        writer.write(Kind::RealTimeClock, 0, &self.clock().save());
+    }
+
+    /// Takes its sections. An interrupt that the serial port was about to give is given again, which
+    /// does no harm: its driver looks what there is.
+    pub(crate) fn load(&self, serial: Section<'_>, clock: Section<'_>) -> Result<(), StateError> {
+        let state = decode(serial)?;
+        let bytes = clock
+            .bytes
+            .try_into()
+            .map_err(|_| clock.content("it has another size"))?;
+        self.clock().load(bytes);
+        let mut place = self.serial();
+        let cannot = |error: &dyn std::fmt::Display| serial.content(error.to_string());
+        let line = place
+            .interrupt_evt()
+            .0
+            .try_clone()
+            .map_err(|error| cannot(&error))?;
+        let console = Console {
+            name: place.writer().name.clone(),
+            line: Vec::new(),
+        };
+        *place = Serial::from_state(&state, SerialLine(line), NoEvents, console)
+            .map_err(|error| cannot(&error))?;
+        Ok(())
+    }
+}
+
+fn serial_register(port: u16) -> Option<u8> {
+    let register = port.checked_sub(port::SERIAL)?;
+    (register < SERIAL_PORTS).then(|| u8::try_from(register).expect("below eight"))
+}
+
+fn encode(state: &SerialState) -> Vec<u8> {
+    let mut bytes = vec![
+        state.baud_divisor_low,
+        state.baud_divisor_high,
+        state.interrupt_enable,
+        state.interrupt_identification,
+        state.line_control,
+        state.line_status,
+        state.modem_control,
+        state.modem_status,
+        state.scratch,
+    ];
+    bytes.extend(&state.in_buffer);
+    bytes
+}
+
+fn decode(section: Section<'_>) -> Result<SerialState, StateError> {
+    let Some((fields, input)) = section.bytes.split_first_chunk::<SERIAL_FIELDS>() else {
+        return Err(section.content("it is too short"));
+    };
+    let [
+        low,
+        high,
+        enable,
+        identification,
+        control,
+        status,
+        modem,
+        lines,
+        scratch,
+    ] = *fields;
+    Ok(SerialState {
+        baud_divisor_low: low,
+        baud_divisor_high: high,
+        interrupt_enable: enable,
+        interrupt_identification: identification,
+        line_control: control,
+        line_status: status,
+        modem_control: modem,
+        modem_status: lines,
+        scratch,
+        in_buffer: input.to_vec(),
+    })
+}

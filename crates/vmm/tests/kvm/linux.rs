@@ -1,0 +1,144 @@
+//! Machines that boot as stock kernels do. The kernel is a few instructions that reach for what a PC
+//! has: where KVM is emulated, a real one would take minutes.
+
+use crate::guests::*;
+use crate::vm_process::VmProcess;
+use limosa_engine::handover::Phase;
+use limosa_pages::{PAGE_SIZE_USIZE, PageRange, Pfn};
+use limosa_vmm::LinuxImage;
+use limosa_vmm::answer::{ExitReason, RunState};
+use limosa_vmm::config::{Platform, VmConfig};
+use limosa_vmm::machine::{Machine, MachineError};
+use std::fs::File;
+use std::io::Write;
+use std::thread;
+use std::time::Duration;
+
+/// Notes a word in the serial port's scratch register, waits until the byte at [`FLAG`] is set, and
+/// switches the machine off if the word is still there; else it resets it.
+const KERNEL: [u8; 46] = [
+    0x66, 0xba, 0xff, 0x03, 0xb0, 0x5a, 0xee, // mov dx,3ffh; mov al,5ah; out dx,al
+    0x66, 0xba, 0xf8, 0x03, 0xb0, 0x0a, 0xee, // mov dx,3f8h; mov al,'\n'; out dx,al
+    0x80, 0x3c, 0x25, 0x00, 0x00, 0x30, 0x00, 0x00, // back: cmp byte [300000h],0
+    0x74, 0xf6, // je back
+    0x66, 0xba, 0xff, 0x03, 0xec, // mov dx,3ffh; in al,dx
+    0x3c, 0x5a, 0x75, 0x07, // cmp al,5ah; jne reset
+    0x66, 0xba, 0x00, 0x06, 0xb0, 0x34, 0xee, // mov dx,600h; mov al,34h; out dx,al
+    0xb0, 0xfe, 0xe6, 0x64, // reset: mov al,0feh; out 64h,al
+    0xf4, 0xf4, // hlt
+];
+const FLAG: u64 = 0x30_0000;
+
+fn pc(vcpus: u8) -> VmConfig {
+    VmConfig {
+        platform: Platform::Pc,
+        irqchip: true,
+        ..config(vcpus)
+    }
+}
+
+fn image(code: &[u8]) -> LinuxImage {
+    let mut bytes = vec![0; 1024 + 0x200];
+    bytes[0x1f1] = 1;
+    bytes[0x202..0x206].copy_from_slice(b"HdrS");
+    bytes[0x206..0x208].copy_from_slice(&0x20f_u16.to_le_bytes());
+    bytes[0x211] = 1;
+    bytes[0x22c..0x230].copy_from_slice(&u32::MAX.to_le_bytes());
+    bytes[0x236] = 1;
+    bytes.extend(code);
+    LinuxImage {
+        kernel: file(&bytes),
+        initrd: None,
+        cmdline: String::new(),
+    }
+}
+
+fn file(bytes: &[u8]) -> File {
+    let mut file = tempfile::tempfile().unwrap();
+    file.write_all(bytes).unwrap();
+    file
+}
+
+fn wait_for_exit(machine: &Machine) -> RunState {
+    wait_until(|| machine.run_state() != RunState::Running);
+    machine.run_state()
+}
+
+#[test]
+fn a_kernel_moves_with_its_devices_and_ends_as_it_likes() {
+    if !has_kvm() {
+        return;
+    }
+    let mut source = Machine::create(pc(2), "here").unwrap();
+    source.boot_linux(&mut image(&KERNEL)).unwrap();
+    source.run().unwrap();
+    thread::sleep(Duration::from_millis(50));
+    let snapshot = source.pause_and_save(false).unwrap();
+    let mut target = Machine::create(source.config().clone(), "there").unwrap();
+    let mut page = [0; PAGE_SIZE_USIZE];
+    let all = PageRange::new(Pfn::new(0), source.memory().page_count());
+    for pfn in all.iter() {
+        source.memory().read_page(pfn, &mut page);
+        target.memory().write_at(pfn.file_offset(), &page).unwrap();
+    }
+    target.load(&snapshot.sections).unwrap();
+    target.memory().write_at(FLAG, &[1]).unwrap();
+    target.run().unwrap();
+    let expect = RunState::Exited(ExitReason::PoweredOff);
+    assert_eq!(wait_for_exit(&target), expect);
+    // A micro guest's machine does not take the state of a PC.
+    let mut other = Machine::create(config(2), "there").unwrap();
+    let error = other.load(&snapshot.sections).unwrap_err().to_string();
+    assert!(error.contains("another kind of machine"), "{error}");
+}
+
+#[test]
+fn a_reset_is_seen() {
+    if !has_kvm() {
+        return;
+    }
+    let mut machine = Machine::create(pc(1), "here").unwrap();
+    // mov al,0feh; out 64h,al; hlt
+    machine
+        .boot_linux(&mut image(&[0xb0, 0xfe, 0xe6, 0x64, 0xf4]))
+        .unwrap();
+    machine.run().unwrap();
+    assert_eq!(wait_for_exit(&machine), RunState::Exited(ExitReason::Reset));
+}
+
+#[test]
+fn a_process_boots_from_descriptors() {
+    if !has_kvm() {
+        return;
+    }
+    let directory = tempfile::tempdir().unwrap();
+    let process = VmProcess::start(directory.path(), "vm-linux");
+    let handle = process.connect().unwrap();
+    let mut wrong = image(&KERNEL);
+    wrong.kernel = file(b"no kernel");
+    let error = handle.create_linux(&pc(1), &wrong).unwrap_err().to_string();
+    assert!(error.contains("give a bzImage"), "{error}");
+    handle.create_linux(&pc(1), &image(&KERNEL)).unwrap();
+    handle.run().unwrap();
+    assert_eq!(handle.status().unwrap().phase, Phase::Running);
+    handle.memory().write_at(FLAG, &[1]).unwrap();
+    let exited = RunState::Exited(ExitReason::PoweredOff);
+    wait_until(|| {
+        handle
+            .status()
+            .is_ok_and(|status| status.run_state == exited)
+    });
+}
+
+#[test]
+fn a_pc_without_controllers_is_refused() {
+    if !has_kvm() {
+        return;
+    }
+    let config = VmConfig {
+        irqchip: false,
+        ..pc(1)
+    };
+    let error = Machine::create(config, "here").unwrap_err();
+    assert!(matches!(error, MachineError::Config(_)), "{error}");
+}
