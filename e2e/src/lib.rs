@@ -20,6 +20,7 @@ pub mod beats;
 pub mod binary;
 pub mod cases;
 pub mod daemon;
+pub mod emulated;
 pub mod guest;
 pub mod hold;
 pub mod link;

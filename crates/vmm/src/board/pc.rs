@@ -40,7 +40,8 @@ const SLEEP_ENABLE: u8 = 1 << 5;
 /// The keyboard controller's pulse on the reset line.
 const KEYBOARD_RESET: u8 = 0xfe;
 const SERIAL_PORTS: u16 = 8;
-/// Registers of the serial port, before the bytes that the guest has not read yet.
+/// Registers of the serial port, before the number of bytes that the guest has not read yet, these
+/// bytes, and what it has begun to print as a line.
 const SERIAL_FIELDS: usize = 9;
 /// Longest line of the console that is noted as one.
 const LINE_BYTES_MAX: usize = 1024;
@@ -159,14 +160,17 @@ impl Pc {
 
     /// Appends its sections.
     pub(crate) fn save(&self, writer: &mut Writer) {
-        writer.write(Kind::Serial, 0, &encode(&self.serial().state()));
+        let serial = self.serial();
+        let bytes = encode(&serial.state(), &serial.writer().line);
+        writer.write(Kind::Serial, 0, &bytes);
+        drop(serial);
         writer.write(Kind::RealTimeClock, 0, &self.clock().save());
     }
 
     /// Takes its sections. An interrupt that the serial port was about to give is given again, which
     /// does no harm: its driver looks what there is.
     pub(crate) fn load(&self, serial: Section<'_>, clock: Section<'_>) -> Result<(), StateError> {
-        let state = decode(serial)?;
+        let (state, begun) = decode(serial)?;
         let bytes = clock
             .bytes
             .try_into()
@@ -181,7 +185,7 @@ impl Pc {
             .map_err(|error| cannot(&error))?;
         let console = Console {
             name: place.writer().name.clone(),
-            line: Vec::new(),
+            line: begun,
         };
         *place = Serial::from_state(&state, SerialLine(line), NoEvents, console)
             .map_err(|error| cannot(&error))?;
@@ -194,7 +198,7 @@ fn serial_register(port: u16) -> Option<u8> {
     (register < SERIAL_PORTS).then(|| u8::try_from(register).expect("below eight"))
 }
 
-fn encode(state: &SerialState) -> Vec<u8> {
+fn encode(state: &SerialState, line: &[u8]) -> Vec<u8> {
     let mut bytes = vec![
         state.baud_divisor_low,
         state.baud_divisor_high,
@@ -205,15 +209,24 @@ fn encode(state: &SerialState) -> Vec<u8> {
         state.modem_control,
         state.modem_status,
         state.scratch,
+        u8::try_from(state.in_buffer.len()).expect("the port holds 64 bytes"),
     ];
     bytes.extend(&state.in_buffer);
+    bytes.extend(line);
     bytes
 }
 
-fn decode(section: Section<'_>) -> Result<SerialState, StateError> {
-    let Some((fields, input)) = section.bytes.split_first_chunk::<SERIAL_FIELDS>() else {
-        return Err(section.content("it is too short"));
-    };
+/// The port, and the line that the guest has begun.
+fn decode(section: Section<'_>) -> Result<(SerialState, Vec<u8>), StateError> {
+    let too_short = || section.content("it is too short");
+    let fields = section.bytes.split_first_chunk::<SERIAL_FIELDS>();
+    let (fields, rest) = fields.ok_or_else(too_short)?;
+    let (&count, rest) = rest.split_first().ok_or_else(too_short)?;
+    let both = rest.split_at_checked(usize::from(count));
+    let (input, line) = both.ok_or_else(too_short)?;
+    if line.len() >= LINE_BYTES_MAX {
+        return Err(section.content("its line is too long"));
+    }
     let [
         low,
         high,
@@ -225,7 +238,7 @@ fn decode(section: Section<'_>) -> Result<SerialState, StateError> {
         lines,
         scratch,
     ] = *fields;
-    Ok(SerialState {
+    let state = SerialState {
         baud_divisor_low: low,
         baud_divisor_high: high,
         interrupt_enable: enable,
@@ -236,5 +249,6 @@ fn decode(section: Section<'_>) -> Result<SerialState, StateError> {
         modem_status: lines,
         scratch,
         in_buffer: input.to_vec(),
-    })
+    };
+    Ok((state, line.to_vec()))
 }

@@ -1,0 +1,138 @@
+//! A stock Debian kernel under limosa, moved between two emulated hosts by every technique while it works.
+//!
+//! `LIMOSA_E2E_MATRIX=all` moves it forty times and takes the newer kernel, too.
+
+use limosa_e2e::emulated::{Hosts, Run, SERIES};
+use limosa_e2e::{binary, skip};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
+
+/// Twenty times what it takes on an idle machine of two processors.
+const LIMIT: Duration = Duration::from_secs(1200);
+const MODES: [&str; 6] = [
+    "pre-copy",
+    "post-copy",
+    "hybrid",
+    "stop-and-copy",
+    "demand",
+    "auto",
+];
+/// What a kernel says when something is wrong with its time, its processors or its memory.
+const ALARMS: [&str; 10] = [
+    "BUG:",
+    "WARNING:",
+    "Oops",
+    "lockup",
+    "stall",
+    "unstable",
+    "Call Trace",
+    "CLOCK-WENT-BACK",
+    "MEMORY-BAD",
+    "FAILURE",
+];
+
+/// Everything is made from Debian's packages, which only Debian has.
+fn is_debian() -> bool {
+    let is_there = |program: &str| {
+        let path = std::env::var("PATH").unwrap_or_default();
+        let mut places = path.split(':').chain(["/usr/sbin", "/sbin"]);
+        places.any(|place| Path::new(place).join(program).exists())
+    };
+    let missing = [
+        "apt-get", "dpkg-deb", "tar", "mke2fs", "xz", "setpriv", "strip",
+    ]
+    .into_iter()
+    .find(|program| !is_there(program));
+    if let Some(program) = missing {
+        skip(&format!("emulated hosts need {program}"));
+    }
+    missing.is_none()
+}
+
+/// Beside the tests' own programs, so that it goes when they go.
+fn cache() -> PathBuf {
+    let own = std::env::current_exe().expect("the test's own file");
+    let target = own
+        .ancestors()
+        .nth(3)
+        .expect("a test lies in target/profile/deps");
+    std::env::var_os("LIMOSA_HOSTS_CACHE")
+        .map_or_else(|| target.join("emulated-hosts"), PathBuf::from)
+}
+
+/// The program without what debuggers need: hosts have it in memory.
+fn program(place: &Path) -> PathBuf {
+    let small = place.join("limosa");
+    let status = Command::new("strip")
+        .arg("-o")
+        .arg(&small)
+        .arg(binary::limosa())
+        .status();
+    assert!(status.expect("strip can be started").success());
+    small
+}
+
+fn moves(series: &str, vcpus: u8, modes: &[&str]) {
+    let hosts = Hosts::prepare(&cache()).expect("hosts can be made");
+    let place = tempfile::tempdir().expect("a directory");
+    let run = Run {
+        hosts: 2,
+        script: Path::new(env!("CARGO_MANIFEST_DIR")).join("hosts/moves"),
+        files: vec![(program(place.path()), "/run/limosa".to_owned())],
+        variables: vec![
+            ("SERIES".to_owned(), series.to_owned()),
+            ("VCPUS".to_owned(), vcpus.to_string()),
+            ("MODES".to_owned(), modes.join(" ")),
+        ],
+        memory_mib: 1024,
+        limit: LIMIT,
+    };
+    let ended = hosts.run(&run).unwrap_or_else(|error| panic!("{error}"));
+    assert_eq!(ended.status, 0);
+    let said: Vec<&str> = ended
+        .output
+        .lines()
+        .filter_map(|line| line.split_once("| SAID "))
+        .map(|line| line.1)
+        .collect();
+    for alarm in ALARMS {
+        let line = said.iter().find(|line| line.contains(alarm));
+        assert_eq!(line, None, "the guest is not well");
+    }
+    assert!(
+        said.iter().any(|line| line.contains("MEMORY-GOOD")),
+        "its memory was tested"
+    );
+    // Each beat is there once, wherever it was said: nothing was lost, and nothing ran twice.
+    let mut beats: Vec<u32> = said
+        .iter()
+        .filter_map(|line| line.strip_prefix("beat ")?.parse().ok())
+        .collect();
+    beats.sort_unstable();
+    let expect: Vec<u32> = (1..=u32::try_from(beats.len()).expect("few")).collect();
+    assert_eq!(beats, expect);
+    let moved = ended.output.matches("downtime").count();
+    assert!(
+        moved >= modes.len(),
+        "{moved} of {} moves told how it was",
+        modes.len()
+    );
+}
+
+#[test]
+fn a_stock_kernel_moves_by_every_mode() {
+    if !is_debian() {
+        return;
+    }
+    moves(SERIES[0], 2, &MODES);
+}
+
+#[test]
+fn a_stock_kernel_moves_forty_times() {
+    if std::env::var("LIMOSA_E2E_MATRIX").as_deref() != Ok("all") || !is_debian() {
+        return;
+    }
+    let modes: Vec<&str> = MODES.into_iter().cycle().take(40).collect();
+    moves(SERIES[1], 2, &modes);
+}
