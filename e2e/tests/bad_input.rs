@@ -97,6 +97,7 @@ stop nobody
 abort nobody
 abort web
 set web --downtime-max 5ms
+set web --streams 17
 set web
 status 0123456789abcdef0123456789abcdef
 status nobody --follow

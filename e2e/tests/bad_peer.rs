@@ -113,7 +113,14 @@ fn deeds_at_the_door() -> Vec<Deed> {
         }),
         deed("pages for an unknown migration", "", |scene| {
             let stream = dial(scene.address(), fresh_id(), Role::Push(0));
-            write(&stream, &PushHeader::Barrier { round: 0 }.encode());
+            write(
+                &stream,
+                &PushHeader::Barrier {
+                    round: 0,
+                    streams: 1,
+                }
+                .encode(),
+            );
             goodbye(&stream)
         }),
         deed("a question that is none", "", |scene| {
@@ -291,23 +298,42 @@ fn deeds_inside() -> Vec<Deed> {
             push(scene, &coded(Coding::Delta, 4, &[9, 0, 0, 7]))
         }),
         deed("a header of unknown kind", "unknown kind", |scene| {
-            let mut header = PushHeader::Barrier { round: 0 }.encode();
+            let mut header = PushHeader::Barrier {
+                round: 0,
+                streams: 1,
+            }
+            .encode();
             header[0] = 9;
             push(scene, &header)
         }),
         deed("a header with stray bits", "reserved", |scene| {
-            let mut header = PushHeader::Barrier { round: 0 }.encode();
+            let mut header = PushHeader::Barrier {
+                round: 0,
+                streams: 1,
+            }
+            .encode();
             header[2] = 1;
             push(scene, &header)
         }),
         deed("a barrier out of order", "do not follow", |scene| {
-            push(scene, &PushHeader::Barrier { round: 3 }.encode())
+            push(
+                scene,
+                &PushHeader::Barrier {
+                    round: 3,
+                    streams: 1,
+                }
+                .encode(),
+            )
         }),
         deed(
             "a barrier beyond all rounds",
             "round out of range",
             |scene| {
-                let mut header = PushHeader::Barrier { round: 0 }.encode();
+                let mut header = PushHeader::Barrier {
+                    round: 0,
+                    streams: 1,
+                }
+                .encode();
                 header[15] = 1;
                 push(scene, &header)
             },

@@ -3,12 +3,14 @@
 use limosa_e2e::cases::Places;
 use limosa_e2e::pair::{assert_completed, assert_is_at, begin, body, end, move_whole, until_stage};
 use limosa_e2e::resources::Resources;
-use limosa_e2e::{Daemon, Pair, VM, guest, has_kvm, skip, wait};
+use limosa_e2e::{Daemon, Pair, VM, binary, guest, has_kvm, skip, wait};
 use limosa_engine::policy::{Mode, PauseReason};
 use limosa_engine::source::Stage;
+use limosa_engine::streams::Streams;
 use limosa_host::api::{CommandKind, LimitsPatch, MigrateBody, Report, TrackerKind};
 use limosa_os::kvm::Kvm;
 use std::fs;
+use std::process::Command;
 use std::time::{Duration, Instant};
 
 const MIB: u64 = 1 << 20;
@@ -423,6 +425,65 @@ fn a_bandwidth_set_in_flight_takes_effect() {
         lifted.elapsed()
     );
     assert_is_at(VM, &pair.b, &pair.a);
+}
+
+/// As an operator types it: fewer than are used, more than are open, and back to what pays.
+#[test]
+fn streams_set_in_flight_are_used() {
+    if !has_kvm() {
+        return;
+    }
+    let _places = Places::all();
+    let pair = Pair::start();
+    let mut spec = guest::writer(VM, "ws=2M rate=500 touch=192M");
+    spec.memory_bytes = 256 << 20;
+    pair.boot(spec);
+    let mut body = body(&pair.b, Mode::PreCopy);
+    (body.bandwidth_max, body.streams) = (Some(16_000_000), Streams::fixed(1));
+    body.verify = true;
+    let id = pair.a.client().migrate(VM, &body).expect("accepted");
+    until_stage(&pair.a, &id, &[Stage::Copying]);
+    let in_use = || {
+        let info = pair.a.client().migration(&id).expect("it is known");
+        (info.streams_in_use, info.streams_open)
+    };
+    assert_eq!(in_use(), (1, 8));
+
+    let (is_done, said) = type_set(&pair.a, "5");
+    assert!(is_done && said.contains("streams 5"), "{said}");
+    wait::until("five are used", || (in_use() == (5, 8)).then_some(()));
+    let (is_done, said) = type_set(&pair.a, "9");
+    assert!(!is_done && said.contains("8 are open"), "{said}");
+    // Those that it added have pieces, which take as long as at this rate 80 MiB do.
+    let (is_done, said) = type_set(&pair.a, "2");
+    assert!(is_done && said.contains("streams 2"), "{said}");
+    wait::until("two are used", || (in_use() == (2, 8)).then_some(()));
+    let (is_done, said) = type_set(&pair.a, "auto");
+    assert!(is_done && said.contains("streams auto"), "{said}");
+
+    let unlimited = LimitsPatch {
+        bandwidth_max: Some(0),
+        ..LimitsPatch::default()
+    };
+    pair.a.client().set(&id, &unlimited).expect("it runs");
+    let report = end(&pair.a, &id);
+    assert_completed(&report);
+    assert_eq!(report.digest_equal, Some(true));
+    assert_eq!(report.rounds[0].streams, 5, "{report:?}");
+    assert_is_at(VM, &pair.b, &pair.a);
+}
+
+/// Types `limosa set VM --streams …`: whether it is done, and what it says.
+fn type_set(daemon: &Daemon, streams: &str) -> (bool, String) {
+    let output = Command::new(binary::limosa())
+        .args(["set", VM, "--streams", streams, "--state-dir"])
+        .arg(daemon.state_dir())
+        .env("NO_COLOR", "1")
+        .output()
+        .expect("the binary can be started");
+    let said = [output.stdout, output.stderr].concat();
+    let said = String::from_utf8_lossy(&said).into_owned();
+    (output.status.success(), said)
 }
 
 /// Bytes a second that arrive at a target while `bytes` more come in.

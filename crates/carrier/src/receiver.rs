@@ -43,6 +43,7 @@ pub(crate) enum Report {
     Barrier {
         stream: u8,
         round: u32,
+        streams: u8,
     },
     Broken {
         reason: String,
@@ -321,10 +322,13 @@ impl PushStream {
                         self.mark_missing(run)?;
                     }
                 }
-                (Owner::Streams, PushHeader::Barrier { round }) => report(Report::Barrier {
-                    stream: self.index,
-                    round,
-                }),
+                (Owner::Streams, PushHeader::Barrier { round, streams }) => {
+                    report(Report::Barrier {
+                        stream: self.index,
+                        round,
+                        streams,
+                    });
+                }
                 (
                     owner @ (Owner::Streams | Owner::Filling),
                     PushHeader::Coded { range, coding },

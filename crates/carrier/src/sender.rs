@@ -56,7 +56,7 @@ pub(crate) enum Order {
     /// Send what is unsent within the piece.
     Push { piece: Piece },
     /// All of this round that goes by this stream has been sent.
-    Barrier { round: u32 },
+    Barrier { round: u32, streams: u8 },
 }
 
 /// What a stream reports.
@@ -203,9 +203,9 @@ impl PushStream {
                         sent,
                     });
                 }
-                Order::Barrier { round } => {
-                    self.writer
-                        .write_all(&PushHeader::Barrier { round }.encode())?;
+                Order::Barrier { round, streams } => {
+                    let barrier = PushHeader::Barrier { round, streams };
+                    self.writer.write_all(&barrier.encode())?;
                 }
             }
         }

@@ -68,7 +68,7 @@ pub struct MigrateRequest {
     pub mode: Mode,
     /// What is allowed.
     pub limits: Limits,
-    /// Push streams, 1 to [`STREAMS_MAX`].
+    /// Push streams to open, 1 to [`STREAMS_MAX`]; how many of them are used `limits` say.
     pub streams: u8,
     /// Compare digests of memory and state after the switch.
     pub verify: bool,

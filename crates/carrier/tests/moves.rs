@@ -11,6 +11,7 @@ use limosa_engine::handover::Phase;
 use limosa_engine::policy::{Limits, Mode};
 use limosa_engine::report::{Coded, MigrationReport, Outcome, RoundReport};
 use limosa_engine::source::Stage;
+use limosa_engine::streams::Streams;
 use limosa_engine::wire::ControlFrame;
 use limosa_pages::BytesPerSecond;
 use std::io::{Read, Write};
@@ -189,6 +190,39 @@ fn limits_change_in_flight() {
     assert_eq!(report.outcome, Some(Outcome::Completed));
     // At the old limit it would have taken half a minute.
     assert!(begun.elapsed() < Duration::from_secs(15));
+}
+
+/// Before the switch and after it: others are used from the next piece on, and nothing gets lost.
+#[test]
+fn streams_change_in_flight() {
+    for mode in [Mode::PreCopy, Mode::PostCopy] {
+        let (host, listener) = listen();
+        let guest = ThreadGuest::new(32_768, 30_000, false);
+        let mut slow = request(listener.local_addr(), mode);
+        slow.streams = 6;
+        slow.limits.streams = Streams::fixed(1).unwrap();
+        slow.limits.bandwidth_max = Some(BytesPerSecond::new(40_000_000));
+        let migration = start(&guest, slow);
+        wait_until("pages flow", || {
+            let status = migration.status();
+            let is_pushed = status.unsent_pages.get() > 0 && status.unsent_pages.get() < 30_000;
+            status.stage == Stage::Copying && status.round_sent_pages.get() > 0 || is_pushed
+        });
+        let status = migration.status();
+        assert_eq!((status.streams_in_use, status.streams_open), (1, 6));
+        migration.set(Limits {
+            bandwidth_max: None,
+            streams: Streams::fixed(5).unwrap(),
+            ..status.limits
+        });
+        wait_until("others are used", || migration.status().streams_in_use == 5);
+        let report = migration.wait(PATIENCE).unwrap();
+        assert_eq!(report.outcome, Some(Outcome::Completed), "{mode}");
+        assert_eq!(report.digest_equal, Some(true), "{mode}");
+        let most = report.rounds.iter().map(|round| round.streams).max();
+        assert_eq!(most, Some(5), "{mode}: {report:?}");
+        drop(host);
+    }
 }
 
 #[test]

@@ -4,6 +4,7 @@ use crate::{cert, demo, lab};
 use clap::{Args, Parser, Subcommand};
 use clap_complete::Shell;
 use limosa_engine::policy::Mode;
+use limosa_engine::streams::Streams;
 use limosa_host::api::{Compression, PushOrder, Throttling, TrackerKind};
 use limosa_lab::values::{Milliseconds, OrNone, Rate, Size, compression, mode};
 use std::net::SocketAddr;
@@ -269,9 +270,12 @@ pub(crate) struct Migrate {
     /// asked for last), hottest (what was written most often in the rounds before)
     #[arg(long, value_name = "ORDER", default_value = "bubbling")]
     pub push_order: PushOrder,
-    /// Push streams, 1 to 16 [default: 2]
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u8).range(1..=16))]
-    pub streams: Option<u8>,
+    /// Push streams: 1 to 16, or auto for as many as pay
+    ///
+    /// With auto, two at first; another one is tried, or one less, while pages go out, and kept if
+    /// more is delivered by it. 'limosa set' changes the number in flight.
+    #[arg(long, value_name = "auto|N", default_value_t = Streams::AUTO)]
+    pub streams: Streams,
     /// Hash memory and state on both sides at the switch and compare
     #[arg(long)]
     pub verify: bool,
@@ -317,9 +321,10 @@ Examples:
   limosa set web --downtime-max 20ms
   limosa set web --bandwidth-max none --deadline 30s
   limosa set web --mode hybrid
-  limosa set web --throttle auto")]
+  limosa set web --throttle auto
+  limosa set web --streams 4")]
 #[command(group(clap::ArgGroup::new("changes").required(true).multiple(true)
-    .args(["mode", "downtime_max", "bandwidth_max", "deadline", "rounds_max", "compress", "throttle"])))]
+    .args(["mode", "downtime_max", "bandwidth_max", "deadline", "rounds_max", "compress", "throttle", "streams"])))]
 pub(crate) struct Set {
     /// Name of the virtual machine, or (the beginning of) the id of the migration
     #[arg(value_name = "VM|ID")]
@@ -345,6 +350,9 @@ pub(crate) struct Set {
     /// Slow the guest's writers down if rounds do not shrink; off lets them go
     #[arg(long, value_name = "off|auto")]
     pub throttle: Option<Throttling>,
+    /// Push streams in use: a number up to those that are open (8, or what migrate asked for), or auto
+    #[arg(long, value_name = "auto|N")]
+    pub streams: Option<Streams>,
     #[command(flatten)]
     pub format: Format,
 }

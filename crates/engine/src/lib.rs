@@ -16,6 +16,7 @@ pub mod journal;
 pub mod policy;
 pub mod report;
 pub mod source;
+pub mod streams;
 pub mod target;
 pub mod throttle;
 mod time;

@@ -4,6 +4,7 @@
 //! sees numbers only and keeps nothing between calls, so that its verdict can be tested, explained
 //! and predicted from a [`Progress`] alone.
 
+use crate::streams::Streams;
 use crate::throttle::Throttling;
 use core::fmt;
 use core::time::Duration;
@@ -107,6 +108,9 @@ pub struct Limits {
     /// Whether the guest's writers may be slowed down where rounds do not shrink.
     #[serde(default)]
     pub throttle: Throttling,
+    /// How many push streams are used, of those that are open.
+    #[serde(default)]
+    pub streams: Streams,
 }
 
 impl Default for Limits {
@@ -120,6 +124,7 @@ impl Default for Limits {
             deadline: None,
             rounds_max: 30,
             throttle: Throttling::Off,
+            streams: Streams::AUTO,
         }
     }
 }
@@ -150,6 +155,21 @@ pub struct Progress {
 }
 
 impl Progress {
+    /// Before the first round of a guest with so much memory.
+    pub(crate) const fn none(memory: PageCount) -> Self {
+        Self {
+            rounds: 0,
+            remaining: memory,
+            last_round: PageCount::ZERO,
+            rounds_without_progress: 0,
+            next_round: None,
+            was_slowed: false,
+            bandwidth: None,
+            fixed_cost: Duration::ZERO,
+            elapsed: Duration::ZERO,
+        }
+    }
+
     /// Downtime if the guest were paused now: fixed cost plus remaining bytes over bandwidth.
     /// `None` while the bandwidth is unknown. `docs/techniques.md` explains the formula.
     pub fn predicted_downtime(&self) -> Option<Duration> {

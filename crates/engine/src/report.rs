@@ -63,6 +63,9 @@ pub struct RoundReport {
     pub lz4: Coded,
     /// Pages that went as differences to what was sent before.
     pub delta: Coded,
+    /// By so many push streams it went, at the most.
+    #[serde(default)]
+    pub streams: u8,
 }
 
 impl RoundReport {

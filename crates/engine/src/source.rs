@@ -31,6 +31,7 @@ mod forecast;
 mod preparing;
 mod rounds;
 mod slowing;
+mod streaming;
 mod switching;
 
 pub use event::{
@@ -41,6 +42,7 @@ use crate::handover::Phase;
 use crate::journal::Machine;
 use crate::policy::{Limits, Mode, Progress};
 use crate::report::{ClockOffset, MigrationReport, Outcome};
+use crate::streams::Climber;
 use crate::throttle::Throttle;
 use crate::time::Timestamp;
 use crate::wire::{ControlFrame, Digest, clip};
@@ -83,6 +85,8 @@ pub enum SourceFault {
     CommitBeforeRecord,
     /// The target is not told which of its pages are stale.
     StaleNotTold,
+    /// A stream that is not in use at the end of a round gets no barrier, whatever it carried.
+    BarriersOfStreamsInUse,
 }
 
 /// Where the migration stands, for the operator.
@@ -189,6 +193,8 @@ pub struct Source {
     record_cost: Duration,
     save_cost: Duration,
     slowing: slowing::Slowing,
+    /// Of the number of streams, while it is not the operator's.
+    climber: Climber,
     stopped: Option<Paused>,
     prepared: Option<(Timestamp, Timestamp)>,
     report: MigrationReport,
@@ -230,19 +236,7 @@ impl Source {
             faults: None,
             digest_equal: None,
         };
-        let progress = Progress {
-            rounds: 0,
-            remaining: config.memory,
-            last_round: PageCount::ZERO,
-            rounds_without_progress: 0,
-            next_round: None,
-            was_slowed: false,
-            bandwidth: None,
-            fixed_cost: Duration::ZERO,
-            elapsed: Duration::ZERO,
-        };
         Self {
-            config,
             fault: None,
             state: State::Idle,
             paused: false,
@@ -257,7 +251,7 @@ impl Source {
             moved: Timestamp::ZERO,
             round: None,
             forecast: None,
-            progress,
+            progress: Progress::none(config.memory),
             previous_remaining: None,
             // A round of zero pages sends next to nothing and says nothing.
             bandwidth_sample: PageCount::new(1).bytes(),
@@ -265,9 +259,11 @@ impl Source {
             record_cost: Duration::ZERO,
             save_cost: Duration::ZERO,
             slowing: slowing::Slowing::default(),
+            climber: Climber::new(config.streams),
             stopped: None,
             prepared: None,
             report,
+            config,
         }
     }
 
@@ -476,11 +472,15 @@ impl Source {
     }
 
     fn set(&mut self, now: Timestamp, limits: Limits) -> Vec<SourceAction> {
-        let is_new = limits.bandwidth_max != self.config.limits.bandwidth_max;
-        self.config.limits = limits;
+        let in_use = self.streams_in_use();
+        let before = core::mem::replace(&mut self.config.limits, limits);
         let mut actions = self.let_go_if_forbidden(now);
-        if is_new {
+        if limits.bandwidth_max != before.bandwidth_max {
             actions.push(SourceAction::LimitBandwidth(limits.bandwidth_max));
+        }
+        self.restart_climber(before.streams, in_use);
+        if self.streams_in_use() > in_use && self.gives_pieces() {
+            actions.extend(self.next_pieces());
         }
         actions
     }

@@ -18,7 +18,7 @@
 //! ```
 //!
 //! Invariants: the state is loaded only when the barrier of the last round has come on every
-//! stream; the guest runs only after the VM process recorded the commit; once somebody was told
+//! stream by which that round goes; the guest runs only after the VM process recorded the commit; once somebody was told
 //! that the attempt is barred, no late frame brings it to life.
 
 mod event;
@@ -100,10 +100,10 @@ pub struct Target {
     fault: Option<TargetFault>,
     state: State,
     start: Option<Start>,
-    /// The next round that each stream has not delivered.
-    next_rounds: Vec<u32>,
     /// The first round that was not confirmed to the source.
     next_round: u32,
+    /// What of it has come.
+    delivered: Delivered,
     arriving: Option<Arriving>,
     stopped_at: Timestamp,
     /// Pages that were missing at the switch.
@@ -117,6 +117,28 @@ pub struct Target {
     heard: Timestamp,
 }
 
+/// The barriers of a round that have come.
+#[derive(Clone, Copy, Debug, Default)]
+struct Delivered {
+    /// By how many streams the round goes, once a barrier has said it.
+    streams: Option<u8>,
+    /// A bit for each stream whose barrier has come.
+    by: u16,
+}
+
+impl Delivered {
+    /// A barrier has come: whether it was the last one. `None` if it does not fit to the others.
+    fn by(&mut self, stream: u8, streams: u8) -> Option<bool> {
+        let bit = 1u16.checked_shl(stream.into())?;
+        let is_new = self.by & bit == 0;
+        if !is_new || stream >= streams || *self.streams.get_or_insert(streams) != streams {
+            return None;
+        }
+        self.by |= bit;
+        Some(self.by.count_ones() == u32::from(streams))
+    }
+}
+
 impl Target {
     /// A target that waits for [`ControlFrame::Start`], on a connection accepted at `now`.
     pub const fn new(id: MigrationId, boot_id: u128, now: Timestamp) -> Self {
@@ -126,8 +148,11 @@ impl Target {
             fault: None,
             state: State::Waiting,
             start: None,
-            next_rounds: Vec::new(),
             next_round: 0,
+            delivered: Delivered {
+                streams: None,
+                by: 0,
+            },
             arriving: None,
             stopped_at: Timestamp::ZERO,
             missing: PageCount::ZERO,
@@ -183,7 +208,6 @@ impl Target {
             (ControlFrame::Keepalive, _) => Vec::new(),
             (ControlFrame::Start(start), State::Waiting) => {
                 self.state = State::Creating;
-                self.next_rounds = vec![0; usize::from(start.streams)];
                 self.start = Some(start.clone());
                 vec![
                     TargetAction::Create(start),
@@ -269,32 +293,38 @@ impl Target {
         actions
     }
 
-    fn barrier(&mut self, now: Timestamp, stream: u8, round: u32) -> Vec<TargetAction> {
+    fn barrier(
+        &mut self,
+        now: Timestamp,
+        stream: u8,
+        round: u32,
+        streams: u8,
+    ) -> Vec<TargetAction> {
         if self.state != State::Receiving {
             return Vec::new();
         }
         // A stream of pages shows that the source lives, however busy its control stream is.
         self.heard = now;
-        let Some(next) = self.next_rounds.get_mut(usize::from(stream)) else {
+        let announced = self.start.as_ref().map_or(0, |start| start.streams);
+        if stream >= announced || streams > announced {
             return self.lost(String::from(
                 "a barrier came on a stream that was not announced",
             ));
-        };
-        if round != *next {
+        }
+        // The source begins a round when the one before was confirmed.
+        if round != self.next_round {
             return self.lost(String::from("the source's rounds do not follow each other"));
         }
-        *next += 1;
-        let delivered = self.next_rounds.iter().copied().min().unwrap_or(0);
+        let Some(is_complete) = self.delivered.by(stream, streams) else {
+            return self.lost(String::from("the barriers of a round do not fit together"));
+        };
         let mut actions = Vec::new();
-        while self.next_round < delivered {
-            let round = self.next_round;
+        if is_complete {
             self.next_round += 1;
+            self.delivered = Delivered::default();
             // The last round is confirmed by `Prepared`.
-            if self
-                .arriving
-                .as_ref()
-                .is_none_or(|arriving| arriving.round != round)
-            {
+            let is_last = |arriving: &Arriving| arriving.round == round;
+            if !self.arriving.as_ref().is_some_and(is_last) {
                 actions.push(TargetAction::Send(ControlFrame::RoundReceived { round }));
             }
         }
@@ -567,7 +597,11 @@ impl Machine for Target {
             TargetEvent::Frame(frame) => self.frame(now, frame),
             TargetEvent::Created { can_fault } => self.created(can_fault),
             TargetEvent::CreateFailed { reason } => self.create_failed(reason),
-            TargetEvent::Barrier { stream, round } => self.barrier(now, stream, round),
+            TargetEvent::Barrier {
+                stream,
+                round,
+                streams,
+            } => self.barrier(now, stream, round, streams),
             TargetEvent::Loaded { took } => self.loaded(now, took),
             TargetEvent::Running {
                 first_instruction_at,
@@ -617,6 +651,7 @@ mod tests {
             TargetEvent::Barrier {
                 stream: 0,
                 round: 0,
+                streams: 1,
             },
             TargetEvent::Frame(state),
             TargetEvent::Loaded {
@@ -711,5 +746,56 @@ mod tests {
                 "finish",
             ],
         );
+    }
+
+    /// Barriers as `stream` of `streams`, all of round 0 but for those after `|`; what is answered.
+    fn barriers(text: &str) -> String {
+        let start = Start {
+            mode: Mode::PreCopy,
+            memory_pages: PageCount::new(1),
+            streams: 4,
+            verify: false,
+            vm: Vec::new(),
+        };
+        let mut target = Target::new(MigrationId(1), 2, Timestamp::ZERO);
+        target.handle(
+            Timestamp::ZERO,
+            TargetEvent::Frame(ControlFrame::Start(start)),
+        );
+        target.handle(Timestamp::ZERO, TargetEvent::Created { can_fault: true });
+        let mut answers = String::new();
+        let mut round = 0;
+        for word in text.split(' ') {
+            if word == "|" {
+                round += 1;
+                continue;
+            }
+            let (stream, streams) = word.split_once('/').unwrap();
+            let event = TargetEvent::Barrier {
+                stream: stream.parse().unwrap(),
+                round,
+                streams: streams.parse().unwrap(),
+            };
+            answers.push_str(match target.handle(Timestamp::ZERO, event).first() {
+                None => ".",
+                Some(TargetAction::Send(ControlFrame::RoundReceived { .. })) => "!",
+                Some(_) => "x",
+            });
+        }
+        answers
+    }
+
+    #[test]
+    fn a_round_is_over_when_each_stream_that_it_goes_by_has_said_so() {
+        assert_eq!(barriers("0/1 | 0/1"), "!!");
+        assert_eq!(barriers("2/3 0/3 1/3 | 0/1 | 3/4 2/4 1/4 0/4"), "..!!...!");
+        // A stream that speaks twice, one that is not of the round, barriers that differ, streams
+        // that do not exist, a round that comes too early.
+        assert_eq!(barriers("0/2 0/2"), ".x");
+        assert_eq!(barriers("1/1"), "x");
+        assert_eq!(barriers("0/2 1/3"), ".x");
+        assert_eq!(barriers("0/5"), "x");
+        assert_eq!(barriers("4/4"), "x");
+        assert_eq!(barriers("0/2 | 1/2"), ".x");
     }
 }

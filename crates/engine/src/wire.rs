@@ -16,7 +16,7 @@ use limosa_pages::{PageCount, PageRange, Pfn};
 use serde::{Deserialize, Serialize};
 
 /// Version of everything in this file. Peers with another version are refused by name.
-pub const PROTOCOL_VERSION: u16 = 3;
+pub const PROTOCOL_VERSION: u16 = 4;
 /// First bytes of every connection.
 pub const MAGIC: [u8; 8] = *b"LIMOSA\r\n";
 /// Bytes of an encoded [`Preamble`].
@@ -403,6 +403,8 @@ pub enum PushHeader {
     Barrier {
         /// The round.
         round: u32,
+        /// The round goes by so many streams, the first ones: each of them has such a barrier.
+        streams: u8,
     },
     /// The target does not have these pages, whatever it has in their place.
     Stale(PageRange),
@@ -478,12 +480,14 @@ impl PullHeader {
 }
 
 impl PushHeader {
-    /// As it is sent: kind, three zero bytes, `u32` count, `u64` first page or round.
+    /// As it is sent: kind, three zero bytes, `u32` count of pages or streams, `u64` first page or round.
     pub fn encode(&self) -> [u8; PUSH_HEADER_BYTES] {
         match *self {
             Self::Pages(range) => encode_header(1, range.count.get(), range.first.get()),
             Self::Zeros(range) => encode_header(2, range.count.get(), range.first.get()),
-            Self::Barrier { round } => encode_header(3, 0, u64::from(round)),
+            Self::Barrier { round, streams } => {
+                encode_header(3, u64::from(streams), u64::from(round))
+            }
             Self::Stale(range) => encode_header(4, range.count.get(), range.first.get()),
             Self::StaleBits(range) => encode_header(5, range.count.get(), range.first.get()),
             Self::Coded { range, coding } => {
@@ -508,10 +512,15 @@ impl PushHeader {
             }
             1 => Ok(Self::Pages(checked_range(value, count, memory)?)),
             2 => Ok(Self::Zeros(checked_range(value, count, memory)?)),
-            3 if count == 0 => match u32::try_from(value) {
-                Ok(round) => Ok(Self::Barrier { round }),
-                Err(_) => Err(WireError::MalformedPush("round out of range")),
-            },
+            3 => {
+                let streams = u8::try_from(count).ok();
+                let streams = streams.filter(|streams| (1..=STREAMS_MAX).contains(streams));
+                Ok(Self::Barrier {
+                    round: u32::try_from(value)
+                        .map_err(|_| WireError::MalformedPush("round out of range"))?,
+                    streams: streams.ok_or(WireError::MalformedPush("streams out of range"))?,
+                })
+            }
             4 => Ok(Self::Stale(checked_range(value, count, memory)?)),
             5 => Ok(Self::StaleBits(checked_bits(value, count, memory)?)),
             6 | 7 => Ok(Self::Coded {

@@ -15,7 +15,6 @@ use crate::state_dir::VmName;
 use limosa_carrier::{Compression, Credentials, MigrateRequest, PushOrder, RATE_MIN};
 use limosa_engine::handover::MigrationId;
 use limosa_engine::policy::{Limits, Mode};
-use limosa_engine::wire::STREAMS_MAX;
 use limosa_pages::BytesPerSecond;
 use serde::{Deserialize, Serialize};
 use std::fs;
@@ -36,8 +35,6 @@ pub struct Departure {
     pub mode: Mode,
     /// What is allowed.
     pub limits: Limits,
-    /// Push streams.
-    pub streams: u8,
     /// Rate of an emulated link, in bytes a second.
     pub link: Option<BytesPerSecond>,
     /// The VM process is gone and with it the guest's memory: the target has to be told.
@@ -53,7 +50,6 @@ impl Departure {
             to: request.peer.clone(),
             mode: request.mode,
             limits: request.limits,
-            streams: request.streams,
             link: request.link,
             is_bereft: false,
         }
@@ -73,7 +69,7 @@ impl Departure {
             peer: self.to.clone(),
             mode: self.mode,
             limits,
-            streams: self.streams.clamp(1, STREAMS_MAX),
+            streams: limits.streams.connections(),
             verify: false,
             link: self.link.filter(possible),
             compression: Compression::Auto,
@@ -170,7 +166,6 @@ mod tests {
             to: "127.0.0.1:1".to_owned(),
             mode: Mode::Demand,
             limits: Limits::default(),
-            streams: 2,
             link: None,
             is_bereft: false,
         }
@@ -207,12 +202,11 @@ mod tests {
                 bandwidth_max: rate,
                 ..Limits::default()
             },
-            streams: 0,
             link: rate,
             ..departure()
         };
         let request = damaged.request(MigrationId(1), None);
-        assert_eq!((request.streams, request.link), (1, None));
+        assert_eq!(request.link, None);
         assert_eq!(request.limits.bandwidth_max, None);
     }
 }

@@ -157,6 +157,8 @@ fn info(migration: &Migration, vm: &str, to: &str, tracker: TrackerKind) -> Migr
         unsent_pages: status.unsent_pages.get(),
         dirty_pages_per_s: status.dirty_rate,
         throttle: status.throttle.map(ThrottleInfo::from),
+        streams_in_use: status.streams_in_use,
+        streams_open: status.streams_open,
         bandwidth: status.bandwidth.map(BytesPerSecond::get),
         predicted_downtime_ms: status.predicted_downtime.map(milliseconds),
         elapsed_ms: milliseconds(status.elapsed),

@@ -18,6 +18,7 @@ use crate::qemu::{QemuWay, Variant};
 use crate::values::{Milliseconds, OrNone, PageRate, Rate, Size};
 use crate::workload::{Content, GuestProgram, Pattern, Rest, Workload};
 use limosa_engine::policy::{Limits, Mode};
+use limosa_engine::streams::Streams;
 use limosa_host::api::{Compression, PushOrder, Throttling, TrackerKind};
 use limosa_pages::{ByteCount, BytesPerSecond};
 use serde::{Deserialize, Serialize};
@@ -75,8 +76,8 @@ pub struct Cell {
     pub vcpus: u8,
     /// The emulated link in bytes a second; `null` is as fast as it goes.
     pub link: Option<u64>,
-    /// Push streams.
-    pub streams: u8,
+    /// Push streams: a number, or as many as pay.
+    pub streams: Streams,
     /// Whether pages are coded.
     pub compress: Compression,
     /// What backs the guest's memory.
@@ -133,6 +134,14 @@ impl Cell {
     pub fn deadline_text(&self) -> String {
         self.deadline_ms
             .map_or_else(|| "none".to_owned(), |deadline| format!("{deadline} ms"))
+    }
+
+    /// The streams in words.
+    pub(crate) fn streams_text(&self) -> String {
+        self.streams.number().map_or_else(
+            || "streams auto".to_owned(),
+            |number| counted(number, "stream"),
+        )
     }
 
     /// All of limosa's settings that are not the default, in words, each with a comma before it.
@@ -200,7 +209,7 @@ impl fmt::Display for Cell {
             ByteCount::new(self.memory_bytes),
             counted(self.vcpus, "vCPU"),
             self.link_text(),
-            counted(self.streams, "stream"),
+            self.streams_text(),
             self.unusual(),
         )?;
         match &self.row {
@@ -323,7 +332,7 @@ struct MatrixTable {
     vcpus: Vec<u8>,
     #[serde(default = "links_default")]
     links: Vec<Text<Link>>,
-    streams: Option<Vec<u8>>,
+    streams: Option<Vec<Streams>>,
     compress: Option<Vec<Compression>>,
     #[serde(default = "only_default")]
     pages: Vec<Backing>,

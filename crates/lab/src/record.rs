@@ -7,6 +7,7 @@
 use crate::backing::Backing;
 use crate::qemu::QemuFigures;
 use limosa_engine::policy::{Mode, PauseReason};
+use limosa_engine::streams::Streams;
 use limosa_host::api::{
     Compression, Downtime, FaultLatency, ModeChange, PushOrder, Report, Round, ThrottleReport,
     Throttling, TrackerKind,
@@ -31,7 +32,7 @@ pub struct Setup {
     /// The emulated link, in bytes a second.
     pub link: Option<u64>,
     /// Push streams, if not the default.
-    pub streams: Option<u8>,
+    pub streams: Option<Streams>,
     /// Whether pages were coded.
     pub compress: Compression,
     /// Whether the guest's writers were slowed down where rounds did not shrink.

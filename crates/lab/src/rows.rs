@@ -8,7 +8,7 @@
 //! The best variant is chosen with the results at hand and for each figure anew, which nobody who
 //! runs QEMU can: it is the strongest peer that there can be.
 
-use crate::plan::{Cell, counted};
+use crate::plan::Cell;
 use crate::record::MoveRecord;
 use crate::statistics::{Spread, median};
 use crate::store::{Results, RunResult};
@@ -194,8 +194,7 @@ fn line(results: &Results, figure: &Figure, ours: &Cell, peers: &[&Cell]) -> Lin
 
 /// What tells a cell of limosa from the others of its row.
 fn label(cell: &Cell) -> String {
-    let streams = counted(cell.streams, "stream");
-    format!("{}, {streams}{}", cell.way(), cell.unusual())
+    format!("{}, {}{}", cell.way(), cell.streams_text(), cell.unusual())
 }
 
 /// Variant and limit of a cell of QEMU.

@@ -18,6 +18,8 @@ pub(crate) enum Trigger {
     /// So long after a source wanted its next commit recorded: the handover is over in a
     /// millisecond or two, and every moment of it counts.
     NearCommit(Duration),
+    /// So long after a source wanted its guest paused: while the last round goes out.
+    NearPause(Duration),
 }
 
 /// What happens.

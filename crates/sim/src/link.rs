@@ -50,7 +50,8 @@ pub(crate) enum Frame {
         content: Vec<u64>,
     },
     Zeros(PageRange),
-    Barrier(u32),
+    /// A round, and by how many streams it goes.
+    Barrier(u32, u8),
     /// Pages that the target does not have, whatever it has in their place.
     Stale(Vec<PageRange>),
     /// Somebody waits for this page.
@@ -72,7 +73,7 @@ impl Frame {
             Self::Control(ControlFrame::Rehearsal { state }) => 64 + state.len() as u64,
             Self::Control(_) | Self::Close => 64,
             Self::Pages { content, .. } => header + content.len() as u64 * PAGE_SIZE,
-            Self::Zeros(_) | Self::Barrier(_) | Self::Want(_) | Self::MissingEnd => header,
+            Self::Zeros(_) | Self::Barrier(..) | Self::Want(_) | Self::MissingEnd => header,
             Self::Stale(ranges) | Self::Missing(ranges) => header * ranges.len() as u64,
         }
     }

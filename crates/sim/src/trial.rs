@@ -18,6 +18,7 @@ use limosa_engine::handover::MigrationId;
 use limosa_engine::policy::{Limits, Mode};
 use limosa_engine::report::{MigrationReport, Outcome};
 use limosa_engine::source::SourceConfig;
+use limosa_engine::streams::Streams;
 use limosa_engine::throttle::Throttling;
 use limosa_pages::{BytesPerSecond, PageCount};
 
@@ -26,6 +27,9 @@ use limosa_pages::{BytesPerSecond, PageCount};
 const REST_WITHIN: Duration = Duration::from_secs(120);
 /// Steps after which a trial is going round in circles; the longest sound one takes a tenth.
 const STEPS_MAX: u64 = 400_000;
+/// Guests whose rounds are cut into so many pieces that all streams have some of them and others wait.
+/// Not where all of it is missed page by page: that takes too many steps.
+const LARGE_PER_MILLE: u64 = 30;
 /// Migrations in the first part.
 const FAULTY_MIGRATIONS_MAX: usize = 3;
 
@@ -122,7 +126,15 @@ struct Plan {
 
 impl Plan {
     fn draw(trial: &Trial, random: &mut Random) -> Self {
+        let mut stream_dice = Random::new(trial.seed ^ 0x73_7472_6561_6d73);
         let memory = draw_memory(random);
+        let may_be_large = !matches!(trial.mode, Mode::Demand | Mode::PostCopy);
+        let is_large = may_be_large && stream_dice.per_mille(LARGE_PER_MILLE);
+        let memory = if is_large {
+            PageCount::new(stream_dice.between(10_000, 24_000))
+        } else {
+            memory
+        };
         let streams = u8::try_from(random.between(1, 4)).expect("small");
         // Dice of their own, so that an older seed still means what it meant.
         let mut dice = Random::new(trial.seed ^ 0x6661_756c_7473);
@@ -139,6 +151,8 @@ impl Plan {
         let mut more_dice = Random::new(trial.seed ^ 0x7468_726f_7474_6c65);
         world.counts_vcpus = more_dice.per_mille(500);
         limits.throttle = *more_dice.pick(&Throttling::ALL);
+        let mut faults = faults;
+        draw_changes_of_streams(trial, is_large, &mut stream_dice, &mut limits, &mut faults);
         Self {
             world,
             streams,
@@ -220,7 +234,14 @@ fn draw_limits(random: &mut Random) -> Limits {
         deadline: random.per_mille(100).then(|| random.micros(1000, 300_000)),
         rounds_max: u32::try_from(random.between(1, 12)).expect("small"),
         throttle: Throttling::Off,
+        streams: Streams::AUTO,
     }
+}
+
+/// Of those that are open, which may be fewer.
+fn draw_streams(most: u64, dice: &mut Random) -> Streams {
+    let number = u8::try_from(dice.between(0, most)).expect("small");
+    Streams::fixed(number).unwrap_or_default()
 }
 
 fn draw_faults(mode: Mode, random: &mut Random) -> Vec<Fault> {
@@ -264,6 +285,39 @@ fn draw_more_faults(mode: Mode, dice: &mut Random, faults: &mut Vec<Fault>) {
         let host = usize::from(dice.per_mille(500));
         let trigger = draw_trigger(mode, dice);
         add(trigger, Deed::LoseHost { host });
+    }
+}
+
+/// How many streams are used, at first and after each of an operator's words.
+fn draw_changes_of_streams(
+    trial: &Trial,
+    is_large: bool,
+    dice: &mut Random,
+    limits: &mut Limits,
+    faults: &mut Vec<Fault>,
+) {
+    let (often, most) = if is_large { (800, 2) } else { (300, 5) };
+    limits.streams = draw_streams(most, dice);
+    for fault in faults.iter_mut() {
+        if let Deed::Set(limits) = &mut fault.deed {
+            limits.streams = draw_streams(most, dice);
+        }
+    }
+    while trial.has_faults && dice.per_mille(often) {
+        let trigger = match dice.below(6) {
+            0 | 1 => Trigger::NearCommit(dice.micros(0, 150_000)),
+            2 | 3 => Trigger::NearPause(dice.micros(0, 100_000)),
+            _ => draw_trigger(trial.mode, dice),
+        };
+        let limits = Limits {
+            streams: draw_streams(most, dice),
+            ..*limits
+        };
+        faults.push(Fault {
+            trigger,
+            deed: Deed::Set(limits),
+            is_done: false,
+        });
     }
 }
 

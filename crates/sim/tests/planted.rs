@@ -79,6 +79,17 @@ fn barrier_left_out() {
 }
 
 #[test]
+fn barriers_of_streams_in_use() {
+    let planted = Planted::Source(SourceFault::BarriersOfStreamsInUse);
+    check(
+        Mode::StopAndCopy,
+        planted,
+        20_000,
+        &[Rule::EqualAtTheSwitch],
+    );
+}
+
+#[test]
 fn commit_repeated() {
     let planted = Planted::Target(TargetFault::CommitRepeated);
     check(Mode::StopAndCopy, planted, 100, &[Rule::CommittedOnce]);

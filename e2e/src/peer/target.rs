@@ -44,7 +44,8 @@ pub struct Taken {
     pub control: TcpStream,
     /// The stream on which pages can be asked for.
     pub pull: TcpStream,
-    barriers: Receiver<(u8, u32)>,
+    /// A round, and by how many streams it goes.
+    barriers: Receiver<(u32, u8)>,
     streams: Vec<JoinHandle<Vec<u8>>>,
 }
 
@@ -136,7 +137,7 @@ impl FakeTarget {
             let role = Role::Push(expect);
             assert_eq!(dialled, Preamble { role, ..preamble });
             let (tell, memory) = (tell.clone(), start.memory_pages);
-            streams.push(thread::spawn(move || drain(expect, stream, memory, &tell)));
+            streams.push(thread::spawn(move || drain(stream, memory, &tell)));
         }
         Taken {
             id: preamble.migration,
@@ -201,16 +202,20 @@ impl Taken {
         self.send(&ControlFrame::Rehearsed { load: LOAD });
     }
 
-    /// Waits until every stream has delivered `round`.
+    /// Waits until every stream by which `round` goes has delivered it.
     ///
     /// # Panics
     /// If one does not.
     #[track_caller]
     pub fn wait_for_round(&self, round: u32) {
-        for _ in 0..self.start.streams {
+        let mut awaited = 1;
+        let mut come = 0;
+        while come < awaited {
             let barrier = self.barriers.recv_timeout(ANSWER_MAX);
-            let (_, number) = barrier.expect("every stream ends the round with a barrier");
+            let (number, streams) = barrier.expect("every stream ends the round");
             assert_eq!(number, round, "barriers follow each other");
+            awaited = streams;
+            come += 1;
         }
     }
 
@@ -282,12 +287,12 @@ impl Taken {
 }
 
 /// Reads a push stream to its end, tells its barriers, and keeps its bytes.
-fn drain(index: u8, mut stream: TcpStream, memory: PageCount, tell: &Sender<(u8, u32)>) -> Vec<u8> {
+fn drain(mut stream: TcpStream, memory: PageCount, tell: &Sender<(u32, u8)>) -> Vec<u8> {
     let mut bytes = Vec::new();
     stream.set_read_timeout(None).expect("a socket");
     while let Ok(barrier) = take_header(&mut stream, memory, &mut bytes) {
-        if let Some(round) = barrier
-            && tell.send((index, round)).is_err()
+        if let Some(barrier) = barrier
+            && tell.send(barrier).is_err()
         {
             break;
         }
@@ -299,12 +304,12 @@ fn take_header(
     stream: &mut TcpStream,
     memory: PageCount,
     bytes: &mut Vec<u8>,
-) -> io::Result<Option<u32>> {
+) -> io::Result<Option<(u32, u8)>> {
     let mut header = [0; PUSH_HEADER_BYTES];
     stream.read_exact(&mut header)?;
     bytes.extend_from_slice(&header);
     match PushHeader::decode(&header, memory).expect("a sound header") {
-        PushHeader::Barrier { round } => Ok(Some(round)),
+        PushHeader::Barrier { round, streams } => Ok(Some((round, streams))),
         PushHeader::Zeros(_) | PushHeader::Stale(_) => Ok(None),
         PushHeader::StaleBits(range) => {
             let from = bytes.len();

@@ -296,8 +296,12 @@ impl Driver {
             SourceAction::Push { piece, stream } => {
                 self.order(stream, sender::Order::Push { piece });
             }
-            SourceAction::SendBarrier { stream, round } => {
-                self.order(stream, sender::Order::Barrier { round });
+            SourceAction::SendBarrier {
+                stream,
+                round,
+                streams,
+            } => {
+                self.order(stream, sender::Order::Barrier { round, streams });
             }
             SourceAction::Pause {
                 harvest, switch, ..

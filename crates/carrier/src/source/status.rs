@@ -32,6 +32,10 @@ pub struct MigrationStatus {
     pub dirty_rate: Option<u64>,
     /// How fast the guest may write; `None` if as fast as it can.
     pub throttle: Option<Throttle>,
+    /// Push streams that are given pages now.
+    pub streams_in_use: u8,
+    /// Push streams that are open, or will be on the next connection.
+    pub streams_open: u8,
     /// Payload rate as delivered.
     pub bandwidth: Option<BytesPerSecond>,
     /// Downtime if the guest were paused now.
@@ -84,6 +88,8 @@ impl MigrationStatus {
             unsent_pages: unsent,
             dirty_rate: dirty_rate.map(PagesPerSecond::get),
             throttle: source.throttle(),
+            streams_in_use: source.streams_in_use(),
+            streams_open: source.streams_open(),
             bandwidth: progress.bandwidth,
             predicted_downtime: progress.predicted_downtime(),
             elapsed: if report.outcome.is_some() {

@@ -396,8 +396,17 @@ impl Session {
     ) -> impl Fn(receiver::Report) + Send + 'static {
         let (session, pages) = (Arc::clone(self), Arc::clone(pages));
         move |news| match news {
-            receiver::Report::Barrier { stream, round } => {
-                session.send(News::Of(generation, TargetEvent::Barrier { stream, round }));
+            receiver::Report::Barrier {
+                stream,
+                round,
+                streams,
+            } => {
+                let event = TargetEvent::Barrier {
+                    stream,
+                    round,
+                    streams,
+                };
+                session.send(News::Of(generation, event));
             }
             receiver::Report::Broken { reason } => session.lost(generation, &reason),
             receiver::Report::NotInstalled { reason } => {

@@ -8,6 +8,7 @@ use crate::bed::hosts::NAMES;
 use crate::bed::observation::milliseconds;
 use anyhow::bail;
 use limosa_engine::policy::{Limits, Mode};
+use limosa_engine::streams::OPEN_MIN;
 use limosa_host::api::Report;
 use limosa_lab::record::{Checked, MoveRecord, Observed, Setup, WriteRates};
 use limosa_lab::values::PageRate;
@@ -59,6 +60,7 @@ impl Simulated {
         let usual = Scenario::default();
         let rate = setup.link.map(BytesPerSecond::new);
         let limits = Limits::default();
+        let streams = setup.streams.unwrap_or(limits.streams);
         Ok(Self {
             scenario: Scenario {
                 memory,
@@ -73,12 +75,13 @@ impl Simulated {
                     ..usual.link
                 },
                 counts_vcpus: setup.dirty_tracker.knows_vcpus(),
-                streams: setup.streams.unwrap_or(usual.streams),
+                streams: streams.number().unwrap_or(OPEN_MIN),
                 limits: Limits {
                     downtime_max: Duration::from_secs_f64(setup.downtime_max_ms / 1000.0),
                     deadline: setup.deadline_ms.map(Duration::from_millis),
                     rounds_max: setup.rounds_max.unwrap_or(limits.rounds_max),
                     throttle: setup.throttle,
+                    streams,
                     ..limits
                 },
                 verify: setup.verify,

@@ -33,7 +33,7 @@ pub(super) fn migrate(follower: &Follower, migrate: &Migrate) -> Result<()> {
         bandwidth_max: migrate.bandwidth_max.map(Rate::get),
         deadline_ms: migrate.deadline.map(Milliseconds::get),
         rounds_max: migrate.rounds_max,
-        streams: migrate.streams,
+        streams: Some(migrate.streams),
         compress: migrate.compress,
         throttle: migrate.throttle,
         push_order: migrate.push_order,
@@ -90,6 +90,7 @@ pub(super) fn set(client: &Client, set: &Set, output: Output) -> Result<()> {
         rounds_max: set.rounds_max,
         compress: set.compress,
         throttle: set.throttle,
+        streams: set.streams,
     };
     let found = select(client, &set.which)?;
     let changed = client.set(&found.id, &patch)?;
@@ -306,10 +307,11 @@ fn limits(info: &MigrationInfo) -> String {
         |deadline| format!("deadline {}", time(deadline)),
     );
     format!(
-        "downtime at most {}, {bandwidth}, {deadline}, at most {} rounds, throttle {}",
+        "downtime at most {}, {bandwidth}, {deadline}, at most {} rounds, throttle {}, streams {}",
         time(limits.downtime_max_ms),
         limits.rounds_max,
-        limits.throttle
+        limits.throttle,
+        limits.streams
     )
 }
 
@@ -372,6 +374,8 @@ fn details(info: &MigrationInfo) -> String {
     ];
     if info.stage != Stage::Finished {
         lines.push(("now", format!("{}: {}", headline(info), numbers(info))));
+        let (in_use, open) = (info.streams_in_use, info.streams_open);
+        lines.push(("streams", format!("{in_use} in use, {open} open")));
     }
     let changes = report.mode_changes.iter();
     lines.extend(changes.map(|change| ("mode", mode_change(change))));
@@ -475,6 +479,7 @@ fn rounds(info: &MigrationInfo) -> String {
         ("BYTES", Align::Right),
         ("TIME", Align::Right),
         ("DIRTY AFTER", Align::Right),
+        ("STREAMS", Align::Right),
     ];
     let rows: Vec<_> = info
         .report
@@ -490,6 +495,10 @@ fn rounds(info: &MigrationInfo) -> String {
                 ByteCount::new(round.bytes).to_string(),
                 time(round.time_ms),
                 count(round.dirty_after_pages),
+                match round.streams {
+                    0 => "-".to_owned(),
+                    streams => streams.to_string(),
+                },
             ]
         })
         .collect();
@@ -505,7 +514,7 @@ pub(crate) mod tests {
     pub(crate) fn info(id: &str, vm: &str) -> MigrationInfo {
         let limits = serde_json::json!({
             "downtime_max_ms": 5.0, "bandwidth_max": null, "deadline_ms": 30000.0, "rounds_max": 30,
-            "throttle": "off"
+            "throttle": "off", "streams": "auto"
         });
         let report = serde_json::json!({
             "outcome": null, "reason": null, "pause_reason": null, "preparation_ms": 12.5,
@@ -521,7 +530,8 @@ pub(crate) mod tests {
             "id": id, "vm": vm, "to": "127.0.0.1:7071", "encrypted": false, "mode": "pre-copy",
             "stage": "copying",
             "round": 1, "round_pages": 1000, "round_sent_pages": 250, "remaining_pages": 750,
-            "unsent_pages": 0, "dirty_pages_per_s": 50000, "throttle": null, "bandwidth": 1_288_490_188,
+            "unsent_pages": 0, "dirty_pages_per_s": 50000, "throttle": null,
+            "streams_in_use": 3, "streams_open": 8, "bandwidth": 1_288_490_188,
             "predicted_downtime_ms": 3.1, "elapsed_ms": 1234.0, "time_left_ms": 400.0,
             "unresolved": null, "dirty_tracker": "bitmap", "limits": limits, "report": report
         }))
@@ -561,10 +571,11 @@ pub(crate) mod tests {
             "migration  3f2a00000000000000000000000000aa of web to 127.0.0.1:7071, pre-copy\n\
              stage      copying\n\
              tracker    bitmap: a harvest reads a bit for each page; which vCPU writes how much is not known\n\
-             limits     downtime at most 5.00 ms, no bandwidth limit, deadline 30.0 s, at most 30 rounds, throttle off\n\
+             limits     downtime at most 5.00 ms, no bandwidth limit, deadline 30.0 s, at most 30 rounds, throttle off, streams auto\n\
              time       1.23 s since the request, 12.5 ms of it before the first page\n\
              now        round 1: 750 pages left, guest writes 50,000 pages/s, 1.20 GiB/s, \
              downtime 3.10 ms expected, 400 ms left\n\
+             streams    3 in use, 8 open\n\
              predicted  a downtime of 3.10 ms\n\
              sent       65,536 pages, 0 of them again, 256 MiB with the state of 10.0 KiB\n"
         );

@@ -4,6 +4,7 @@ use anyhow::bail;
 use clap::Args;
 use clap::builder::{PossibleValue, PossibleValuesParser, TypedValueParser};
 use limosa_engine::policy::Mode;
+use limosa_engine::streams::Streams;
 use limosa_host::api::{Compression, PushOrder, Throttling, TrackerKind};
 use limosa_lab::backing::Backing;
 use limosa_lab::record::Setup;
@@ -77,9 +78,9 @@ pub(crate) struct Arguments {
     /// Encrypt every connection, with certificates that are made for the occasion
     #[arg(long)]
     pub tls: bool,
-    /// Push streams, 1 to 16
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u8).range(1..=16))]
-    pub streams: Option<u8>,
+    /// Push streams: 1 to 16, or auto for as many as pay [default: auto]
+    #[arg(long, value_name = "auto|N")]
+    pub streams: Option<Streams>,
     /// Downtime that pre-copy aims at
     #[arg(long, value_name = "TIME", default_value = "5ms")]
     pub downtime_max: Milliseconds,

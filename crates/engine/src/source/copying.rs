@@ -164,11 +164,20 @@ impl Source {
 
     /// Turns what the round wants into actions.
     pub(super) fn next_pieces(&mut self) -> Vec<SourceAction> {
+        let in_use = self.streams_in_use();
         let Some(round) = &mut self.round else {
             return Vec::new();
         };
-        let steps = round.advance();
+        let steps = round.advance(in_use);
         steps.into_iter().map(Step::into_action).collect()
+    }
+
+    /// True in the states in which a round goes out, if there is one.
+    pub(super) const fn gives_pieces(&self) -> bool {
+        matches!(
+            self.state,
+            State::Rounds | State::Telling { .. } | State::LastRound { .. } | State::Serving
+        )
     }
 
     pub(super) fn cleared(&mut self, now: Timestamp, piece: Piece) -> Vec<SourceAction> {
@@ -192,11 +201,7 @@ impl Source {
         stream: u8,
         sent: SentPiece,
     ) -> Vec<SourceAction> {
-        let is_sending = matches!(
-            self.state,
-            State::Rounds | State::Telling { .. } | State::LastRound { .. } | State::Serving
-        );
-        if !is_sending {
+        if !self.gives_pieces() {
             return Vec::new();
         }
         self.moved = now;
@@ -204,6 +209,7 @@ impl Source {
             round.sent(piece, stream, sent);
         }
         let mut actions = self.next_pieces();
+        actions.extend(self.weigh_streams(now, sent));
         if let (State::Rounds, Some(round), Some(forecast)) =
             (&self.state, &self.round, &mut self.forecast)
             && forecast.is_due(round.progress().1, now)

@@ -23,7 +23,8 @@ pub struct SourceConfig {
     pub mode: Mode,
     /// What the operator allows.
     pub limits: Limits,
-    /// Push streams, 1 to [`crate::wire::STREAMS_MAX`].
+    /// Push streams that are opened, 1 to [`crate::wire::STREAMS_MAX`]; how many of them are used the
+    /// limits say.
     pub streams: u8,
     /// The guest's memory.
     pub memory: PageCount,
@@ -312,6 +313,8 @@ pub enum SourceAction {
         stream: u8,
         /// The round that ends here.
         round: u32,
+        /// The round goes by so many streams, the first ones.
+        streams: u8,
     },
     /// Pause, harvest into the set of `round`, save: one request. Answer: `Paused`.
     Pause {

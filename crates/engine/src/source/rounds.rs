@@ -40,7 +40,7 @@ pub(super) enum Step {
     Stale { piece: Piece, stream: u8 },
     First { stream: u8, round: u32 },
     Push { piece: Piece, stream: u8 },
-    Barrier { stream: u8, round: u32 },
+    Barrier { stream: u8, round: u32, streams: u8 },
 }
 
 /// What a round does with its pieces; see the module.
@@ -60,7 +60,15 @@ impl Step {
             Self::Stale { piece, stream } => SourceAction::SendStale { piece, stream },
             Self::First { stream, round } => SourceAction::SendFirst { round, stream },
             Self::Push { piece, stream } => SourceAction::Push { piece, stream },
-            Self::Barrier { stream, round } => SourceAction::SendBarrier { stream, round },
+            Self::Barrier {
+                stream,
+                round,
+                streams,
+            } => SourceAction::SendBarrier {
+                stream,
+                round,
+                streams,
+            },
         }
     }
 }
@@ -77,11 +85,15 @@ pub(super) struct Round {
     ready: VecDeque<Piece>,
     /// Pieces that are ready and not to be sent for now.
     held: VecDeque<Piece>,
-    /// Pieces given to each stream and not yet reported as sent.
+    /// Pieces given to each stream that is open and not yet reported as sent.
     queued: Vec<u32>,
+    /// So many streams are given pieces, the first ones; at other times of the round it may have been
+    /// another number.
+    in_use: u8,
     barriers_out: bool,
     kind: Kind,
     clear_late: bool,
+    fewer_barriers: bool,
     late: VecDeque<Piece>,
     done: RoundReport,
 }
@@ -151,9 +163,11 @@ impl Round {
             ready: VecDeque::new(),
             held: VecDeque::new(),
             queued: vec![0; usize::from(config.streams)],
+            in_use: config.streams,
             barriers_out: false,
             kind,
             clear_late: false,
+            fewer_barriers: false,
             late: VecDeque::new(),
             done: RoundReport::default(),
         }
@@ -165,14 +179,17 @@ impl Round {
             self.clear_late = true;
             self.ready = core::mem::take(&mut self.waiting);
         }
+        self.fewer_barriers = fault == Some(SourceFault::BarriersOfStreamsInUse);
         self
     }
 
-    /// Everything that can be begun now.
-    pub(super) fn advance(&mut self) -> Vec<Step> {
+    /// Everything that can be begun now, with so many streams. A stream that is none of them any more
+    /// still sends what it was given.
+    pub(super) fn advance(&mut self, in_use: u8) -> Vec<Step> {
+        self.in_use = in_use.clamp(1, self.open());
         let mut steps = Vec::new();
         steps.extend(self.late.drain(..).map(Step::Clear));
-        let window = self.queued.len() * 2 + 2;
+        let window = usize::from(self.in_use) * 2 + 2;
         while self.clearing + self.ready.len() < window {
             let Some(piece) = self.waiting.pop_front() else {
                 break;
@@ -185,6 +202,7 @@ impl Round {
                 break;
             };
             self.queued[usize::from(stream)] += 1;
+            self.done.streams = self.done.streams.max(stream + 1);
             let round = self.number;
             steps.push(match self.kind {
                 Kind::Stale if piece == Piece::first_needed(round) => Step::First { stream, round },
@@ -198,12 +216,19 @@ impl Round {
             self.barriers_out = true;
             let round = self.number;
             // What is pushed is over when the target says that nothing is missing.
-            let streams = if self.kind == Kind::Push {
-                0
-            } else {
-                self.streams()
-            };
-            steps.extend((0..streams).map(|stream| Step::Barrier { stream, round }));
+            if self.kind != Kind::Push {
+                // One at least, or a round without pages would be heard of by nobody.
+                let streams = if self.fewer_barriers {
+                    self.in_use
+                } else {
+                    self.done.streams.max(1)
+                };
+                steps.extend((0..streams).map(|stream| Step::Barrier {
+                    stream,
+                    round,
+                    streams,
+                }));
+            }
         }
         steps
     }
@@ -274,13 +299,19 @@ impl Round {
         report
     }
 
-    fn streams(&self) -> u8 {
+    /// True if every stream in use has something to send.
+    pub(super) fn keeps_busy(&self) -> bool {
+        let in_use = usize::from(self.in_use);
+        self.queued.iter().take(in_use).all(|&queued| queued > 0)
+    }
+
+    fn open(&self) -> u8 {
         u8::try_from(self.queued.len()).expect("made from a u8")
     }
 
-    /// The stream with the least to do, if it has room.
+    /// The stream in use with the least to do, if it has room.
     fn free_stream(&self) -> Option<u8> {
-        let streams = (0u8..).zip(&self.queued);
+        let streams = (0..self.in_use).zip(&self.queued);
         let (stream, &queued) = streams.min_by_key(|(_, queued)| **queued)?;
         (queued < QUEUED_MAX).then_some(stream)
     }
@@ -364,7 +395,7 @@ mod tests {
     /// Carries a round out at once and tells its steps by their letters.
     fn steps(mut round: Round) -> String {
         let mut text = String::new();
-        let mut queue: VecDeque<Step> = round.advance().into();
+        let mut queue: VecDeque<Step> = round.advance(2).into();
         while let Some(step) = queue.pop_front() {
             let (letter, done) = match step {
                 Step::Clear(_) => ('c', None),
@@ -378,7 +409,7 @@ mod tests {
             if let Some((piece, stream)) = done {
                 round.sent(piece, stream, SentPiece::default());
             }
-            queue.extend(round.advance());
+            queue.extend(round.advance(2));
         }
         assert!(round.is_complete(3));
         text
@@ -388,7 +419,7 @@ mod tests {
     fn what_is_missing_is_told_behind_barriers_and_pushed_without() {
         let (dirty, config, now) = ([512; 9], config(9 * 512, 512), Timestamp::ZERO);
         assert_eq!(steps(Round::stale(3, &dirty, &config, now, false)), "tttbb");
-        assert_eq!(steps(Round::stale(3, &[0; 9], &config, now, true)), "fbb");
+        assert_eq!(steps(Round::stale(3, &[0; 9], &config, now, true)), "fb");
         assert_eq!(steps(Round::push(3, &dirty, &config, now)), "ppp");
     }
 
@@ -396,9 +427,9 @@ mod tests {
     fn what_is_held_back_is_pushed_when_it_goes_on() {
         let config = config(9 * 2048, 512);
         let mut round = Round::push(3, &[512; 36], &config, Timestamp::ZERO);
-        let begun = round.advance();
+        let begun = round.advance(2);
         round.stop();
-        assert!(round.advance().is_empty());
+        assert!(round.advance(2).is_empty());
         round.go_on();
         for step in begun {
             if let Step::Push { piece, stream } = step {
@@ -413,7 +444,7 @@ mod tests {
         let mut round = Round::live(0, &[512; 40], &config(40 * 512, 512), Timestamp::ZERO);
         let mut cleared = Vec::new();
         let mut sent = 0;
-        let mut queue: VecDeque<Step> = round.advance().into();
+        let mut queue: VecDeque<Step> = round.advance(2).into();
         while let Some(step) = queue.pop_front() {
             match step {
                 Step::Clear(piece) => {
@@ -428,7 +459,7 @@ mod tests {
                 Step::Barrier { round: number, .. } => assert_eq!((number, sent), (0, 10)),
                 other => panic!("{other:?}"),
             }
-            queue.extend(round.advance());
+            queue.extend(round.advance(2));
         }
         assert!(round.is_complete(0) && !round.is_complete(1));
     }

@@ -31,6 +31,8 @@ pub enum TargetEvent {
         stream: u8,
         /// The round.
         round: u32,
+        /// By how many streams the round goes.
+        streams: u8,
     },
     /// The state was loaded.
     Loaded {

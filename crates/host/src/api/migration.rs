@@ -7,7 +7,9 @@ use limosa_engine::handover::MigrationId;
 use limosa_engine::policy::{Limits, Mode, PauseReason};
 use limosa_engine::report::{self, FaultReport, MigrationReport, Outcome};
 use limosa_engine::source::Stage;
+use limosa_engine::streams::Streams;
 use limosa_engine::throttle::Throttling;
+use limosa_engine::wire::STREAMS_MAX;
 use limosa_os::dirty::TrackerKind;
 use limosa_pages::BytesPerSecond;
 use serde::{Deserialize, Serialize};
@@ -37,9 +39,10 @@ pub struct MigrateBody {
     /// Rounds while the guest runs; `null` for 30.
     #[serde(default)]
     pub rounds_max: Option<u32>,
-    /// Push streams, 1 to 16; `null` for the default.
+    /// Push streams: a number from 1 to 16, or `auto` for as many as pay; `null` for `auto`.
     #[serde(default)]
-    pub streams: Option<u8>,
+    #[schema(schema_with = streams_schema)]
+    pub streams: Option<Streams>,
     /// Hash memory and state on both sides at the switch and compare.
     #[serde(default)]
     pub verify: bool,
@@ -97,6 +100,7 @@ impl MigrateBody {
             rounds_max: self.rounds_max,
             compress: None,
             throttle: Some(self.throttle),
+            streams: self.streams,
             mode: None,
         }
         .apply(Limits::default())
@@ -139,6 +143,10 @@ pub struct LimitsPatch {
     #[serde(default)]
     #[schema(value_type = Option<String>, example = "auto")]
     pub throttle: Option<Throttling>,
+    /// Push streams in use: `auto`, or a number up to `streams_open`.
+    #[serde(default)]
+    #[schema(schema_with = streams_schema)]
+    pub streams: Option<Streams>,
 }
 
 impl LimitsPatch {
@@ -171,6 +179,7 @@ impl LimitsPatch {
             limits.rounds_max = rounds;
         }
         limits.throttle = self.throttle.unwrap_or(limits.throttle);
+        limits.streams = self.streams.unwrap_or(limits.streams);
         Ok(limits)
     }
 }
@@ -209,6 +218,10 @@ pub struct LimitsInfo {
     #[serde(default)]
     #[schema(value_type = String, example = "off")]
     pub throttle: Throttling,
+    /// Push streams in use: a number or `auto`.
+    #[serde(default)]
+    #[schema(schema_with = streams_schema)]
+    pub streams: Streams,
 }
 
 impl From<Limits> for LimitsInfo {
@@ -219,6 +232,7 @@ impl From<Limits> for LimitsInfo {
             deadline_ms: limits.deadline.map(milliseconds),
             rounds_max: limits.rounds_max,
             throttle: limits.throttle,
+            streams: limits.streams,
         }
     }
 }
@@ -254,6 +268,10 @@ pub struct MigrationInfo {
     pub dirty_pages_per_s: Option<u64>,
     /// How fast the guest may write; `null` if as fast as it can.
     pub throttle: Option<ThrottleInfo>,
+    /// Push streams that are given pages now.
+    pub streams_in_use: u8,
+    /// Push streams that are open: at most so many can be used.
+    pub streams_open: u8,
     /// Bytes a second, as delivered to the target.
     pub bandwidth: Option<u64>,
     /// Downtime if the guest were paused now.
@@ -397,6 +415,9 @@ pub struct Round {
     /// Bytes that they took.
     #[serde(default)]
     pub delta_bytes: u64,
+    /// Push streams by which it went, at the most; 0 if nobody noted it.
+    #[serde(default)]
+    pub streams: u8,
 }
 
 /// The technique was changed on the way.
@@ -461,6 +482,19 @@ fn stage_schema() -> utoipa::openapi::schema::Object {
             "finished",
         ]))
         .build()
+}
+
+/// A number of streams, or a word.
+fn streams_schema() -> utoipa::openapi::schema::Schema {
+    use utoipa::openapi::schema::{ObjectBuilder, OneOfBuilder, Type};
+    let number = ObjectBuilder::new()
+        .schema_type(Type::Integer)
+        .minimum(Some(1))
+        .maximum(Some(STREAMS_MAX));
+    let word = ObjectBuilder::new()
+        .schema_type(Type::String)
+        .enum_values(Some(["auto"]));
+    OneOfBuilder::new().item(word).item(number).build().into()
 }
 
 /// Lists the techniques in the document.
@@ -591,6 +625,7 @@ impl From<&report::RoundReport> for Round {
             lz4_bytes: round.lz4.bytes.get(),
             delta_pages: round.delta.pages.get(),
             delta_bytes: round.delta.bytes.get(),
+            streams: round.streams,
         }
     }
 }
@@ -627,9 +662,28 @@ mod tests {
     fn a_migration_that_names_no_technique_finds_its_own() {
         let body: MigrateBody = serde_json::from_str(r#"{"to": "b:1"}"#).unwrap();
         assert_eq!(body, MigrateBody::new("b:1", Mode::Auto));
+        assert_eq!(body.limits().unwrap().streams, Streams::AUTO);
         let patch: LimitsPatch = serde_json::from_str(r#"{"mode": "post-copy"}"#).unwrap();
         assert_eq!(patch.mode, Some(Mode::PostCopy));
         let word: ResolveBody = serde_json::from_str(r#"{"word": "runs-here"}"#).unwrap();
         assert_eq!(word.word, ResolveWord::RunsHere);
+    }
+
+    #[test]
+    fn streams_are_a_number_or_left_to_the_law() {
+        let check = |text: &str, expect: &str| {
+            let patch: Result<LimitsPatch, _> =
+                serde_json::from_str(&format!(r#"{{"streams": {text}}}"#));
+            let told = patch.map(|patch| serde_json::to_string(&patch.streams).unwrap());
+            let told = told.unwrap_or_else(|error| error.to_string());
+            assert!(told.starts_with(expect), "{text}: {told}");
+        };
+        check("null", "null");
+        check("\"auto\"", "\"auto\"");
+        check("1", "1");
+        check("16", "16");
+        for text in ["0", "17", "-1", "300", "\"many\"", "2.5"] {
+            check(text, "invalid ");
+        }
     }
 }

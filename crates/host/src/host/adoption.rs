@@ -72,7 +72,7 @@ impl Host {
                     // All that is missing comes: nobody knows who would ask for it.
                     mode: Mode::PostCopy,
                     limits: Limits::default(),
-                    streams: 1,
+                    streams: Limits::default().streams.connections(),
                     verify: false,
                     link: None,
                     compression: Compression::Auto,
@@ -273,7 +273,6 @@ mod tests {
                 to: "127.0.0.1:1".to_owned(),
                 mode: Mode::Demand,
                 limits: Limits::default(),
-                streams: 1,
                 link: None,
                 is_bereft: false,
             };

@@ -11,14 +11,13 @@ use limosa_engine::handover::{MigrationId, Phase};
 use limosa_engine::policy::Limits;
 use limosa_engine::report::{MigrationReport, Outcome};
 use limosa_engine::source::Fence;
+use limosa_engine::streams::Streams;
 use limosa_pages::BytesPerSecond;
 use std::fs;
 use std::net::{SocketAddr, ToSocketAddrs};
 use std::sync::Arc;
 use std::time::Duration;
 
-/// Push streams when nothing is said: one core fills a link of 10 Gbit/s, two hide its pauses.
-const STREAMS: u8 = 2;
 /// Longest long poll of a client.
 const WAIT_MAX: Duration = Duration::from_secs(10);
 
@@ -77,7 +76,7 @@ impl Host {
             peer: body.to.clone(),
             mode: body.mode,
             limits,
-            streams: body.streams.unwrap_or(STREAMS),
+            streams: limits.streams.connections(),
             verify: body.verify,
             link: body.link.map(BytesPerSecond::new),
             compression: body.compress,
@@ -175,6 +174,7 @@ impl Host {
         let migration = self.running_migration(id)?;
         let before = migration.status().limits;
         let limits = patch.apply(before).map_err(Refusal::bad_request)?;
+        check_streams(patch, migration.status().streams_open)?;
         if let Some(mode) = patch.mode {
             migration.set_mode(mode).map_err(|why| {
                 Refusal::conflict(format!("the mode cannot become {mode} now: {why}"))
@@ -270,6 +270,16 @@ impl Host {
         self.migrations_lock()
             .running(id)?
             .ok_or_else(|| Refusal::conflict(format!("migration {id} is over")))
+    }
+}
+
+/// How many streams can be used was settled when they were opened.
+fn check_streams(patch: &LimitsPatch, open: u8) -> Result<(), Refusal> {
+    match patch.streams.and_then(Streams::number) {
+        Some(number) if number > open => Err(Refusal::bad_request(format!(
+            "streams is {number}, and {open} are open: give 1 to {open}, or auto"
+        ))),
+        _ => Ok(()),
     }
 }
 

@@ -7,6 +7,7 @@ use crate::backing::Backing;
 use crate::qemu::QemuWay;
 use crate::values::{Milliseconds, OrNone};
 use limosa_engine::policy::Mode;
+use limosa_engine::streams::Streams;
 use limosa_host::api::{Compression, PushOrder, Throttling, TrackerKind};
 
 /// The longest row's name that still fits into a table.
@@ -16,7 +17,7 @@ const ROW_CHARACTERS_MAX: usize = 60;
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Way {
     pub(super) technique: Mode,
-    pub(super) streams: u8,
+    pub(super) streams: Streams,
     pub(super) compress: Compression,
     pub(super) qemu: Option<QemuWay>,
 }
@@ -48,14 +49,12 @@ impl MatrixTable {
         }
         let techniques = self.techniques.as_ref();
         let techniques = filled("techniques", techniques.ok_or("techniques is missing")?)?;
-        // Both as the daemon's.
-        let streams = self.streams.as_deref().unwrap_or(&[2]);
+        // Two as ever, so that what was measured without a word about it stays comparable.
+        let usual = [Streams::fixed(2).expect("two are in range")];
+        let streams = self.streams.as_deref().unwrap_or(&usual);
         let streams = filled("streams", streams)?;
         let compress = self.compress.as_deref().unwrap_or(&[Compression::Auto]);
         let compress = filled("compress", compress)?;
-        if let Some(streams) = streams.iter().find(|one| !(1..=16).contains(*one)) {
-            return Err(format!("streams has {streams}: a move uses 1 to 16"));
-        }
         let mut ways = Vec::new();
         for &streams in streams {
             for &compress in compress {
@@ -109,7 +108,7 @@ impl MatrixTable {
             let downtime_limit_ms = whole_milliseconds(limit.0)?;
             ways.extend(variants.iter().map(|&variant| Way {
                 technique: variant.technique(),
-                streams: variant.streams(),
+                streams: Streams::fixed(variant.streams()).expect("few"),
                 compress: variant.compress(),
                 qemu: Some(QemuWay {
                     variant,

@@ -69,7 +69,7 @@ impl Axes {
             .filter(inner)
             .map(|(name, value)| match *name {
                 "vCPUs" => counted(cell.vcpus, "vCPU"),
-                "streams" => counted(cell.streams, "stream"),
+                "streams" => cell.streams_text(),
                 name @ ("compress" | "throttle" | "TLS" | "deadline" | "rounds at most") => {
                     format!("{name} {}", value(cell))
                 }

@@ -22,7 +22,7 @@ impl World {
             match fault.trigger {
                 Trigger::At(at) => self.schedule_at(at, Event::Fault(index)),
                 Trigger::AtDeed(_) => self.armed += 1,
-                Trigger::NearCommit(_) => {}
+                Trigger::NearCommit(_) | Trigger::NearPause(_) => {}
             }
         }
     }
@@ -58,9 +58,24 @@ impl World {
 
     /// A source is about to record its commit: this may be near the moment of a fault.
     pub(crate) fn near_commit(&mut self) {
+        self.schedule_faults(|trigger| match trigger {
+            Trigger::NearCommit(delay) => Some(delay),
+            _ => None,
+        });
+    }
+
+    /// The same when it is about to pause the guest.
+    pub(crate) fn near_pause(&mut self) {
+        self.schedule_faults(|trigger| match trigger {
+            Trigger::NearPause(delay) => Some(delay),
+            _ => None,
+        });
+    }
+
+    fn schedule_faults(&mut self, after: impl Fn(Trigger) -> Option<Duration>) {
         for index in 0..self.faults.len() {
             let fault = self.faults[index];
-            if let Trigger::NearCommit(delay) = fault.trigger
+            if let Some(delay) = after(fault.trigger)
                 && !fault.is_done
             {
                 self.schedule(delay, Event::Fault(index));

@@ -201,9 +201,14 @@ impl World {
             self.targets[target].answer_bytes += frame.bytes();
         }
         match (frame, vm) {
-            (Frame::Barrier(round), _) => {
+            (Frame::Barrier(round, streams), _) => {
                 let stream = u8::try_from(channel - PUSH).expect("streams are counted in a u8");
-                self.tell_target(target, TargetEvent::Barrier { stream, round });
+                let event = TargetEvent::Barrier {
+                    stream,
+                    round,
+                    streams,
+                };
+                self.tell_target(target, event);
             }
             (Frame::Pages { first, content }, Some(vm)) => {
                 self.catch_up(vm);

@@ -16,7 +16,8 @@ use std::collections::VecDeque;
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Order {
     Piece(Piece),
-    Barrier(u32),
+    /// Of a round, and by how many streams that goes.
+    Barrier(u32, u8),
     /// What the target does not have.
     Stale(Piece),
     /// What the vCPUs need first, in this round.
@@ -29,7 +30,7 @@ impl Order {
     /// The piece to be reported as sent; a barrier is none.
     const fn piece(self) -> Option<Piece> {
         match self {
-            Self::Barrier(_) => None,
+            Self::Barrier(..) => None,
             Self::Piece(piece) | Self::Stale(piece) | Self::Push(piece) => Some(piece),
             Self::First(round) => Some(Piece::first_needed(round)),
         }
@@ -109,8 +110,8 @@ impl World {
                 return;
             };
             match order {
-                Order::Barrier(round) => {
-                    self.transmit(connection, PUSH + stream, Frame::Barrier(round));
+                Order::Barrier(round, streams) => {
+                    self.transmit(connection, PUSH + stream, Frame::Barrier(round, streams));
                 }
                 Order::Stale(piece) => self.send_stale(job, stream, connection, piece),
                 order if self.send_batch(job, stream, connection, order) => return,

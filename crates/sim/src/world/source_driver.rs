@@ -238,6 +238,7 @@ impl World {
             SourceAction::Pause {
                 harvest, switch, ..
             } => {
+                self.near_pause();
                 self.sources[job].serving.is_switching = switch;
                 self.ask(vm, caller, Request::Pause { harvest });
             }
@@ -278,7 +279,11 @@ impl World {
             SourceAction::SendStale { piece, stream } => (stream, Order::Stale(piece)),
             SourceAction::SendFirst { round, stream } => (stream, Order::First(round)),
             SourceAction::Push { piece, stream } => (stream, Order::Push(piece)),
-            SourceAction::SendBarrier { stream, round } => (stream, Order::Barrier(round)),
+            SourceAction::SendBarrier {
+                stream,
+                round,
+                streams,
+            } => (stream, Order::Barrier(round, streams)),
             _ => return,
         };
         self.order(job, stream, order);

@@ -1,6 +1,7 @@
 //! A real move of a small guest, where there are KVM and QEMU.
 
 use super::*;
+use limosa_engine::streams::Streams;
 use limosa_host::api::{Compression, Throttling};
 use limosa_lab::backing::Backing;
 use limosa_lab::qemu::Variant;
@@ -23,7 +24,7 @@ fn bed(variant: Variant, arguments: &str) -> Option<QemuBed> {
         pages: Backing::default(),
         dirty_tracker: limosa_host::api::TrackerKind::default(),
         link: None,
-        streams: Some(1),
+        streams: Streams::fixed(1),
         push_order: limosa_host::api::PushOrder::default(),
         compress: Compression::Off,
         throttle: Throttling::Off,
