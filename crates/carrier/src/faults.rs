@@ -9,6 +9,11 @@
 //! The fault thread lives from before the state is loaded until nothing is missing; connections come
 //! and go. What was asked for on one that broke is asked again on the next: who waits is written
 //! down here, whoever brings the page. A page that is not missing is resolved without the network.
+//!
+//! One fault thread, whatever the number of vCPUs: it reads the faults of all that wait at once and asks
+//! for their pages in one write, so that its work for a fault shrinks as vCPUs are added. To bring the
+//! page costs more than to ask for it, here and at the source, and a second thread would be woken for
+//! each fault that the first one serves; `docs/measurements.md` has the figures.
 
 use crate::channel::{Reader, Writer};
 use crate::receiver;
@@ -185,12 +190,13 @@ impl Faults {
         }
         bytes.extend_from_slice(&PullHeader::MissingEnd.encode());
         pull.write_all(&bytes)?;
+        bytes.clear();
         let waited_for: Vec<Pfn> = self.state().waited_for.keys().copied().collect();
         for page in waited_for {
-            for run in self.installer.missing_in_unit(page) {
-                want(&mut pull, run)?;
-            }
+            let missing = self.installer.missing_in_unit(page);
+            missing.iter().for_each(|&run| want(&mut bytes, run));
         }
+        pull.write_all(&bytes)?;
         *slot = Some(pull);
         Ok(missing.count())
     }
@@ -203,8 +209,26 @@ impl Faults {
         self.pull.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// A vCPU waits for `page`.
-    fn fault(&self, page: Pfn) -> Result<(), InstallError> {
+    /// vCPUs wait for these pages: what of them is missing and was not asked for is asked for at once.
+    fn serve(&self, pages: &[Pfn], wants: &mut Vec<u8>) -> Result<(), InstallError> {
+        wants.clear();
+        for &page in pages {
+            self.fault(page, wants)?;
+        }
+        if wants.is_empty() {
+            return Ok(());
+        }
+        let mut pull = self.pull();
+        let broken = pull.as_mut().and_then(|pull| pull.write_all(wants).err());
+        if let Some(error) = broken {
+            // Its reader reports it; what is waited for is asked again on the next connection.
+            tracing::debug!(%error, "pages could not be asked for");
+        }
+        Ok(())
+    }
+
+    /// A vCPU waits for `page`; adds what is to be asked for because of it.
+    fn fault(&self, page: Pfn, wants: &mut Vec<u8>) -> Result<(), InstallError> {
         let missing = self.installer.missing_in_unit(page);
         if missing.is_empty() {
             self.installer.resolve(page)?;
@@ -222,16 +246,8 @@ impl Faults {
             self.installer.resolve(page)?;
             return Ok(());
         }
-        if !is_new {
-            return Ok(());
-        }
-        let mut pull = self.pull();
-        let broken = pull
-            .as_mut()
-            .and_then(|pull| missing.iter().try_for_each(|&run| want(pull, run)).err());
-        if let Some(error) = broken {
-            // Its reader reports it; what is waited for is asked again on the next connection.
-            tracing::debug!(%error, "a page could not be asked for");
+        if is_new {
+            missing.iter().for_each(|&run| want(wants, run));
         }
         Ok(())
     }
@@ -251,16 +267,15 @@ impl State {
     }
 }
 
-fn want(pull: &mut Writer, run: PageRange) -> io::Result<()> {
+fn want(wants: &mut Vec<u8>, run: PageRange) {
     let most = u64::from(limosa_engine::wire::PUSH_PAGES_MAX);
     let mut first = run.first;
     while first < run.end() {
         let count = most.min(run.end().get() - first.get());
         let part = PageRange::new(first, PageCount::new(count));
-        pull.write_all(&PullHeader::Want(part).encode())?;
+        wants.extend_from_slice(&PullHeader::Want(part).encode());
         first = part.end();
     }
-    Ok(())
 }
 
 /// Starts the fault thread. `failed` is called at most once, when the VM process takes no more pages.
@@ -272,9 +287,9 @@ pub(crate) fn start(
         .name("faults".to_owned())
         .spawn(move || {
             hurry();
-            let mut pages = Vec::new();
+            let (mut pages, mut wants) = (Vec::new(), Vec::new());
             while !faults.is_over.load(Ordering::SeqCst) {
-                if let Err(error) = serve(&faults, &mut pages) {
+                if let Err(error) = serve(&faults, &mut pages, &mut wants) {
                     if !faults.is_over.load(Ordering::SeqCst) {
                         failed(error.to_string());
                     }
@@ -285,14 +300,15 @@ pub(crate) fn start(
     Ok(())
 }
 
-fn serve(faults: &Faults, pages: &mut Vec<Pfn>) -> Result<(), InstallError> {
+fn serve(faults: &Faults, pages: &mut Vec<Pfn>, wants: &mut Vec<u8>) -> Result<(), InstallError> {
     let sources = [Some(&*faults.installer as &dyn AsFd)];
     // An interrupted or failed wait is a short one.
     if wait_readable(sources, Some(LOOK_EVERY_MS.into())).is_err() {
         return Ok(());
     }
+    pages.clear();
     faults.installer.read_faults(pages)?;
-    pages.drain(..).try_for_each(|page| faults.fault(page))
+    faults.serve(pages, wants)
 }
 
 /// A vCPU waits for this thread.
@@ -374,3 +390,6 @@ fn take_answer(
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests;
