@@ -101,11 +101,12 @@ pub trait Guest: Send + Sync {
     /// cleared, and not at once.
     fn harvests_freely(&self) -> bool;
 
-    /// Clears the bits that the last harvest found within `range`, and tracks those pages anew.
+    /// Clears the bits that the last harvest found within `range`, except those of the pages that are
+    /// `kept`, and tracks these pages anew. What is kept is in every later harvest.
     ///
     /// # Errors
     /// As [`Guest::start_tracking`].
-    fn clear(&self, range: PageRange) -> Result<(), GuestError>;
+    fn clear(&self, range: PageRange, kept: Vec<PageRange>) -> Result<(), GuestError>;
 
     /// Pauses, saves and resumes.
     ///

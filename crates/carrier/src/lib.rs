@@ -17,6 +17,7 @@ mod channel;
 mod coding;
 mod connection;
 mod credentials;
+mod deferral;
 mod digest;
 mod faults;
 mod guest;

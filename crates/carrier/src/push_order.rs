@@ -201,7 +201,7 @@ impl Pivot {
 }
 
 /// The first runs, cut to at most `max` pages.
-fn first_of(runs: impl Iterator<Item = PageRange>, max: PageCount) -> Vec<PageRange> {
+pub(crate) fn first_of(runs: impl Iterator<Item = PageRange>, max: PageCount) -> Vec<PageRange> {
     let mut left = max.get();
     let mut taken = Vec::new();
     for run in runs {

@@ -7,13 +7,15 @@ mod thread_guest;
 use limosa_carrier::{
     Compression, Guest, Listener, MigrateRequest, Migration, PushOrder, draw_id, replay_file,
 };
+use limosa_engine::deferral::Deferral;
 use limosa_engine::handover::Phase;
 use limosa_engine::policy::{Limits, Mode};
 use limosa_engine::report::{Coded, MigrationReport, Outcome, RoundReport};
 use limosa_engine::source::Stage;
 use limosa_engine::streams::Streams;
+use limosa_engine::throttle::Throttling;
 use limosa_engine::wire::ControlFrame;
-use limosa_pages::BytesPerSecond;
+use limosa_pages::{BytesPerSecond, PageCount};
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::sync::Arc;
@@ -329,4 +331,46 @@ fn a_committed_guest_comes_back_when_the_target_bars_it() {
     let report = migration.wait(PATIENCE).unwrap();
     assert!(failure(&report).contains("never took the guest over"));
     assert_runs_on(&guest);
+}
+
+/// A guest that writes all of its pages over and over: some of them are left out of rounds, and none is lost,
+/// whether they go with the pause or behind the switch.
+#[test]
+fn hot_pages_that_rounds_leave_out_arrive_with_the_rest() {
+    let check = |defer: Deferral, then: Option<Mode>| {
+        let (host, listener) = listen();
+        let guest = ThreadGuest::new(3000, 1500, true);
+        let mut request = request(listener.local_addr(), Mode::PreCopy);
+        request.link = Some(BytesPerSecond::new(20_000_000));
+        request.limits.downtime_max = Duration::from_millis(150);
+        request.limits.defer = defer;
+        // A guest that is stuck is not given up.
+        request.limits.throttle = Throttling::Auto;
+        request.limits.rounds_max = 6;
+        let migration = start(&guest, request);
+        if let Some(mode) = then {
+            wait_until("hot pages are left out", || {
+                migration.status().deferred_pages > PageCount::ZERO
+            });
+            migration.set_mode(mode).unwrap();
+        }
+        let report = migration.wait(PATIENCE).expect("a migration ends");
+        assert_eq!(report.outcome, Some(Outcome::Completed), "{report:?}");
+        assert_eq!(report.digest_equal, Some(true));
+        let most = report.rounds.iter().map(|round| round.deferred).max();
+        // Half of what the link carries in that time, if it is not measured at more than twice its rate.
+        let may = PageCount::new(20_000_000 * 150 / 1000 / 4096);
+        assert!(most.unwrap() <= may, "{report:?}");
+        if defer == Deferral::Off {
+            assert_eq!(most, Some(PageCount::ZERO), "{report:?}");
+        } else {
+            assert!(most > Some(PageCount::ZERO), "{report:?}");
+        }
+        let arrived = host.guests.lock().unwrap()[0].1.clone();
+        assert_eq!(arrived.sweep(), 0);
+        assert_eq!(arrived.errors.load(Ordering::SeqCst), 0);
+    };
+    check(Deferral::Auto, None);
+    check(Deferral::Off, None);
+    check(Deferral::Auto, Some(Mode::PostCopy));
 }

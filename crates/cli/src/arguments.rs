@@ -5,7 +5,7 @@ use clap::{Args, Parser, Subcommand};
 use clap_complete::Shell;
 use limosa_engine::policy::Mode;
 use limosa_engine::streams::Streams;
-use limosa_host::api::{Compression, PushOrder, Throttling, TrackerKind};
+use limosa_host::api::{Compression, Deferral, PushOrder, Throttling, TrackerKind};
 use limosa_lab::values::{Milliseconds, OrNone, Rate, Size, compression, mode};
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -266,6 +266,12 @@ pub(crate) struct Migrate {
     /// a millisecond.
     #[arg(long, value_name = "off|auto", default_value_t = Throttling::Off)]
     pub throttle: Throttling,
+    /// Leave hot pages out of rounds that go out while the guest runs: auto or off
+    ///
+    /// With auto, pages that the guest dirties round after round are sent once, with the pause, as long
+    /// as they fit half of the downtime that is allowed.
+    #[arg(long, value_name = "auto|off", default_value_t = Deferral::Auto)]
+    pub defer: Deferral,
     /// In which order missing pages are pushed: address, bubbling (outwards from the pages that were
     /// asked for last), hottest (what was written most often in the rounds before)
     #[arg(long, value_name = "ORDER", default_value = "bubbling")]
@@ -324,7 +330,7 @@ Examples:
   limosa set web --throttle auto
   limosa set web --streams 4")]
 #[command(group(clap::ArgGroup::new("changes").required(true).multiple(true)
-    .args(["mode", "downtime_max", "bandwidth_max", "deadline", "rounds_max", "compress", "throttle", "streams"])))]
+    .args(["mode", "downtime_max", "bandwidth_max", "deadline", "rounds_max", "compress", "throttle", "defer", "streams"])))]
 pub(crate) struct Set {
     /// Name of the virtual machine, or (the beginning of) the id of the migration
     #[arg(value_name = "VM|ID")]
@@ -353,6 +359,9 @@ pub(crate) struct Set {
     /// Push streams in use: a number up to those that are open (8, or what migrate asked for), or auto
     #[arg(long, value_name = "auto|N")]
     pub streams: Option<Streams>,
+    /// Leave hot pages out of rounds that go out while the guest runs; off has the next one send them
+    #[arg(long, value_name = "auto|off")]
+    pub defer: Option<Deferral>,
     #[command(flatten)]
     pub format: Format,
 }

@@ -278,6 +278,9 @@ pub(crate) fn numbers(info: &MigrationInfo) -> String {
     if info.round_pages > 0 {
         parts.push(format!("{} pages left", count(info.remaining_pages)));
     }
+    if info.deferred_pages > 0 {
+        parts.push(format!("{} hot ones left out", count(info.deferred_pages)));
+    }
     if let Some(rate) = info.dirty_pages_per_s {
         parts.push(format!("guest writes {} pages/s", count(rate)));
     }

@@ -153,6 +153,7 @@ fn measure(plan: &Plan, run: &schedule::Run, way: &Way, title: &str) -> Result<M
         streams: Some(cell.streams),
         compress: cell.compress,
         throttle: cell.throttle,
+        defer: cell.defer,
         push_order: cell.push_order,
         tls: cell.tls,
         deadline_ms: cell.deadline_ms,

@@ -11,6 +11,7 @@
 
 extern crate alloc;
 
+pub mod deferral;
 pub mod handover;
 pub mod journal;
 pub mod policy;

@@ -4,6 +4,7 @@
 //! sees numbers only and keeps nothing between calls, so that its verdict can be tested, explained
 //! and predicted from a [`Progress`] alone.
 
+use crate::deferral::Deferral;
 use crate::streams::Streams;
 use crate::throttle::Throttling;
 use core::fmt;
@@ -111,12 +112,15 @@ pub struct Limits {
     /// How many push streams are used, of those that are open.
     #[serde(default)]
     pub streams: Streams,
+    /// Whether hot pages may be left out of rounds that go out while the guest runs.
+    #[serde(default)]
+    pub defer: Deferral,
 }
 
 impl Default for Limits {
     /// 5 ms is what an idle guest reaches with room to spare; 30 rounds is what Xen allows. Nobody is
     /// slowed who was not asked: a longer pause is over sooner than a slow guest, and the modes that
-    /// can switch need neither.
+    /// can switch need neither. Hot pages may be left out, which makes no pause longer than allowed.
     fn default() -> Self {
         Self {
             downtime_max: Duration::from_millis(5),
@@ -125,6 +129,7 @@ impl Default for Limits {
             rounds_max: 30,
             throttle: Throttling::Off,
             streams: Streams::AUTO,
+            defer: Deferral::Auto,
         }
     }
 }
@@ -136,9 +141,14 @@ pub struct Progress {
     pub rounds: u32,
     /// Pages that wait to be sent now.
     pub remaining: PageCount,
+    /// Of these, hot ones that a further live round leaves out.
+    pub deferred: PageCount,
+    /// The hot pages that were left out before go out with the next round: what the last round showed does
+    /// not hold for it.
+    pub was_released: bool,
     /// Pages of the round that was sent last.
     pub last_round: PageCount,
-    /// Consecutive rounds that shrank the remaining pages by less than a tenth.
+    /// Consecutive rounds that shrank the pages that a live round sends by less than a tenth.
     pub rounds_without_progress: u32,
     /// Pages that the guest is expected to dirty while those that wait are sent. Known after the bulk
     /// round, if the dirty log was looked at during it.
@@ -155,11 +165,13 @@ pub struct Progress {
 }
 
 impl Progress {
-    /// Before the first round of a guest with so much memory.
-    pub(crate) const fn none(memory: PageCount) -> Self {
+    /// Before anything was sent of so much memory.
+    pub(crate) const fn before(memory: PageCount) -> Self {
         Self {
             rounds: 0,
             remaining: memory,
+            deferred: PageCount::ZERO,
+            was_released: false,
             last_round: PageCount::ZERO,
             rounds_without_progress: 0,
             next_round: None,
@@ -176,9 +188,15 @@ impl Progress {
         Some(self.fixed_cost.saturating_add(self.copy_time()?))
     }
 
-    /// True if the guest dirtied about as much as was sent: at least nine tenths of it.
+    /// Pages that a further live round sends.
+    pub const fn to_send(&self) -> PageCount {
+        self.remaining.saturating_sub(self.deferred)
+    }
+
+    /// True if the guest dirtied about as much as was sent: at least nine tenths of it. Pages that were
+    /// left out count on neither side.
     pub(crate) fn is_stuck(&self) -> bool {
-        self.remaining.get() >= self.last_round.get() / 10 * 9
+        !self.was_released && self.to_send().get() >= self.last_round.get() / 10 * 9
     }
 
     /// Time to copy what remains.
@@ -366,14 +384,16 @@ impl Policy for Auto {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    fn progress(rounds: u32, remaining: u64) -> Progress {
+    pub(crate) fn progress(rounds: u32, remaining: u64) -> Progress {
         Progress {
             rounds,
             remaining: PageCount::new(remaining),
+            deferred: PageCount::ZERO,
+            was_released: false,
             last_round: PageCount::new(2000),
             rounds_without_progress: 0,
             next_round: None,
@@ -529,6 +549,8 @@ mod tests {
             let progress = Progress {
                 rounds: max.max(1),
                 remaining: PageCount::new(rest),
+                deferred: PageCount::new(rest / 3 * u64::from(stuck % 3)),
+                was_released: stuck % 4 == 0,
                 last_round: PageCount::new(last),
                 rounds_without_progress: stuck,
                 next_round: next.map(PageCount::new),

@@ -59,6 +59,9 @@ pub struct RoundReport {
     pub time: Duration,
     /// Pages found dirty when it was over; for the last round none are looked for.
     pub dirty_after: PageCount,
+    /// Hot pages that it left out; they count as dirty when it was over.
+    #[serde(default)]
+    pub deferred: PageCount,
     /// Pages that were compressed.
     pub lz4: Coded,
     /// Pages that went as differences to what was sent before.

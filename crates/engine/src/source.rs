@@ -186,7 +186,10 @@ pub struct Source {
     /// Made in a bulk round, used after it.
     forecast: Option<Forecast>,
     progress: Progress,
-    previous_remaining: Option<PageCount>,
+    /// Pages of the former round, if its size says something about the guest.
+    previous_round: Option<PageCount>,
+    /// Hot pages are left out no more.
+    deferral_is_over: bool,
     /// Bytes of the round that gave the bandwidth.
     bandwidth_sample: ByteCount,
     best_probe: Option<Duration>,
@@ -251,8 +254,9 @@ impl Source {
             moved: Timestamp::ZERO,
             round: None,
             forecast: None,
-            progress: Progress::none(config.memory),
-            previous_remaining: None,
+            progress: Progress::before(config.memory),
+            previous_round: None,
+            deferral_is_over: false,
             // A round of zero pages sends next to nothing and says nothing.
             bandwidth_sample: PageCount::new(1).bytes(),
             best_probe: None,
@@ -513,8 +517,9 @@ impl Machine for Source {
             SourceEvent::Harvested {
                 round,
                 dirty,
+                deferred,
                 writers,
-            } => self.harvested(now, round, &dirty, &writers),
+            } => self.harvested(now, round, (&dirty, deferred), &writers),
             SourceEvent::Looked { dirty } => self.looked(now, dirty),
             SourceEvent::Cleared(piece) => self.cleared(now, piece),
             SourceEvent::Sent {

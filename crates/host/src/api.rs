@@ -12,6 +12,7 @@ mod migration;
 mod throttle;
 
 pub use limosa_carrier::{Compression, PushOrder};
+pub use limosa_engine::deferral::Deferral;
 pub use limosa_engine::throttle::Throttling;
 pub use limosa_os::dirty::TrackerKind;
 pub use machine::{

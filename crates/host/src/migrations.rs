@@ -154,6 +154,7 @@ fn info(migration: &Migration, vm: &str, to: &str, tracker: TrackerKind) -> Migr
         round_pages: status.round_pages.get(),
         round_sent_pages: status.round_sent_pages.get(),
         remaining_pages: status.remaining_pages.get(),
+        deferred_pages: status.deferred_pages.get(),
         unsent_pages: status.unsent_pages.get(),
         dirty_pages_per_s: status.dirty_rate,
         throttle: status.throttle.map(ThrottleInfo::from),

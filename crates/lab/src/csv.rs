@@ -50,6 +50,7 @@ const COLUMNS: &[Column] = &[
     }),
     ("push_order", |run| run.cell.push_order.name().to_owned()),
     ("throttle", |run| run.cell.throttle.name().to_owned()),
+    ("defer", |run| run.cell.defer.name().to_owned()),
     ("tls", |run| run.cell.tls.to_string()),
     ("deadline_ms", |run| shown(run.cell.deadline_ms)),
     ("rounds_max", |run| run.cell.rounds_max.to_string()),
@@ -104,6 +105,7 @@ const COLUMNS: &[Column] = &[
     ("rounds", |run| {
         of(run, |one| Some(one.rounds.as_ref()?.len()))
     }),
+    ("deferred_pages", |run| of(run, MoveRecord::deferred_pages)),
     ("throttled_ms", |run| {
         of(run, |one| Some(one.throttle.as_ref()?.time_ms))
     }),

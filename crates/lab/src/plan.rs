@@ -19,7 +19,7 @@ use crate::values::{Milliseconds, OrNone, PageRate, Rate, Size};
 use crate::workload::{Content, GuestProgram, Pattern, Rest, Workload};
 use limosa_engine::policy::{Limits, Mode};
 use limosa_engine::streams::Streams;
-use limosa_host::api::{Compression, PushOrder, Throttling, TrackerKind};
+use limosa_host::api::{Compression, Deferral, PushOrder, Throttling, TrackerKind};
 use limosa_pages::{ByteCount, BytesPerSecond};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -92,6 +92,9 @@ pub struct Cell {
     /// Whether the guest's writers are slowed down if rounds do not shrink.
     #[serde(default)]
     pub throttle: Throttling,
+    /// Whether hot pages may be left out of live rounds; in runs that do not say so they were not.
+    #[serde(default = "defer_before")]
+    pub defer: Deferral,
     /// Whether connections are encrypted.
     #[serde(default)]
     pub tls: bool,
@@ -173,6 +176,9 @@ impl Cell {
             self.throttle != Throttling::default(),
             format!("throttle {}", self.throttle),
         );
+        // QEMU has none.
+        let is_sent = self.defer != Deferral::default() && self.qemu.is_none();
+        add(is_sent, format!("defer {}", self.defer));
         let deadline = format!("deadline {}", self.deadline_text());
         add(self.deadline_ms.is_some(), deadline);
         let rounds = format!("rounds at most {}", self.rounds_max);
@@ -343,6 +349,8 @@ struct MatrixTable {
     #[serde(default = "only_default")]
     throttles: Vec<Throttling>,
     #[serde(default = "only_default")]
+    defers: Vec<Deferral>,
+    #[serde(default = "only_default")]
     tls: Vec<bool>,
     #[serde(default = "deadlines_default")]
     deadlines: Vec<Text<OrNone<Milliseconds>>>,
@@ -386,6 +394,10 @@ const fn repeats_default() -> u32 {
 /// As `limosa demo` and `limosa migrate`.
 fn downtime_max_default() -> Text<Milliseconds> {
     Text(parsed("5ms"))
+}
+
+const fn defer_before() -> Deferral {
+    Deferral::Off
 }
 
 const fn verify_default() -> bool {
@@ -554,6 +566,7 @@ impl MatrixTable {
             dirty_tracker: self.dirty_trackers[digit(self.dirty_trackers.len())],
             push_order: self.push_orders[digit(self.push_orders.len())],
             throttle: self.throttles[digit(self.throttles.len())],
+            defer: self.defers[digit(self.defers.len())],
             tls: self.tls[digit(self.tls.len())],
             deadline_ms: match self.deadlines[digit(self.deadlines.len())].0 {
                 OrNone::Some(deadline) => Some(deadline.get() as u64),
@@ -579,6 +592,7 @@ impl MatrixTable {
             ("dirty_trackers", self.dirty_trackers.len()),
             ("push_orders", self.push_orders.len()),
             ("throttles", self.throttles.len()),
+            ("defers", self.defers.len()),
             ("tls", self.tls.len()),
             ("deadlines", self.deadlines.len()),
             ("rounds", self.rounds.len()),

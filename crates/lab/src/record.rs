@@ -9,8 +9,8 @@ use crate::qemu::QemuFigures;
 use limosa_engine::policy::{Mode, PauseReason};
 use limosa_engine::streams::Streams;
 use limosa_host::api::{
-    Compression, Downtime, FaultLatency, ModeChange, PushOrder, Report, Round, ThrottleReport,
-    Throttling, TrackerKind,
+    Compression, Deferral, Downtime, FaultLatency, ModeChange, PushOrder, Report, Round,
+    ThrottleReport, Throttling, TrackerKind,
 };
 use serde::{Deserialize, Serialize};
 
@@ -37,6 +37,8 @@ pub struct Setup {
     pub compress: Compression,
     /// Whether the guest's writers were slowed down where rounds did not shrink.
     pub throttle: Throttling,
+    /// Whether hot pages might be left out of live rounds.
+    pub defer: Deferral,
     /// In which order missing pages were pushed.
     pub push_order: PushOrder,
     /// Whether connections were encrypted.
@@ -282,6 +284,12 @@ impl MoveRecord {
             qemu: Some(ended.figures),
             ..Self::new(number, way, mode, report, observed, checked)
         }
+    }
+
+    /// Hot pages that rounds left out, over all rounds; `None` if there are no rounds to tell.
+    pub fn deferred_pages(&self) -> Option<u64> {
+        let rounds = self.rounds.as_ref()?;
+        Some(rounds.iter().map(|round| round.deferred_pages).sum())
     }
 
     /// Whether the guest is at the target now.

@@ -432,14 +432,16 @@ impl Vm {
     }
 
     /// Clears, of the pages in `range`, those that are set in the bitmap, and tracks them anew.
-    /// `range` begins at a multiple of 64 pages and ends at one or at the end of a region.
+    /// `range` begins at a multiple of 64 pages and ends at one or at the end of a region. Pages of it
+    /// that are `kept` are taken out of the bitmap instead: they count as written until a later clear.
     ///
     /// # Errors
-    /// Tracking is off, the range is no such one, or KVM refuses.
+    /// Tracking is off, the range is no such one, what is kept is not within it, or KVM refuses.
     pub fn clear_dirty_pages(
         &self,
         bitmap: &SharedBitmap,
         range: PageRange,
+        kept: &[PageRange],
     ) -> Result<(), KvmError> {
         self.need_tracking("track pages anew while it does not look")?;
         let (from, to) = (range.first.get(), range.end().get());
@@ -452,6 +454,19 @@ impl Vm {
                 what: "clear a part of the dirty log that is not whole words of it",
                 source: io::ErrorKind::InvalidInput.into(),
             });
+        }
+        let is_inside = |run: &PageRange| {
+            let first = run.first.get();
+            (from..to).contains(&first) && run.count.get() <= to - first
+        };
+        if !kept.iter().all(is_inside) {
+            return Err(KvmError::Call {
+                what: "keep pages of the dirty log that are not in the part that is cleared",
+                source: io::ErrorKind::InvalidInput.into(),
+            });
+        }
+        for &run in kept {
+            bitmap.take_range(run);
         }
         self.tracker.clear(&self.slots, bitmap, range)
     }

@@ -104,6 +104,10 @@ pub enum WorldFault {
     LastFaultDescriptorClosed,
     /// A VM process that lost its daemon goes on to hold its guest back.
     ThrottleKept,
+    /// Hot pages that rounds left out are not sent in the last one.
+    DeferredForgotten,
+    /// Hot pages that rounds leave out are cleared in the dirty log.
+    DeferredCleared,
     /// The guest runs at the target without a record of it.
     RunWithoutRecord,
     /// A restarted daemon tells the target that the memory is lost although its VM process has it.

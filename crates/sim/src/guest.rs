@@ -144,8 +144,11 @@ impl Memory {
         self.harvested.clone()
     }
 
-    /// Clears in `range` exactly the bits of the last harvest.
-    pub(crate) fn clear(&mut self, range: PageRange) {
+    /// Clears in `range` exactly the bits of the last harvest, except those that are kept.
+    pub(crate) fn clear(&mut self, range: PageRange, kept: &[PageRange]) {
+        for &run in kept {
+            self.harvested.remove_range(run);
+        }
         if let Some(log) = &mut self.log {
             for run in self.harvested.runs_in(range) {
                 log.remove_range(run);

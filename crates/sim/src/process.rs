@@ -10,7 +10,7 @@ use limosa_engine::Timestamp;
 use limosa_engine::handover::{MigrationId, Phase};
 use limosa_engine::source::{Piece, Writers};
 use limosa_engine::throttle::Throttle;
-use limosa_pages::{PageCount, PageSet};
+use limosa_pages::{PageCount, PageRange, PageSet};
 use std::collections::{BTreeSet, VecDeque};
 
 /// Index of a VM process in its world, dead ones included.
@@ -33,15 +33,28 @@ pub(crate) enum Request {
     StopTracking,
     Throttle(Option<Throttle>),
     Rehearse,
-    Harvest { round: u32, is_stale: bool },
+    Harvest {
+        round: u32,
+        is_stale: bool,
+    },
     Look,
-    Clear(Piece),
-    Pause { harvest: bool },
+    /// All but the pages of these runs.
+    Clear(Piece, Vec<PageRange>),
+    Pause {
+        harvest: bool,
+    },
     Resume,
-    Load { state: Vec<u8> },
+    Load {
+        state: Vec<u8>,
+    },
     ServeFaults,
-    CommitAndRun { id: MigrationId, keeps_faults: bool },
-    Disarm { id: MigrationId },
+    CommitAndRun {
+        id: MigrationId,
+        keeps_faults: bool,
+    },
+    Disarm {
+        id: MigrationId,
+    },
     Exit,
 }
 

@@ -14,6 +14,7 @@ use crate::workload::Workload;
 use crate::world::{World, WorldConfig};
 use core::time::Duration;
 use limosa_engine::Timestamp;
+use limosa_engine::deferral::Deferral;
 use limosa_engine::handover::MigrationId;
 use limosa_engine::policy::{Limits, Mode};
 use limosa_engine::report::{MigrationReport, Outcome};
@@ -153,6 +154,8 @@ impl Plan {
         limits.throttle = *more_dice.pick(&Throttling::ALL);
         let mut faults = faults;
         draw_changes_of_streams(trial, is_large, &mut stream_dice, &mut limits, &mut faults);
+        let mut deferral_dice = Random::new(trial.seed ^ 0x6465_6665_7272_616c);
+        limits.defer = *deferral_dice.pick(&Deferral::ALL);
         Self {
             world,
             streams,
@@ -235,6 +238,7 @@ fn draw_limits(random: &mut Random) -> Limits {
         rounds_max: u32::try_from(random.between(1, 12)).expect("small"),
         throttle: Throttling::Off,
         streams: Streams::AUTO,
+        defer: Deferral::Off,
     }
 }
 

@@ -125,6 +125,20 @@ fn throttle_kept() {
 }
 
 #[test]
+fn deferred_forgotten() {
+    let planted = Planted::World(WorldFault::DeferredForgotten);
+    check(Mode::PreCopy, planted, 2000, &[Rule::EqualAtTheSwitch]);
+    let stale = [Rule::EqualAtTheSwitch, Rule::NothingStale];
+    check(Mode::Auto, planted, 20_000, &stale);
+}
+
+#[test]
+fn deferred_cleared() {
+    let planted = Planted::World(WorldFault::DeferredCleared);
+    check(Mode::PreCopy, planted, 2000, &[Rule::EqualAtTheSwitch]);
+}
+
+#[test]
 fn runs_without_proof() {
     let planted = Planted::World(WorldFault::RunsWithoutProof);
     check(

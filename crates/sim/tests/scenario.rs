@@ -1,6 +1,7 @@
 //! A move without faults, as `demo` shows it on a machine without KVM.
 
 use core::time::Duration;
+use limosa_engine::deferral::Deferral;
 use limosa_engine::policy::{Limits, Mode, PauseReason};
 use limosa_engine::report::Outcome;
 use limosa_engine::throttle::{Throttle, Throttling};
@@ -199,4 +200,49 @@ fn auto_switches_where_pre_copy_would_give_up() {
     assert_eq!(moved.report.pause_reason, Some(PauseReason::Predicted));
     assert!(moved.report.missing_at_switch > PageCount::ZERO);
     assert!(moved.guest_gap < Duration::from_millis(20), "{moved:?}");
+}
+
+/// A guest whose few hot pages are dirty after every round.
+fn hot(defer: Deferral, seed: u64) -> SimulatedMove {
+    completed(&Scenario {
+        workload: Workload::Zipf {
+            working_set: PageCount::new(1 << 14),
+        },
+        rate: 60_000,
+        link: LinkProfile {
+            rate: BytesPerSecond::new(400_000_000),
+            delay: Duration::from_micros(100),
+            jitter: Duration::ZERO,
+        },
+        limits: Limits {
+            defer,
+            downtime_max: Duration::from_millis(10),
+            ..Limits::default()
+        },
+        seed,
+        ..Scenario::default()
+    })
+}
+
+#[test]
+fn pages_that_are_dirty_after_every_round_are_sent_with_the_pause() {
+    for seed in 0..8 {
+        let (auto, off) = (hot(Deferral::Auto, seed), hot(Deferral::Off, seed));
+        let deferred = |moved: &SimulatedMove| {
+            let rounds = moved.report.rounds.iter();
+            rounds.map(|round| round.deferred.get()).max().unwrap()
+        };
+        assert!(deferred(&auto) > 0 && deferred(&off) == 0, "{auto:?}");
+        let budget = Duration::from_millis(10);
+        for moved in [&auto, &off] {
+            assert_eq!(moved.report.pause_reason, Some(PauseReason::WithinBudget));
+            assert!(moved.report.predicted_downtime.unwrap() <= budget);
+            assert!(moved.guest_gap < budget * 3 / 2, "{moved:?}");
+        }
+        let (few, many) = (auto.report.pages_sent(), off.report.pages_sent());
+        assert!(
+            few < many,
+            "seed {seed}: {few} with deferral, {many} without"
+        );
+    }
 }

@@ -123,7 +123,7 @@ fn clear(machine: &Machine, set: &PageSet) {
         let count = PageCount::new(CHUNK.min(pages - first));
         let range = PageRange::new(Pfn::new(first), count);
         if set.count_range(range) > PageCount::ZERO {
-            machine.clear(range).unwrap();
+            machine.clear(range, &[]).unwrap();
         }
     }
 }

@@ -76,7 +76,7 @@ fn prepare(source: &VmHandle, target: &VmHandle) {
     source.start_tracking().unwrap();
     let mut dirty = limosa_pages::PageSet::empty(all.count);
     source.harvest(&mut dirty).unwrap();
-    source.clear(all).unwrap();
+    source.clear(all, Vec::new()).unwrap();
     let mut page = [0; PAGE_SIZE_USIZE];
     for pfn in source
         .memory()

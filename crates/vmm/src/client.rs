@@ -418,14 +418,15 @@ impl VmHandle {
         Ok(writers)
     }
 
-    /// Clears, of the pages in `range`, those that the last harvest found, and tracks them anew. The
+    /// Clears, of the pages in `range`, those that the last harvest found and that are not `kept`, and
+    /// tracks them anew; those that are kept lie in the range and are found by every later harvest. The
     /// range begins at a multiple of 64 pages and ends at one or at the end of the memory. A page
     /// that is read after this returned is at least as new as all that no later harvest finds.
     ///
     /// # Errors
     /// Tracking is off, or the range is no such one.
-    pub fn clear(&self, range: PageRange) -> Result<(), VmError> {
-        self.order(&Request::Clear { range })
+    pub fn clear(&self, range: PageRange, kept: Vec<PageRange>) -> Result<(), VmError> {
+        self.order(&Request::Clear { range, kept })
     }
 
     /// Pauses, saves, and reads the dirty log if asked: one request.

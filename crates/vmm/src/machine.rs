@@ -506,12 +506,13 @@ impl Machine {
     }
 
     /// Clears what the last harvest found within `range` (of whole words of the log, or to the end
-    /// of the memory), and tracks those pages anew.
+    /// of the memory), and tracks those pages anew; but not those that are `kept`, which every later
+    /// harvest finds.
     ///
     /// # Errors
-    /// Tracking is off, the range is not one, or KVM refuses.
-    pub fn clear(&self, range: PageRange) -> Result<(), MachineError> {
-        Ok(self.vm.clear_dirty_pages(&self.bitmap, range)?)
+    /// Tracking is off, the range is not one, what is kept is not within it, or KVM refuses.
+    pub fn clear(&self, range: PageRange, kept: &[PageRange]) -> Result<(), MachineError> {
+        Ok(self.vm.clear_dirty_pages(&self.bitmap, range, kept)?)
     }
 
     /// Sends heartbeats to somebody else, or to nobody.

@@ -356,7 +356,7 @@ impl Process<'_> {
             Request::StopTracking => done(self.machine()?.stop_tracking())?,
             Request::Harvest => Reply::Harvested(self.harvest()?),
             Request::Throttle { throttle } => done(self.machine()?.set_throttle(throttle))?,
-            Request::Clear { range } => done(self.machine()?.clear(range))?,
+            Request::Clear { range, kept } => done(self.machine()?.clear(range, &kept))?,
             Request::PauseAndSave { harvest } => {
                 return Ok(saved(self.pause(harvest)?));
             }

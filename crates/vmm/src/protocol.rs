@@ -22,7 +22,7 @@ use std::os::fd::{BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 
 /// Version of this protocol; a process and a daemon of different versions do not talk.
-pub(crate) const PROTOCOL_VERSION: u32 = 5;
+pub(crate) const PROTOCOL_VERSION: u32 = 6;
 /// Largest message: the list of all sections of the largest state.
 const MESSAGE_BYTES_MAX: usize = 128 << 10;
 /// Most pages that a save names as needed first: the page tables of eight vCPUs and what they point at.
@@ -55,6 +55,8 @@ pub(crate) enum Request {
     Harvest,
     Clear {
         range: PageRange,
+        /// What the last harvest found of these is not cleared. All lie within the range.
+        kept: Vec<PageRange>,
     },
     /// Slow the guest's writers down, or let them go. Whoever pauses the guest, stops tracking or goes
     /// away lets them go, too.

@@ -71,8 +71,8 @@ impl Guest for VmHandle {
         self.dirty_tracker() == TrackerKind::Bitmap
     }
 
-    fn clear(&self, range: PageRange) -> Result<(), GuestError> {
-        Ok(self.clear(range)?)
+    fn clear(&self, range: PageRange, kept: Vec<PageRange>) -> Result<(), GuestError> {
+        Ok(self.clear(range, kept)?)
     }
 
     fn rehearse(&self) -> Result<Saved, GuestError> {

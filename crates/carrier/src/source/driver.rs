@@ -4,6 +4,7 @@ use super::{Carriage, Shared, lock};
 use crate::bucket::Bucket;
 use crate::channel::{Channel, Handle, Reader};
 use crate::connection::{self, ControlWriter, Dialler, ReadError};
+use crate::deferral::Deferral;
 use crate::digest;
 use crate::guest::{Guest, GuestError, Saved};
 use crate::push_order::{Heat, PushOrder};
@@ -82,6 +83,8 @@ pub(super) struct Driver {
     set: Arc<PageSet>,
     /// Which round of `set` sends only pages that exist: those of a round that means *everything*.
     skip_holes: bool,
+    /// Hot pages that rounds leave out.
+    deferral: Deferral,
     /// Pages that the target was told to miss.
     told: PageSet,
     /// How often each page was found dirty, if the order of pushes goes by that.
@@ -126,6 +129,7 @@ impl Driver {
         let pages = Arc::new(pages);
         let set = Arc::new(PageSet::empty(config.memory));
         let told = PageSet::empty(config.memory);
+        let deferral = Deferral::none(config.memory);
         let heat =
             (carriage.manner.push_order == PushOrder::Hottest).then(|| Heat::none(config.memory));
         Self {
@@ -142,6 +146,7 @@ impl Driver {
             links: None,
             set,
             skip_holes: false,
+            deferral,
             told,
             heat,
             first: Arc::default(),
@@ -277,11 +282,14 @@ impl Driver {
             SourceAction::StopTracking => self.guest.stop_tracking()?,
             SourceAction::Throttle(throttle) => self.throttle(throttle)?,
             SourceAction::Rehearse => return self.rehearse().map(Some),
-            SourceAction::Harvest { round } => return self.harvest(round).map(Some),
+            SourceAction::Harvest { round, defer_max } => {
+                return self.harvest(round, defer_max).map(Some);
+            }
             SourceAction::Look => return self.look().map(Some),
             SourceAction::HarvestStale { round } => return self.harvest_stale(round).map(Some),
             SourceAction::Clear(piece) => {
-                self.guest.clear(piece.range)?;
+                let kept = self.deferral.left_out_in(piece.range);
+                self.guest.clear(piece.range, kept)?;
                 return Ok(Some(SourceEvent::Cleared(piece)));
             }
             SourceAction::SendPiece { piece, stream } => self.order_piece(piece, stream),
@@ -485,10 +493,11 @@ impl Driver {
         })
     }
 
-    fn harvest(&mut self, round: u32) -> Result<SourceEvent, GuestError> {
+    fn harvest(&mut self, round: u32, defer_max: PageCount) -> Result<SourceEvent, GuestError> {
         let mut set = PageSet::empty(self.config.memory);
         let writers = self.guest.harvest(&mut set)?;
         self.skip_holes = round == 0;
+        let mut deferred = PageCount::ZERO;
         let dirty = if round == 0 {
             // All that exists is to be sent, whatever the log says about it.
             set = PageSet::full(self.config.memory);
@@ -497,12 +506,14 @@ impl Driver {
             if let Some(heat) = &mut self.heat {
                 heat.add(&set);
             }
+            deferred = self.deferral.take_out(&mut set, defer_max);
             self.counts(&set)
         };
         self.set = Arc::new(set);
         Ok(SourceEvent::Harvested {
             round,
             dirty,
+            deferred,
             writers,
         })
     }
@@ -537,6 +548,7 @@ impl Driver {
         Ok(SourceEvent::Harvested {
             round,
             dirty,
+            deferred: PageCount::ZERO,
             writers,
         })
     }

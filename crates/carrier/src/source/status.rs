@@ -26,6 +26,8 @@ pub struct MigrationStatus {
     pub round_sent_pages: PageCount,
     /// Pages of it that were not.
     pub remaining_pages: PageCount,
+    /// Hot pages that it leaves out and the last round sends.
+    pub deferred_pages: PageCount,
     /// Pages that the guest, which runs at the target, misses and that were not sent yet.
     pub unsent_pages: PageCount,
     /// Distinct pages a second that the guest dirtied during the last round.
@@ -73,7 +75,11 @@ impl MigrationStatus {
         let remaining_pages = round_pages.saturating_sub(round_sent_pages);
         let last = report.rounds.last();
         let dirty_rate =
-            last.and_then(|last| PagesPerSecond::measured(last.dirty_after, last.time));
+            // What that round left out was dirty before.
+            last.and_then(|last| {
+                let dirtied = last.dirty_after.saturating_sub(last.deferred);
+                PagesPerSecond::measured(dirtied, last.time)
+            });
         let time_left = progress
             .bandwidth
             .and_then(|rate| rate.time_for(remaining_pages.bytes()));
@@ -85,6 +91,7 @@ impl MigrationStatus {
             round_pages,
             round_sent_pages,
             remaining_pages,
+            deferred_pages: progress.deferred,
             unsent_pages: unsent,
             dirty_rate: dirty_rate.map(PagesPerSecond::get),
             throttle: source.throttle(),

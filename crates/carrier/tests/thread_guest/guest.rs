@@ -287,11 +287,12 @@ impl Guest for ThreadGuest {
         Ok(Writers::default())
     }
 
-    fn clear(&self, range: PageRange) -> Result<(), GuestError> {
+    fn clear(&self, range: PageRange, kept: Vec<PageRange>) -> Result<(), GuestError> {
         let mut inside = self.lock();
         let Inside {
             dirty, harvested, ..
         } = &mut *inside;
+        kept.into_iter().for_each(|run| harvested.remove_range(run));
         harvested
             .runs_in(range)
             .for_each(|run| dirty.remove_range(run));

@@ -224,6 +224,7 @@ impl Loopback {
         body.streams = self.setup.streams;
         body.compress = self.setup.compress;
         body.throttle = self.setup.throttle;
+        body.defer = self.setup.defer;
         body.push_order = self.setup.push_order;
         body.verify = self.setup.verify;
         body.link = self.setup.link;

@@ -82,6 +82,7 @@ impl Simulated {
                     rounds_max: setup.rounds_max.unwrap_or(limits.rounds_max),
                     throttle: setup.throttle,
                     streams,
+                    defer: setup.defer,
                     ..limits
                 },
                 verify: setup.verify,

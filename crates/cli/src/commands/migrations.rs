@@ -36,6 +36,7 @@ pub(super) fn migrate(follower: &Follower, migrate: &Migrate) -> Result<()> {
         streams: Some(migrate.streams),
         compress: migrate.compress,
         throttle: migrate.throttle,
+        defer: migrate.defer,
         push_order: migrate.push_order,
         verify: migrate.verify,
         link: migrate.link.map(Rate::get),
@@ -91,6 +92,7 @@ pub(super) fn set(client: &Client, set: &Set, output: Output) -> Result<()> {
         compress: set.compress,
         throttle: set.throttle,
         streams: set.streams,
+        defer: set.defer,
     };
     let found = select(client, &set.which)?;
     let changed = client.set(&found.id, &patch)?;
@@ -307,10 +309,11 @@ fn limits(info: &MigrationInfo) -> String {
         |deadline| format!("deadline {}", time(deadline)),
     );
     format!(
-        "downtime at most {}, {bandwidth}, {deadline}, at most {} rounds, throttle {}, streams {}",
+        "downtime at most {}, {bandwidth}, {deadline}, at most {} rounds, throttle {}, defer {}, streams {}",
         time(limits.downtime_max_ms),
         limits.rounds_max,
         limits.throttle,
+        limits.defer,
         limits.streams
     )
 }
@@ -478,6 +481,7 @@ fn rounds(info: &MigrationInfo) -> String {
         ("AGAIN", Align::Right),
         ("BYTES", Align::Right),
         ("TIME", Align::Right),
+        ("LEFT OUT", Align::Right),
         ("DIRTY AFTER", Align::Right),
         ("STREAMS", Align::Right),
     ];
@@ -494,6 +498,7 @@ fn rounds(info: &MigrationInfo) -> String {
                 count(round.resent_pages),
                 ByteCount::new(round.bytes).to_string(),
                 time(round.time_ms),
+                count(round.deferred_pages),
                 count(round.dirty_after_pages),
                 match round.streams {
                     0 => "-".to_owned(),
@@ -514,7 +519,7 @@ pub(crate) mod tests {
     pub(crate) fn info(id: &str, vm: &str) -> MigrationInfo {
         let limits = serde_json::json!({
             "downtime_max_ms": 5.0, "bandwidth_max": null, "deadline_ms": 30000.0, "rounds_max": 30,
-            "throttle": "off", "streams": "auto"
+            "throttle": "off", "defer": "auto", "streams": "auto"
         });
         let report = serde_json::json!({
             "outcome": null, "reason": null, "pause_reason": null, "preparation_ms": 12.5,
@@ -571,7 +576,7 @@ pub(crate) mod tests {
             "migration  3f2a00000000000000000000000000aa of web to 127.0.0.1:7071, pre-copy\n\
              stage      copying\n\
              tracker    bitmap: a harvest reads a bit for each page; which vCPU writes how much is not known\n\
-             limits     downtime at most 5.00 ms, no bandwidth limit, deadline 30.0 s, at most 30 rounds, throttle off, streams auto\n\
+             limits     downtime at most 5.00 ms, no bandwidth limit, deadline 30.0 s, at most 30 rounds, throttle off, defer auto, streams auto\n\
              time       1.23 s since the request, 12.5 ms of it before the first page\n\
              now        round 1: 750 pages left, guest writes 50,000 pages/s, 1.20 GiB/s, \
              downtime 3.10 ms expected, 400 ms left\n\

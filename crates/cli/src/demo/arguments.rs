@@ -5,7 +5,7 @@ use clap::Args;
 use clap::builder::{PossibleValue, PossibleValuesParser, TypedValueParser};
 use limosa_engine::policy::Mode;
 use limosa_engine::streams::Streams;
-use limosa_host::api::{Compression, PushOrder, Throttling, TrackerKind};
+use limosa_host::api::{Compression, Deferral, PushOrder, Throttling, TrackerKind};
 use limosa_lab::backing::Backing;
 use limosa_lab::record::Setup;
 use limosa_lab::values::{Milliseconds, PageRate, Rate, Size, compression, mode};
@@ -72,6 +72,9 @@ pub(crate) struct Arguments {
     /// Slow the guest's writers down if rounds do not shrink: auto or off
     #[arg(long, value_name = "off|auto", default_value_t = Throttling::Off)]
     pub throttle: Throttling,
+    /// Leave hot pages out of rounds that go out while the guest runs: auto or off
+    #[arg(long, value_name = "auto|off", default_value_t = Deferral::Auto)]
+    pub defer: Deferral,
     /// In which order missing pages are pushed: address, bubbling, hottest
     #[arg(long, value_name = "ORDER", default_value = "bubbling")]
     pub push_order: PushOrder,
@@ -163,6 +166,7 @@ impl Arguments {
             streams: self.streams,
             compress: self.compress,
             throttle: self.throttle,
+            defer: self.defer,
             push_order: self.push_order,
             tls: self.tls,
             deadline_ms: None,

@@ -81,6 +81,8 @@ pub(crate) struct Figures {
     pub mode_changes: Option<Spread>,
     /// How long the guest's writers were slowed down.
     pub throttled_ms: Option<Spread>,
+    /// Hot pages that rounds left out, over all rounds.
+    pub deferred_pages: Option<Spread>,
     /// Bytes on the wire.
     pub wire_bytes: Option<Spread>,
     /// The guest's speed before the moves.
@@ -128,6 +130,7 @@ impl Figures {
             first_fault_stall_ms: spread(&|one| one.first_fault_stall_ms),
             mode_changes: spread(&|one| Some(one.mode_changes.as_ref()?.len() as f64)),
             throttled_ms: spread(&|one| Some(one.throttle.as_ref()?.time_ms)),
+            deferred_pages: spread(&|one| Some(one.deferred_pages()? as f64)),
             wire_bytes: spread(&|one| Some(one.wire_bytes? as f64)),
             writes_per_s_before: spread(&|one| one.guest_writes_per_s.before),
             writes_per_s_during: spread(&|one| one.guest_writes_per_s.during),

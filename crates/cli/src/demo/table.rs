@@ -124,6 +124,9 @@ const ROWS: &[Row] = &[
     ("rounds", |of| counts(of.rounds)),
     ("pages sent", |of| counts(of.pages_sent)),
     ("pages sent again", |of| counts(of.pages_resent)),
+    ("hot pages left out of rounds", |of| {
+        counts(of.deferred_pages)
+    }),
     ("mode changes", |of| counts(of.mode_changes)),
     ("writers slowed down for", |of| times(of.throttled_ms)),
     ("pages missing at the switch", |of| {

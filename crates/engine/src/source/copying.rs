@@ -6,6 +6,7 @@ use super::{
     BANDWIDTH_SAMPLE_MIN, Paused, Piece, SentPiece, Source, SourceAction, SourceFault, State,
     Writers,
 };
+use crate::deferral;
 use crate::policy::{PauseReason, Verdict};
 use crate::report::RoundReport;
 use crate::time::Timestamp;
@@ -50,7 +51,7 @@ impl Source {
         &mut self,
         now: Timestamp,
         round: u32,
-        dirty: &[u32],
+        (dirty, deferred): (&[u32], PageCount),
         writers: &Writers,
     ) -> Vec<SourceAction> {
         if round != self.progress.rounds {
@@ -62,23 +63,31 @@ impl Source {
         if self.state != State::Rounds {
             return Vec::new();
         }
-        let round = Round::live(round, dirty, &self.config, now);
-        self.progress.remaining = round.progress().0;
+        let round = Round::live(round, dirty, &self.config, now).without(deferred);
+        let planned = round.progress().0;
+        self.progress.remaining = planned.saturating_add(deferred);
+        self.progress.deferred = deferred;
+        // The bulk round's size says nothing about the guest's dirty rate.
+        let shrank = self
+            .previous_round
+            .map(|previous| planned.get() < previous.get().saturating_mul(9) / 10);
+        if shrank.is_some_and(|shrank| self.deferral_ends(shrank)) {
+            // Once more, with all that is dirty.
+            return vec![self.harvest()];
+        }
         self.forecast_next(now, dirty);
         if let Some(last) = self.report.rounds.last_mut() {
             last.dirty_after = self.progress.remaining;
         }
-        if let Some(previous) = self.previous_remaining {
-            let shrank = self.progress.remaining.get() < previous.get().saturating_mul(9) / 10;
-            self.progress.rounds_without_progress = if shrank {
+        if let Some(shrank) = shrank {
+            self.progress.rounds_without_progress = if shrank || self.progress.was_released {
                 0
             } else {
                 self.progress.rounds_without_progress + 1
             };
         }
-        // The bulk round's size says nothing about the guest's dirty rate.
         if self.progress.rounds > 0 {
-            self.previous_remaining = Some(self.progress.remaining);
+            self.previous_round = Some(planned);
         }
         self.round = Some(round.with_fault(self.fault));
         let throttle = self.regulate(now, writers);
@@ -88,6 +97,28 @@ impl Source {
             return actions;
         }
         self.slow_down(now, throttle).chain(actions).collect()
+    }
+
+    /// Asks for the pages of the next live round, and lets the hottest of them wait for the pause.
+    pub(super) fn harvest(&self) -> SourceAction {
+        let defer_max = if self.deferral_is_over {
+            PageCount::ZERO
+        } else {
+            deferral::pages_max(&self.progress, &self.config.limits)
+        };
+        SourceAction::Harvest {
+            round: self.progress.rounds,
+            defer_max,
+        }
+    }
+
+    /// Whether no page is left out any more from this harvest on.
+    fn deferral_ends(&mut self, shrank: bool) -> bool {
+        let ends = !self.deferral_is_over
+            && deferral::is_in_the_way(&self.progress, &self.config.limits, shrank);
+        self.deferral_is_over |= ends;
+        self.progress.was_released |= ends;
+        ends
     }
 
     /// Says what the round that begins will leave, if that is known, or begins to find it out.
@@ -137,6 +168,7 @@ impl Source {
             Round::last(number, &paused.dirty, &self.config, now)
         };
         self.progress.remaining = round.progress().0;
+        self.progress.deferred = PageCount::ZERO;
         let missing = if self.is_switching {
             paused.missing
         } else {
@@ -237,9 +269,8 @@ impl Source {
             return self.told(passes, planned);
         }
         self.progress.last_round = planned;
-        vec![SourceAction::Harvest {
-            round: self.progress.rounds,
-        }]
+        self.progress.was_released = false;
+        vec![self.harvest()]
     }
 
     /// Moves the round into the report and takes its bandwidth; the pages that it was to send.
@@ -272,5 +303,83 @@ impl Source {
         }
         self.report.rounds.push(report);
         planned
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::policy::Mode;
+    use crate::source::SourceConfig;
+    use alloc::format;
+    use core::time::Duration;
+
+    /// A page takes 1 ms; 5 ms are allowed and nothing else costs anything.
+    fn source(downtime_max_ms: u64) -> Source {
+        let memory = PageCount::new(1 << 16);
+        let mut config = SourceConfig::sample(memory, memory);
+        config.mode = Mode::PreCopy;
+        config.limits.downtime_max = Duration::from_millis(downtime_max_ms);
+        let mut source = Source::new(config);
+        source.state = State::Rounds;
+        source
+    }
+
+    /// Rounds that leave so many pages, each with so many more that it leaves out: what the last one leads to.
+    fn check(downtime_max_ms: u64, left: &[(u32, u64)], expect: &str) {
+        let mut source = source(downtime_max_ms);
+        let mut texts = Vec::new();
+        for &(dirty, deferred) in left {
+            let round = source.progress.rounds;
+            let found = (&[dirty][..], PageCount::new(deferred));
+            let actions = source.harvested(Timestamp::ZERO, round, found, &Writers::default());
+            texts = actions
+                .iter()
+                .map(|action| match action {
+                    SourceAction::Harvest { defer_max, .. } => {
+                        format!("harvest, defer {}", defer_max.get())
+                    }
+                    other => other.name().into(),
+                })
+                .collect();
+            if matches!(actions.first(), Some(SourceAction::Harvest { .. })) {
+                continue;
+            }
+            assert_eq!(
+                source.state == State::Pausing,
+                texts == ["pause"],
+                "{left:?}"
+            );
+            source.progress.last_round = PageCount::new(u64::from(dirty));
+            source.progress.rounds += 1;
+            source.progress.was_released = false;
+            source.progress.bandwidth = Some(BytesPerSecond::new(4096 * 1000));
+        }
+        let reason = source.report.pause_reason;
+        texts.extend(reason.map(|reason| format!("{reason:?}")));
+        assert_eq!(texts.join(", "), expect, "{left:?}");
+    }
+
+    #[test]
+    fn what_was_left_out_is_harvested_once_more_when_it_alone_is_in_the_way() {
+        // 100 pages are allowed, and half of them may be left out.
+        let until = [(9000, 0), (300, 50), (70, 50)];
+        check(100, &until, "clear");
+        check(
+            100,
+            &[until[0], until[1], until[2], (68, 50)],
+            "harvest, defer 0",
+        );
+        check(100, &[until[0], until[1], until[2], (60, 50)], "clear");
+        check(
+            100,
+            &[until[0], until[1], until[2], (68, 50), (118, 0)],
+            "clear",
+        );
+        check(
+            100,
+            &[until[0], until[1], until[2], (68, 50), (118, 0), (90, 0)],
+            "pause, WithinBudget",
+        );
     }
 }

@@ -183,6 +183,9 @@ pub enum SourceEvent {
         round: u32,
         /// Pages to send of each chunk, in order. For round 0 pages that exist.
         dirty: Vec<u32>,
+        /// Hot pages beside these, which the round leaves out: at most as many as were allowed. They are
+        /// not cleared, so that later harvests find them, too.
+        deferred: PageCount,
         /// Who dirtied them.
         writers: Writers,
     },
@@ -264,6 +267,8 @@ pub enum SourceAction {
     Harvest {
         /// The round that it is for.
         round: u32,
+        /// So many hot pages, at most, may be left out of the round's set.
+        defer_max: PageCount,
     },
     /// Read the dirty log in the bulk round, for a forecast; it changes nothing about what is sent.
     /// Answer: `Looked`.

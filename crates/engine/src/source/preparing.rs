@@ -147,7 +147,7 @@ impl Source {
         self.moved = now;
         if self.config.mode.copies_live() {
             self.state = State::Rounds;
-            return vec![SourceAction::Harvest { round: 0 }];
+            return vec![self.harvest()];
         }
         self.decide(now)
     }

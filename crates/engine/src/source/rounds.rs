@@ -173,6 +173,12 @@ impl Round {
         }
     }
 
+    /// Notes that so many hot pages are left out of it.
+    pub(super) const fn without(mut self, deferred: PageCount) -> Self {
+        self.done.deferred = deferred;
+        self
+    }
+
     /// Plants the faults that concern a round.
     pub(super) fn with_fault(mut self, fault: Option<SourceFault>) -> Self {
         if fault == Some(SourceFault::ClearAfterCopy) && self.kind == Kind::Live {

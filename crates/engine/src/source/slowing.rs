@@ -66,13 +66,15 @@ impl Source {
         self.note_held(now, writers);
         self.progress.was_slowed = false;
         let is_bulk = self.progress.rounds == 0;
-        if self.config.limits.throttle == Throttling::Off || is_bulk {
+        let is_known = !is_bulk && !self.progress.was_released;
+        if self.config.limits.throttle == Throttling::Off || !is_known {
             return None;
         }
         let seen = Observation {
             bandwidth: self.progress.bandwidth?,
             time: now.since(before?),
-            dirtied: self.progress.remaining,
+            // What was left out is dirty since earlier, and the next round sends none of it.
+            dirtied: self.progress.to_send(),
             by_vcpu: &by_vcpu,
             is_stuck: self.progress.is_stuck(),
         };
@@ -177,14 +179,19 @@ mod tests {
             held: Duration::ZERO,
         };
         source.state = State::Rounds;
-        source.harvested(at(0), 0, &[PAGES], &writers(0));
+        source.harvested(at(0), 0, (&[PAGES], PageCount::ZERO), &writers(0));
         for look in 0..looks {
             source.looked(at(100 * (look + 1)), vec![PAGES / 2]);
         }
         source.progress.rounds = 1;
         source.progress.last_round = memory;
         source.progress.bandwidth = Some(BytesPerSecond::new(4096 * u64::from(PAGES)));
-        source.harvested(at(1000), 1, &[PAGES], &writers(u64::from(PAGES)));
+        source.harvested(
+            at(1000),
+            1,
+            (&[PAGES], PageCount::ZERO),
+            &writers(u64::from(PAGES)),
+        );
         source
     }
 

@@ -3,6 +3,7 @@
 use super::throttle::{ThrottleInfo, ThrottleReport};
 use super::{duration, milliseconds};
 use limosa_carrier::{Compression, PushOrder, RATE_MIN};
+use limosa_engine::deferral::Deferral;
 use limosa_engine::handover::MigrationId;
 use limosa_engine::policy::{Limits, Mode, PauseReason};
 use limosa_engine::report::{self, FaultReport, MigrationReport, Outcome};
@@ -55,6 +56,10 @@ pub struct MigrateBody {
     #[serde(default)]
     #[schema(value_type = String, example = "off")]
     pub throttle: Throttling,
+    /// Whether hot pages may be left out of rounds that go out while the guest runs: `auto` or `off`.
+    #[serde(default)]
+    #[schema(value_type = String, example = "auto")]
+    pub defer: Deferral,
     /// In which order missing pages are pushed: `address`, `bubbling` (outwards from those that were
     /// asked for last) or `hottest` (what was written most often in the rounds before).
     #[serde(default)]
@@ -82,6 +87,7 @@ impl MigrateBody {
             verify: false,
             compress: Compression::default(),
             throttle: Throttling::default(),
+            defer: Deferral::default(),
             push_order: PushOrder::default(),
             link: None,
             insecure: false,
@@ -101,6 +107,7 @@ impl MigrateBody {
             compress: None,
             throttle: Some(self.throttle),
             streams: self.streams,
+            defer: Some(self.defer),
             mode: None,
         }
         .apply(Limits::default())
@@ -147,6 +154,10 @@ pub struct LimitsPatch {
     #[serde(default)]
     #[schema(schema_with = streams_schema)]
     pub streams: Option<Streams>,
+    /// Whether hot pages may be left out of live rounds; `off` has the next round send them.
+    #[serde(default)]
+    #[schema(value_type = Option<String>, example = "off")]
+    pub defer: Option<Deferral>,
 }
 
 impl LimitsPatch {
@@ -180,6 +191,7 @@ impl LimitsPatch {
         }
         limits.throttle = self.throttle.unwrap_or(limits.throttle);
         limits.streams = self.streams.unwrap_or(limits.streams);
+        limits.defer = self.defer.unwrap_or(limits.defer);
         Ok(limits)
     }
 }
@@ -222,6 +234,10 @@ pub struct LimitsInfo {
     #[serde(default)]
     #[schema(schema_with = streams_schema)]
     pub streams: Streams,
+    /// Whether hot pages may be left out of live rounds.
+    #[serde(default)]
+    #[schema(value_type = String, example = "auto")]
+    pub defer: Deferral,
 }
 
 impl From<Limits> for LimitsInfo {
@@ -233,6 +249,7 @@ impl From<Limits> for LimitsInfo {
             rounds_max: limits.rounds_max,
             throttle: limits.throttle,
             streams: limits.streams,
+            defer: limits.defer,
         }
     }
 }
@@ -262,6 +279,9 @@ pub struct MigrationInfo {
     pub round_sent_pages: u64,
     /// Pages that are still to be sent as far as is known.
     pub remaining_pages: u64,
+    /// Hot pages beside these, which live rounds leave out and the last one sends.
+    #[serde(default)]
+    pub deferred_pages: u64,
     /// Pages that the guest, which runs at the target, misses and that were not sent yet.
     pub unsent_pages: u64,
     /// Pages that the guest writes a second, as seen in the last round.
@@ -403,6 +423,9 @@ pub struct Round {
     pub time_ms: f64,
     /// Pages found dirty when it was over.
     pub dirty_after_pages: u64,
+    /// Hot pages that it left out; they count among those found dirty when it was over.
+    #[serde(default)]
+    pub deferred_pages: u64,
     /// Pages that were compressed.
     #[serde(default)]
     pub lz4_pages: u64,
@@ -621,6 +644,7 @@ impl From<&report::RoundReport> for Round {
             bytes: round.bytes.get(),
             time_ms: milliseconds(round.time),
             dirty_after_pages: round.dirty_after.get(),
+            deferred_pages: round.deferred.get(),
             lz4_pages: round.lz4.pages.get(),
             lz4_bytes: round.lz4.bytes.get(),
             delta_pages: round.delta.pages.get(),

@@ -164,7 +164,7 @@ impl Guest for FakeGuest {
         true
     }
 
-    fn clear(&self, _: PageRange) -> Result<(), GuestError> {
+    fn clear(&self, _: PageRange, _: Vec<PageRange>) -> Result<(), GuestError> {
         unreachable!("no migration of a fake gets so far")
     }
 

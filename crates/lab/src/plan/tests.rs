@@ -87,7 +87,7 @@ fn a_key_or_word_that_is_unknown_is_told_with_its_line_and_the_known_ones() {
         "line 21: unknown field `link`, expected one of `vmm`, `row`, `techniques`, \
          `variants`, `downtime_limits`, `cancel_after`, `workloads`, `memory`, `vcpus`, `links`, \
          `streams`, `compress`, `pages`, \
-         `dirty_trackers`, `push_orders`, `throttles`, `tls`, `deadlines`, `rounds`",
+         `dirty_trackers`, `push_orders`, `throttles`, `defers`, `tls`, `deadlines`, `rounds`",
     );
     check(
         "touch =",
@@ -406,7 +406,7 @@ fn keys_of_the_other_vmm_are_told() {
     check(
         "variants = [",
         "pages = [\"small\"]\nvariants = [",
-        "matrix 2: pages, dirty_trackers, push_orders and throttles are limosa's: QEMU has variants",
+        "matrix 2: pages, dirty_trackers, push_orders, throttles and defers are limosa's: QEMU has variants",
     );
     check(
         "variants = [",

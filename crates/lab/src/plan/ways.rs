@@ -8,7 +8,7 @@ use crate::qemu::QemuWay;
 use crate::values::{Milliseconds, OrNone};
 use limosa_engine::policy::Mode;
 use limosa_engine::streams::Streams;
-use limosa_host::api::{Compression, PushOrder, Throttling, TrackerKind};
+use limosa_host::api::{Compression, Deferral, PushOrder, Throttling, TrackerKind};
 
 /// The longest row's name that still fits into a table.
 const ROW_CHARACTERS_MAX: usize = 60;
@@ -81,9 +81,10 @@ impl MatrixTable {
         let is_ours = self.pages != [Backing::default()]
             || self.dirty_trackers != [TrackerKind::default()]
             || self.push_orders != [PushOrder::default()]
-            || self.throttles != [Throttling::default()];
+            || self.throttles != [Throttling::default()]
+            || self.defers != [Deferral::default()];
         if is_ours {
-            let keys = "pages, dirty_trackers, push_orders and throttles";
+            let keys = "pages, dirty_trackers, push_orders, throttles and defers";
             return Err(format!("{keys} are limosa's: QEMU has variants"));
         }
         if self.tls != [false] {

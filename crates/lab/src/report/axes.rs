@@ -7,7 +7,7 @@ use std::collections::HashSet;
 type Axis = (&'static str, fn(&Cell) -> String);
 
 /// From the outer to the inner grouping. The technique is no axis: it stands in every row.
-const AXES: [Axis; 14] = [
+const AXES: [Axis; 15] = [
     ("row", |cell| cell.row.clone().unwrap_or_default()),
     ("workload", |cell| cell.workload.clone()),
     ("link", Cell::link_text),
@@ -21,6 +21,7 @@ const AXES: [Axis; 14] = [
     ("tracker", |cell| cell.dirty_tracker.name().to_owned()),
     ("push order", |cell| cell.push_order.name().to_owned()),
     ("throttle", |cell| cell.throttle.name().to_owned()),
+    ("defer", |cell| cell.defer.name().to_owned()),
     ("TLS", |cell| if cell.tls { "on" } else { "off" }.to_owned()),
     ("deadline", Cell::deadline_text),
     ("rounds at most", |cell| cell.rounds_max.to_string()),
@@ -70,7 +71,8 @@ impl Axes {
             .map(|(name, value)| match *name {
                 "vCPUs" => counted(cell.vcpus, "vCPU"),
                 "streams" => cell.streams_text(),
-                name @ ("compress" | "throttle" | "TLS" | "deadline" | "rounds at most") => {
+                name @ ("compress" | "throttle" | "defer" | "TLS" | "deadline"
+                | "rounds at most") => {
                     format!("{name} {}", value(cell))
                 }
                 "pages" => format!("{} pages", cell.pages),
@@ -96,7 +98,7 @@ mod tests {
         assert_eq!(
             axes.same,
             "workload i, memory 64.0 MiB, vCPUs 1, compress auto, pages host, tracker bitmap, push order bubbling, \
-             throttle off, TLS off, deadline none, rounds at most 30"
+             throttle off, defer auto, TLS off, deadline none, rounds at most 30"
         );
         assert_eq!(axes.names().collect::<Vec<_>>(), ["link", "streams"]);
         assert_eq!(

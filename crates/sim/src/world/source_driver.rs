@@ -3,7 +3,7 @@
 use super::sender::{Order, Sender};
 use super::serving::Serving;
 use super::{Event, World};
-use crate::fault::Planted;
+use crate::fault::{Planted, WorldFault};
 use crate::link::Side;
 use crate::process::{Answer, Caller, Request, VmIndex};
 use limosa_engine::Timestamp;
@@ -11,7 +11,7 @@ use limosa_engine::handover::{MigrationId, Phase};
 use limosa_engine::journal::Journaled;
 use limosa_engine::policy::Mode;
 use limosa_engine::report::{MigrationReport, Outcome};
-use limosa_engine::source::{Paused, Source, SourceAction, SourceConfig, SourceEvent};
+use limosa_engine::source::{Paused, Piece, Source, SourceAction, SourceConfig, SourceEvent};
 use limosa_engine::wire::{ControlFrame, Digest};
 use limosa_pages::{BytesPerSecond, PageCount, PageSet};
 use xxhash_rust::xxh3::{Xxh3Default, xxh3_64};
@@ -44,6 +44,11 @@ pub(crate) struct SourceJob {
     pub(super) senders: Vec<Sender>,
     /// The pages of the current round.
     pub(super) set: PageSet,
+    /// Hot pages that the current round leaves out, and so many of them at most.
+    deferred: PageSet,
+    defer_max: PageCount,
+    /// What the last harvest found.
+    found_before: PageSet,
     is_tracking: bool,
     pub(super) is_bulk: bool,
     pub(super) sent_before: PageSet,
@@ -106,6 +111,9 @@ impl SourceJob {
             limit: None,
             senders: (0..config.streams).map(|_| Sender::default()).collect(),
             set: PageSet::empty(config.memory),
+            deferred: PageSet::empty(config.memory),
+            defer_max: PageCount::ZERO,
+            found_before: PageSet::empty(config.memory),
             is_tracking: false,
             is_bulk: false,
             sent_before: PageSet::empty(config.memory),
@@ -134,6 +142,28 @@ impl SourceJob {
             .mode_changes
             .last()
             .map_or(report.mode, |change| change.to)
+    }
+
+    /// Takes out of what a harvest found pages that it found before, too, as many as may be left out.
+    fn defer(&mut self, set: &mut PageSet) {
+        let mut hot = core::mem::replace(&mut self.found_before, set.clone());
+        hot.intersect_with(set);
+        let mut chosen = core::mem::replace(&mut self.deferred, PageSet::empty(set.capacity()));
+        chosen.intersect_with(&hot);
+        hot.subtract(&chosen);
+        let max = usize::try_from(self.defer_max.get()).unwrap_or(usize::MAX);
+        for page in chosen.iter().chain(hot.iter()).take(max) {
+            self.deferred.insert(page);
+        }
+        set.subtract(&self.deferred);
+    }
+
+    fn deferred_now(&self, is_stale: bool) -> PageCount {
+        if is_stale {
+            PageCount::ZERO
+        } else {
+            self.deferred.count()
+        }
     }
 
     pub(crate) const fn report(&self) -> &MigrationReport {
@@ -220,7 +250,8 @@ impl World {
                 self.ask(vm, caller, Request::Throttle(throttle));
             }
             SourceAction::Rehearse => self.ask(vm, caller, Request::Rehearse),
-            SourceAction::Harvest { round } => {
+            SourceAction::Harvest { round, defer_max } => {
+                self.sources[job].defer_max = defer_max;
                 let is_stale = false;
                 self.ask(vm, caller, Request::Harvest { round, is_stale });
             }
@@ -229,7 +260,7 @@ impl World {
                 self.ask(vm, caller, Request::Harvest { round, is_stale });
             }
             SourceAction::Look => self.ask(vm, caller, Request::Look),
-            SourceAction::Clear(piece) => self.ask(vm, caller, Request::Clear(piece)),
+            SourceAction::Clear(piece) => self.clear(job, piece),
             SourceAction::SendPiece { .. }
             | SourceAction::SendStale { .. }
             | SourceAction::SendFirst { .. }
@@ -260,6 +291,17 @@ impl World {
             SourceAction::ReportUnresolved { .. } => {}
             SourceAction::Finish(outcome) => self.finish_source(job, outcome),
         }
+    }
+
+    /// Has the log of a piece cleared, but for the hot pages that the round leaves out.
+    fn clear(&mut self, job: usize, piece: Piece) {
+        let source = &self.sources[job];
+        let kept = if self.is_planted(WorldFault::DeferredCleared) {
+            Vec::new()
+        } else {
+            source.deferred.runs_in(piece.range).collect()
+        };
+        self.ask(source.vm, Caller::Source(job), Request::Clear(piece, kept));
     }
 
     fn disconnect_source(&mut self, job: usize) {
@@ -359,6 +401,7 @@ impl World {
             } => SourceEvent::Harvested {
                 round,
                 dirty: self.take_harvest(job, round, is_stale, log),
+                deferred: self.sources[job].deferred_now(is_stale),
                 writers,
             },
             Answer::Looked { log } => {
@@ -402,6 +445,8 @@ impl World {
         source.is_bulk = round == 0 && !is_stale;
         if is_stale {
             source.serving.tell(&mut set);
+        } else if round > 0 {
+            source.defer(&mut set);
         }
         source.set = set;
         count_by_chunk(&source.set, source.config.chunk)
@@ -416,6 +461,7 @@ impl World {
     ) -> SourceEvent {
         let vm = self.sources[job].vm;
         let stopped_at = self.true_time(self.sources[job].host, moments[0]);
+        let is_forgotten = self.is_planted(WorldFault::DeferredForgotten);
         let exists = self.vms[vm].memory.exists();
         let source = &mut self.sources[job];
         source.stopped_at = stopped_at;
@@ -424,6 +470,9 @@ impl World {
         match log {
             Some(mut log) => {
                 log.intersect_with(exists);
+                if is_forgotten {
+                    log.subtract(&source.deferred);
+                }
                 source.set = log;
             }
             // Not to be read although it is kept: what the last reading said stands.

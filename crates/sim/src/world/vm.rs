@@ -108,7 +108,7 @@ impl World {
             }
             Request::Resume => (None, self.random.micros(20, 100)),
             Request::StartTracking => (None, self.random.micros(100, 2000)),
-            Request::Clear(_) => (None, self.random.micros(5, 60)),
+            Request::Clear(..) => (None, self.random.micros(5, 60)),
             Request::Exit => (None, self.random.micros(500, 4000)),
             Request::Attach
             | Request::Record(_)
@@ -243,9 +243,9 @@ impl World {
             Request::Harvest { .. } | Request::Look | Request::Pause { .. } => {
                 draft.unwrap_or_else(|| refused("nothing was read"))
             }
-            Request::Clear(piece) => {
+            Request::Clear(piece, kept) => {
                 self.catch_up(vm);
-                self.vms[vm].memory.clear(piece.range);
+                self.vms[vm].memory.clear(piece.range, &kept);
                 Answer::Cleared(piece)
             }
             Request::Resume if self.vms[vm].phase.may_run() => {

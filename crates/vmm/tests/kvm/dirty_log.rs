@@ -96,7 +96,7 @@ fn check_every_written_page_is_found_exactly_once(tracker: TrackerKind) {
         PageSet::full(memory.page_count()),
         "at first, all"
     );
-    machine.clear(all(&machine)).unwrap();
+    machine.clear(all(&machine), &[]).unwrap();
     let mut seed = 1u64;
     for number in 1..60 {
         seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
@@ -116,10 +116,10 @@ fn check_every_written_page_is_found_exactly_once(tracker: TrackerKind) {
         }
         // In two parts, of whole words of the log.
         machine
-            .clear(PageRange::new(Pfn::new(0), PageCount::new(1088)))
+            .clear(PageRange::new(Pfn::new(0), PageCount::new(1088)), &[])
             .unwrap();
         machine
-            .clear(PageRange::new(Pfn::new(1088), PageCount::new(960)))
+            .clear(PageRange::new(Pfn::new(1088), PageCount::new(960)), &[])
             .unwrap();
     }
     assert!(harvested(&machine).is_empty());
@@ -157,7 +157,7 @@ fn check_pages_on_both_sides_of_the_hole_are_found(tracker: TrackerKind) {
         if number == 2 {
             let found = harvested(&machine).count();
             assert_eq!(found, memory.page_count(), "at first, all");
-            machine.clear(all(&machine)).unwrap();
+            machine.clear(all(&machine), &[]).unwrap();
         }
         give_order(&memory, 0, number, 5, first, PAGE_SIZE);
         wait_done(&memory, 0, number);
@@ -172,7 +172,7 @@ fn check_pages_on_both_sides_of_the_hole_are_found(tracker: TrackerKind) {
     }
     // From the middle of one part to the middle of the other.
     let across = PageRange::new(Pfn::new(HOLE / PAGE_SIZE - 64), PageCount::new(128));
-    machine.clear(across).unwrap();
+    machine.clear(across, &[]).unwrap();
     let mut left = BTreeSet::from([DONE_AT / PAGE_SIZE]);
     left.extend(own_writes(tracker));
     assert_found(&machine, &left, "what was not cleared");
@@ -194,7 +194,7 @@ fn a_full_ring_loses_nothing() {
         machine.run().unwrap();
         machine.start_tracking().unwrap();
         harvested(&machine);
-        machine.clear(all(&machine)).unwrap();
+        machine.clear(all(&machine), &[]).unwrap();
         give_order(&memory, 0, 1, PAGES, DATA, PAGE_SIZE);
         wait_done(&memory, 0, 1);
         let first = DATA / PAGE_SIZE;
@@ -216,14 +216,48 @@ fn check_a_write_between_harvest_and_clear_is_found_later(tracker: TrackerKind) 
     let memory = Arc::clone(machine.memory());
     machine.start_tracking().unwrap();
     harvested(&machine);
-    machine.clear(all(&machine)).unwrap();
+    machine.clear(all(&machine), &[]).unwrap();
     assert!(harvested(&machine).is_empty());
     give_order(&memory, 0, 1, 1, DATA, PAGE_SIZE);
     wait_done(&memory, 0, 1);
-    machine.clear(all(&machine)).unwrap();
+    machine.clear(all(&machine), &[]).unwrap();
     let mut expect = BTreeSet::from([DATA / PAGE_SIZE, DONE_AT / PAGE_SIZE]);
     expect.extend(own_writes(tracker));
     assert_found(&machine, &expect, "all that was written");
+}
+
+/// Pages that are kept when others are cleared are in every later harvest, written again or not, until
+/// they are cleared themselves.
+#[test]
+fn what_is_kept_is_found_again() {
+    each(check_what_is_kept_is_found_again);
+}
+
+fn check_what_is_kept_is_found_again(tracker: TrackerKind) {
+    let mut machine = warm(tracker, 1);
+    let memory = Arc::clone(machine.memory());
+    machine.start_tracking().unwrap();
+    harvested(&machine);
+    machine.clear(all(&machine), &[]).unwrap();
+    give_order(&memory, 0, 1, 9, DATA, PAGE_SIZE);
+    wait_done(&memory, 0, 1);
+    harvested(&machine);
+    let kept = DATA / PAGE_SIZE + 2..DATA / PAGE_SIZE + 5;
+    let run = PageRange::new(Pfn::new(kept.start), PageCount::new(3));
+    machine.clear(all(&machine), &[run]).unwrap();
+    let mut expect: BTreeSet<u64> = kept.collect();
+    assert_found(&machine, &expect, "what was kept");
+    machine.clear(all(&machine), &[run]).unwrap();
+    // One of those that were kept, and one that was not.
+    give_order(&memory, 0, 2, 2, DATA + PAGE_SIZE, PAGE_SIZE);
+    wait_done(&memory, 0, 2);
+    expect.extend([DATA / PAGE_SIZE + 1, DONE_AT / PAGE_SIZE]);
+    expect.extend(own_writes(tracker));
+    assert_found(&machine, &expect, "what was kept and what was written");
+    machine.clear(all(&machine), &[]).unwrap();
+    assert!(harvested(&machine).is_empty());
+    let (half, beyond) = (PageRange::new(Pfn::new(0), PageCount::new(64)), run);
+    assert!(machine.clear(half, &[beyond]).is_err(), "not within it");
 }
 
 #[test]
@@ -237,7 +271,7 @@ fn check_parts_of_words_are_not_cleared(tracker: TrackerKind) {
     harvested(&machine);
     for (first, count) in [(1, 64), (0, 63), (64, 100)] {
         let range = PageRange::new(Pfn::new(first), PageCount::new(count));
-        assert!(machine.clear(range).is_err(), "{first}+{count}");
+        assert!(machine.clear(range, &[]).is_err(), "{first}+{count}");
     }
 }
 
@@ -262,7 +296,7 @@ fn check_a_copy_made_by_the_log_is_equal(tracker: TrackerKind) {
         machine.run().unwrap();
         for _ in 0..30 {
             let set = harvested(&machine);
-            machine.clear(all(&machine)).unwrap();
+            machine.clear(all(&machine), &[]).unwrap();
             copy_pages(&set, &mut copy);
             // Time for the guest to write, even where processors are scarce.
             thread::sleep(Duration::from_millis(1));

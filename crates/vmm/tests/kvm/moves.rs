@@ -34,7 +34,7 @@ fn move_guest(source: &VmHandle, directory: &Path, id: u128) -> (VmProcess, VmHa
     let mut dirty = PageSet::empty(all.count);
     source.start_tracking().unwrap();
     source.harvest(&mut dirty).unwrap();
-    source.clear(all).unwrap();
+    source.clear(all, Vec::new()).unwrap();
     copy(source, &target, &dirty);
     let rehearsed = source.rehearse().unwrap();
     target.load(&rehearsed.sections, true).unwrap();

@@ -59,11 +59,8 @@ fn a_process_serves_its_machine_and_ends_when_told() {
     let mut set = PageSet::empty(vm.memory().page_count());
     vm.harvest(&mut set).unwrap();
     assert_eq!(set, PageSet::full(vm.memory().page_count()));
-    vm.clear(limosa_pages::PageRange::new(
-        Pfn::new(0),
-        vm.memory().page_count(),
-    ))
-    .unwrap();
+    let all = limosa_pages::PageRange::new(Pfn::new(0), vm.memory().page_count());
+    vm.clear(all, Vec::new()).unwrap();
     give_order(vm.memory(), 1, 6, 1, DATA + 4096, 4096);
     wait_done(vm.memory(), 1, 6);
     let saved = vm.pause_and_save(true).unwrap();

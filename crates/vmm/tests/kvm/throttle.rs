@@ -41,7 +41,7 @@ impl Writer {
     fn begin(&mut self) {
         self.machine.harvest().unwrap();
         let all = PageRange::new(Pfn::new(0), self.machine.memory().page_count());
-        self.machine.clear(all).unwrap();
+        self.machine.clear(all, &[]).unwrap();
         self.number += 1;
         let memory = self.machine.memory();
         give_order(memory, 0, self.number, PAGES, DATA, PAGE_SIZE);

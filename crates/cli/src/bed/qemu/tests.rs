@@ -2,7 +2,7 @@
 
 use super::*;
 use limosa_engine::streams::Streams;
-use limosa_host::api::{Compression, Throttling};
+use limosa_host::api::{Compression, Deferral, Throttling};
 use limosa_lab::backing::Backing;
 use limosa_lab::qemu::Variant;
 
@@ -28,6 +28,7 @@ fn bed(variant: Variant, arguments: &str) -> Option<QemuBed> {
         push_order: limosa_host::api::PushOrder::default(),
         compress: Compression::Off,
         throttle: Throttling::Off,
+        defer: Deferral::Off,
         tls: false,
         deadline_ms: None,
         rounds_max: None,
