@@ -150,6 +150,11 @@ pub struct Progress {
     pub last_round: PageCount,
     /// Consecutive rounds that shrank the pages that a live round sends by less than a tenth.
     pub rounds_without_progress: u32,
+    /// The fewest pages that an earlier round has left, since the guest's writers were last slowed down;
+    /// `None` if there is no such round.
+    pub least: Option<PageCount>,
+    /// Rounds since one has left less than nine tenths of the least before it.
+    pub rounds_since_least: u32,
     /// Pages that the guest is expected to dirty while those that wait are sent. Known after the bulk
     /// round, if the dirty log was looked at during it.
     pub next_round: Option<PageCount>,
@@ -174,6 +179,8 @@ impl Progress {
             was_released: false,
             last_round: PageCount::ZERO,
             rounds_without_progress: 0,
+            least: None,
+            rounds_since_least: 0,
             next_round: None,
             was_slowed: false,
             bandwidth: None,
@@ -186,6 +193,12 @@ impl Progress {
     /// `None` while the bandwidth is unknown. `docs/techniques.md` explains the formula.
     pub fn predicted_downtime(&self) -> Option<Duration> {
         Some(self.fixed_cost.saturating_add(self.copy_time()?))
+    }
+
+    /// True if about as few pages wait as ever before: at most an eighth more.
+    pub(crate) fn is_low(&self) -> bool {
+        self.least
+            .is_none_or(|least| self.remaining.get() - self.remaining.get() / 9 <= least.get())
     }
 
     /// Pages that a further live round sends.
@@ -217,6 +230,8 @@ pub enum PauseReason {
     RoundsMax,
     /// The guest dirties pages as fast as they are sent.
     NoProgress,
+    /// No round leaves fewer pages any more, and this one has left about as few as any.
+    LocalMinimum,
     /// Another round would miss the deadline.
     Deadline,
     /// The mode switches after its bulk round.
@@ -233,6 +248,9 @@ impl PauseReason {
             Self::WithinBudget => "the predicted downtime was within the limit",
             Self::RoundsMax => "the limit of rounds was reached",
             Self::NoProgress => "the guest dirtied its pages as fast as the link carried them",
+            Self::LocalMinimum => {
+                "the rounds ceased to leave fewer pages, and the last one left about as few as any"
+            }
             Self::Deadline => "another round would have missed the deadline",
             Self::BulkDone => "the bulk round was over, after which the mode switches",
             Self::Predicted => "the next round would have been as large as the last one",
@@ -272,7 +290,11 @@ impl Policy for StopAndCopy {
 ///
 /// `[Clark05 §3]` stops on a small rest, too many rounds or too many bytes. Differs: the rest is
 /// weighed as a predicted downtime that counts the rehearsed fixed cost, and a dirty set that does
-/// not shrink ends the rounds at once, since each further round costs its bytes for nothing.
+/// not shrink ends the rounds, since each further round costs its bytes for nothing.
+///
+/// Where what rounds leave goes up and down, they do not end at a peak: having seen some, it takes the next
+/// one that leaves about as little as any before, as `[Wood11]` does for a dirty set that does not shrink.
+/// Differs: compared is with the least of all, not of a window of rounds, since rounds are few.
 #[derive(Debug)]
 pub struct PreCopy;
 
@@ -280,6 +302,23 @@ impl PreCopy {
     /// Rounds in a row that shrink the rest by less than a tenth before pre-copy gives up: one may
     /// be bad luck of the guest's phases, two are its rate.
     pub const ROUNDS_WITHOUT_PROGRESS_MAX: u32 = 2;
+    /// Rounds without a new least after which one that is about as low is taken: a guest whose phases take
+    /// turns has shown both by then.
+    pub const ROUNDS_SINCE_LEAST_MIN: u32 = 3;
+    /// Rounds without a new least after which the guest is not waited for to come back to it.
+    pub const ROUNDS_SINCE_LEAST_MAX: u32 = 6;
+
+    /// Why rounds that have ceased to shrink end with this one, if they do.
+    fn stop(progress: &Progress) -> Option<PauseReason> {
+        let since = progress.rounds_since_least;
+        let is_stuck = progress.rounds_without_progress >= Self::ROUNDS_WITHOUT_PROGRESS_MAX;
+        let is_late = since >= Self::ROUNDS_SINCE_LEAST_MAX;
+        if is_stuck && (progress.is_low() || is_late) {
+            return Some(PauseReason::NoProgress);
+        }
+        let is_minimum = since >= Self::ROUNDS_SINCE_LEAST_MIN && progress.is_low();
+        is_minimum.then_some(PauseReason::LocalMinimum)
+    }
 }
 
 impl Policy for PreCopy {
@@ -296,8 +335,8 @@ impl Policy for PreCopy {
         if progress.rounds >= limits.rounds_max {
             return Verdict::PauseAndCopy(PauseReason::RoundsMax);
         }
-        if progress.rounds_without_progress >= Self::ROUNDS_WITHOUT_PROGRESS_MAX {
-            return Verdict::PauseAndCopy(PauseReason::NoProgress);
+        if let Some(reason) = Self::stop(progress) {
+            return Verdict::PauseAndCopy(reason);
         }
         let another = progress.elapsed + 2 * progress.copy_time().unwrap_or(Duration::ZERO);
         if limits
@@ -396,6 +435,8 @@ pub(crate) mod tests {
             was_released: false,
             last_round: PageCount::new(2000),
             rounds_without_progress: 0,
+            least: None,
+            rounds_since_least: 0,
             next_round: None,
             was_slowed: false,
             bandwidth: Some(BytesPerSecond::new(4096 * 1000)),
@@ -496,6 +537,34 @@ pub(crate) mod tests {
     }
 
     #[test]
+    fn pre_copy_does_not_end_at_a_peak() {
+        let check = |remaining, least, without_progress, since, expect: &str| {
+            let progress = Progress {
+                least: Some(PageCount::new(least)),
+                rounds_without_progress: without_progress,
+                rounds_since_least: since,
+                ..progress(9, remaining)
+            };
+            let verdict = PreCopy.verdict(&progress, &Limits::default());
+            let text = alloc::format!("{verdict:?}");
+            assert_eq!(
+                text, expect,
+                "{remaining} {least} {without_progress} {since}"
+            );
+        };
+        check(1000, 1000, 2, 2, "PauseAndCopy(NoProgress)");
+        check(1125, 1000, 2, 2, "PauseAndCopy(NoProgress)");
+        check(1127, 1000, 2, 2, "AnotherRound");
+        check(1127, 1000, 5, 5, "AnotherRound");
+        check(1127, 1000, 2, 6, "PauseAndCopy(NoProgress)");
+        // What was left went up and comes down again.
+        check(1000, 1000, 0, 2, "AnotherRound");
+        check(1000, 1000, 0, 3, "PauseAndCopy(LocalMinimum)");
+        check(1125, 1000, 1, 4, "PauseAndCopy(LocalMinimum)");
+        check(1127, 1000, 0, 9, "AnotherRound");
+    }
+
+    #[test]
     fn pre_copy_counts_the_fixed_cost_against_the_budget() {
         // A page takes 1 ms here: 3 pages and 2 ms of fixed cost fill the 5 ms exactly.
         let limits = Limits::default();
@@ -553,6 +622,8 @@ pub(crate) mod tests {
                 was_released: stuck % 4 == 0,
                 last_round: PageCount::new(last),
                 rounds_without_progress: stuck,
+                least: next.map(|next| PageCount::new(next / 2)),
+                rounds_since_least: stuck / 2 * 3,
                 next_round: next.map(PageCount::new),
                 was_slowed: stuck % 2 == 0,
                 bandwidth: rate.map(BytesPerSecond::new),

@@ -91,12 +91,34 @@ impl Source {
         }
         self.round = Some(round.with_fault(self.fault));
         let throttle = self.regulate(now, writers);
+        self.compare_with_least();
         let actions = self.decide(now);
+        if self.progress.rounds > 0 {
+            let least = self.progress.least.unwrap_or(self.progress.remaining);
+            self.progress.least = Some(least.min(self.progress.remaining));
+        }
         if self.state != State::Rounds {
             // Whatever it was to be, the guest is about to be paused.
             return actions;
         }
         self.slow_down(now, throttle).chain(actions).collect()
+    }
+
+    /// Notes whether this round has left fewer pages than all before it. Those before a remedy say nothing
+    /// about those after it.
+    fn compare_with_least(&mut self) {
+        let progress = &mut self.progress;
+        if progress.was_slowed || progress.was_released {
+            progress.least = None;
+        }
+        let is_new = progress
+            .least
+            .is_none_or(|least| progress.remaining.get() < least.get().saturating_mul(9) / 10);
+        progress.rounds_since_least = if is_new {
+            0
+        } else {
+            progress.rounds_since_least + 1
+        };
     }
 
     /// Asks for the pages of the next live round, and lets the hottest of them wait for the pause.
@@ -358,6 +380,24 @@ mod tests {
         let reason = source.report.pause_reason;
         texts.extend(reason.map(|reason| format!("{reason:?}")));
         assert_eq!(texts.join(", "), expect, "{left:?}");
+    }
+
+    #[test]
+    fn rounds_end_at_a_trough() {
+        let of = |left: &[u32]| left.iter().map(|&dirty| (dirty, 0)).collect::<Vec<_>>();
+        let check = |left: &[u32], expect| check(5, &of(left), expect);
+        check(&[9000, 1000, 1000], "clear");
+        check(&[9000, 1000, 1000, 1000], "pause, NoProgress");
+        check(&[9000, 1000, 5000, 5000], "clear");
+        check(&[9000, 1000, 5000, 5000, 1000], "pause, LocalMinimum");
+        check(&[9000, 1000, 5000, 1000, 5000], "clear");
+        check(&[9000, 1000, 5000, 1000, 5000, 1100], "pause, LocalMinimum");
+        check(&[9000, 1000, 5000, 5000, 5000, 5000, 5000], "clear");
+        check(
+            &[9000, 1000, 5000, 5000, 5000, 5000, 5000, 5000],
+            "pause, NoProgress",
+        );
+        check(&[9000, 1000, 5000, 5000, 800], "clear");
     }
 
     #[test]
