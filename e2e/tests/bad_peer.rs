@@ -178,6 +178,23 @@ fn deeds_at_the_door() -> Vec<Deed> {
             assert!(reason.len() > 10, "{reason:?}");
             String::new()
         }),
+        deed("half a record", "is malformed", |scene| {
+            start_with(scene, |start| start.demanded = vec![1; 12])
+        }),
+        deed("a record of a page twice", "is malformed", |scene| {
+            start_with(scene, |start| {
+                start.demanded = [7, 0, 0, 0, 1, 0, 0, 0].repeat(2)
+            })
+        }),
+        deed("a record of other memory", "is malformed", |scene| {
+            start_with(scene, |start| start.demanded = vec![0xff; 8])
+        }),
+        deed("a record without an end", "is malformed", |scene| {
+            let run = |page: u32| [page.to_le_bytes(), 1u32.to_le_bytes()].concat();
+            start_with(scene, |start| {
+                start.demanded = (0..70_000).flat_map(run).collect()
+            })
+        }),
         deed("memory that differs", "memory", |scene| {
             start_with(scene, |start| start.memory_pages = PageCount::new(u64::MAX))
         }),

@@ -7,7 +7,7 @@ use limosa_e2e::{Daemon, Pair, VM, binary, guest, has_kvm, skip, wait};
 use limosa_engine::policy::{Mode, PauseReason};
 use limosa_engine::source::Stage;
 use limosa_engine::streams::Streams;
-use limosa_host::api::{CommandKind, LimitsPatch, MigrateBody, Report, TrackerKind};
+use limosa_host::api::{CommandKind, LimitsPatch, MigrateBody, PushOrder, Report, TrackerKind};
 use limosa_os::kvm::Kvm;
 use std::fs;
 use std::process::Command;
@@ -136,6 +136,49 @@ impl Untold {
         let least = self.0.iter().copied().fold(f64::INFINITY, f64::min);
         assert!(least <= NOISE_MS, "untold milliseconds: {:?}", self.0);
     }
+}
+
+/// What a guest asks for goes first when it moves the next time, whoever moved it meanwhile and whichever
+/// daemon was restarted.
+#[test]
+fn what_a_guest_asked_for_goes_first_the_next_time() {
+    if !has_kvm() {
+        return;
+    }
+    let _places = Places::all();
+    let mut pair = Pair::start();
+    pair.boot(guest::writer(VM, "ws=16M rate=20000 touch=4M seed=3"));
+    let recorded = |from: &Daemon, to: &Daemon| {
+        let mut body = body(to, Mode::PostCopy);
+        body.push_order = PushOrder::Recorded;
+        let id = from.client().migrate(VM, &body).expect("accepted");
+        let report = end(from, &id);
+        assert_completed(&report);
+        assert_eq!(report.digest_equal, Some(true), "{report:?}");
+        assert_is_at(VM, to, from);
+        report.recorded_pages
+    };
+    let kept = |daemon: &Daemon| {
+        let kept = fs::read_dir(daemon.state_dir().join("demanded")).expect("a directory");
+        kept.count()
+    };
+    let demanded = move_whole(VM, &pair.a, &pair.b, Mode::Demand);
+    assert_eq!(demanded.recorded_pages, 0, "nothing was recorded");
+    let pulled = demanded.pulled_pages.expect("all pages are there");
+    assert_eq!((kept(&pair.a), kept(&pair.b)), (0, 1));
+    pair.b.kill();
+    pair.b.restart();
+    let first = recorded(&pair.b, &pair.a);
+    // A page that the vCPUs need first goes in the pause; some were pushed before the answer came.
+    assert!(first + 32 >= pulled && first > 0, "{first} of {pulled}");
+    assert_eq!((kept(&pair.a), kept(&pair.b)), (1, 0));
+    let copied = move_whole(VM, &pair.a, &pair.b, Mode::PreCopy);
+    assert_eq!(copied.recorded_pages, 0, "{copied:?}");
+    let second = recorded(&pair.b, &pair.a);
+    assert!(second + 32 >= first, "{second}, then {first}");
+    println!("{pulled} pages pulled, then {first} and {second} pushed as recorded");
+    pair.a.client().stop(VM, false).expect("it stops");
+    assert_eq!((kept(&pair.a), kept(&pair.b)), (0, 0));
 }
 
 #[test]

@@ -16,6 +16,7 @@
 //! each fault that the first one serves; `docs/measurements.md` has the figures.
 
 use crate::channel::{Reader, Writer};
+use crate::demanded::{Demanded, Record};
 use crate::receiver;
 use hdrhistogram::Histogram;
 use limosa_engine::report::{FAULT_BUCKETS, FaultReport};
@@ -60,6 +61,8 @@ pub(crate) struct Faults {
 struct State {
     /// Pages that somebody waits for, and since when.
     waited_for: BTreeMap<Pfn, Instant>,
+    /// All that somebody has waited for, for the next move.
+    asked_for: Record,
     latencies: Histogram<u64>,
     report: FaultReport,
 }
@@ -74,10 +77,12 @@ impl Faults {
     pub(crate) fn new(installer: Arc<PageInstaller>) -> Self {
         let longest = u64::try_from(LATENCY_MAX.as_nanos()).expect("an hour fits");
         let latencies = Histogram::new_with_bounds(1, longest, 2).expect("sound bounds");
+        let asked_for = Record::new(installer.page_count());
         Self {
             installer,
             state: Mutex::new(State {
                 waited_for: BTreeMap::new(),
+                asked_for,
                 latencies,
                 report: FaultReport::default(),
             }),
@@ -158,6 +163,11 @@ impl Faults {
         }
     }
 
+    /// What the guest has asked for so far, in that order.
+    pub(crate) fn asked_for(&self) -> Demanded {
+        self.state().asked_for.demanded()
+    }
+
     /// Ends the fault thread soon. The pull stream stays open: its end would be the first that the
     /// source hears.
     pub(crate) fn end(&self) {
@@ -227,6 +237,16 @@ impl Faults {
         Ok(())
     }
 
+    /// Notes that somebody waits for `page`, for which `missing` has to come; true if nobody did.
+    fn wait_for(&self, page: Pfn, missing: &[PageRange]) -> bool {
+        let mut state = self.state();
+        let is_new = state.waited_for.insert(page, Instant::now()).is_none();
+        if is_new {
+            missing.iter().for_each(|&run| state.asked_for.note(run));
+        }
+        is_new
+    }
+
     /// A vCPU waits for `page`; adds what is to be asked for because of it.
     fn fault(&self, page: Pfn, wants: &mut Vec<u8>) -> Result<(), InstallError> {
         let missing = self.installer.missing_in_unit(page);
@@ -234,11 +254,7 @@ impl Faults {
             self.installer.resolve(page)?;
             return Ok(());
         }
-        let is_new = self
-            .state()
-            .waited_for
-            .insert(page, Instant::now())
-            .is_none();
+        let is_new = self.wait_for(page, &missing);
         // It may have come between the look and the note, and whoever brought it did not see the
         // note.
         if self.installer.missing_in_unit(page).is_empty() {

@@ -9,10 +9,14 @@
 //!   machines*, OSR 2009, section 3.2). A guest that walks finds the rest of its way there.
 //! * *hottest*: first what the guest was seen to write again and again in the rounds before, so it needs
 //!   rounds before: after none it is the same as by address.
+//! * *recorded*: first what the guest had to ask for in earlier moves, in that order, then outwards as
+//!   above; the same as bubbling where nothing was recorded ([`crate::demanded`]).
 
+use crate::demanded::Demanded;
 use limosa_pages::{PageCount, PageRange, PageSet, Pfn};
 use serde::{Deserialize, Serialize};
 use std::collections::VecDeque;
+use std::sync::Arc;
 
 /// Pivots that are remembered: the paper found no gain beyond seven.
 const PIVOTS_MAX: usize = 7;
@@ -30,11 +34,13 @@ pub enum PushOrder {
     Bubbling,
     /// What was written most often first.
     Hottest,
+    /// What was asked for in earlier moves first.
+    Recorded,
 }
 
 impl PushOrder {
     /// All of them.
-    pub const ALL: [Self; 3] = [Self::Address, Self::Bubbling, Self::Hottest];
+    pub const ALL: [Self; 4] = [Self::Address, Self::Bubbling, Self::Hottest, Self::Recorded];
 
     /// Its name on a command line.
     pub const fn name(self) -> &'static str {
@@ -42,6 +48,7 @@ impl PushOrder {
             Self::Address => "address",
             Self::Bubbling => "bubbling",
             Self::Hottest => "hottest",
+            Self::Recorded => "recorded",
         }
     }
 }
@@ -51,7 +58,7 @@ impl std::str::FromStr for PushOrder {
 
     fn from_str(text: &str) -> Result<Self, String> {
         let found = Self::ALL.into_iter().find(|order| order.name() == text);
-        found.ok_or_else(|| format!("'{text}' is none of address, bubbling, hottest"))
+        found.ok_or_else(|| format!("'{text}' is none of address, bubbling, hottest, recorded"))
     }
 }
 
@@ -91,6 +98,10 @@ pub(crate) struct Chooser {
     turn: usize,
     /// The hottest last, without those in which nothing is left.
     levels: Vec<PageSet>,
+    /// What earlier moves have recorded.
+    demanded: Arc<Demanded>,
+    /// How many runs of it are over.
+    over: usize,
 }
 
 /// A page that was asked for, and how far around it all was taken.
@@ -103,17 +114,31 @@ struct Pivot {
 }
 
 impl Chooser {
-    pub(crate) fn new(order: PushOrder) -> Self {
+    pub(crate) fn new(order: PushOrder, demanded: Arc<Demanded>) -> Self {
         Self {
             order,
             pivots: VecDeque::new(),
             turn: 0,
             levels: Vec::new(),
+            demanded,
+            over: 0,
         }
     }
 
-    pub(crate) const fn order(&self) -> PushOrder {
-        self.order
+    /// One for the same guest on fresh connections, to which all that is missing is unsent.
+    pub(crate) fn renewed(&self) -> Self {
+        Self::new(self.order, Arc::clone(&self.demanded))
+    }
+
+    /// How many of these pages go in the recorded order.
+    pub(crate) fn recorded_in(&self, missing: &PageSet) -> PageCount {
+        if self.order != PushOrder::Recorded {
+            return PageCount::ZERO;
+        }
+        let runs = self.demanded.runs().iter();
+        runs.fold(PageCount::ZERO, |sum, &run| {
+            sum.saturating_add(missing.count_range(run))
+        })
     }
 
     /// What is known when the guest is paused; only the order by heat looks at it.
@@ -123,7 +148,7 @@ impl Chooser {
 
     /// These pages were asked for.
     pub(crate) fn asked_for(&mut self, range: PageRange) {
-        if self.order != PushOrder::Bubbling {
+        if !matches!(self.order, PushOrder::Bubbling | PushOrder::Recorded) {
             return;
         }
         self.pivots.push_front(Pivot {
@@ -147,6 +172,14 @@ impl Chooser {
             PushOrder::Address => Vec::new(),
             PushOrder::Bubbling => self.around_a_pivot(unsent, max),
             PushOrder::Hottest => self.hottest(unsent, max),
+            PushOrder::Recorded => {
+                let runs = self.recorded(unsent, max);
+                if runs.is_empty() {
+                    self.around_a_pivot(unsent, max)
+                } else {
+                    runs
+                }
+            }
         };
         let runs = if runs.is_empty() {
             first_of(unsent.runs_in(part), max)
@@ -169,6 +202,27 @@ impl Chooser {
             self.pivots.remove(index);
         }
         Vec::new()
+    }
+
+    /// The next pages of the record. A run of which some are left is not over.
+    fn recorded(&mut self, unsent: &PageSet, max: PageCount) -> Vec<PageRange> {
+        let mut runs = Vec::new();
+        let mut left = max;
+        while let Some(&run) = self.demanded.runs().get(self.over) {
+            let unsent_here = unsent.count_range(run);
+            if unsent_here > PageCount::ZERO {
+                runs.extend(first_of(unsent.runs_in(run), left));
+            }
+            if unsent_here > left {
+                break;
+            }
+            self.over += 1;
+            left = left.saturating_sub(unsent_here);
+            if left == PageCount::ZERO {
+                break;
+            }
+        }
+        runs
     }
 
     fn hottest(&mut self, unsent: &PageSet, max: PageCount) -> Vec<PageRange> {
@@ -248,6 +302,17 @@ mod tests {
         PageRange::new(Pfn::new(first), PageCount::new(count))
     }
 
+    fn chooser(order: PushOrder) -> Chooser {
+        Chooser::new(order, Arc::default())
+    }
+
+    /// What a guest has asked for, as it is kept.
+    fn recorded(runs: &[(u32, u32)]) -> Arc<Demanded> {
+        let numbers = runs.iter().flat_map(|&(first, count)| [first, count]);
+        let bytes: Vec<u8> = numbers.flat_map(u32::to_le_bytes).collect();
+        Arc::new(Demanded::decode(&bytes, MEMORY).unwrap())
+    }
+
     fn text(runs: Option<Vec<PageRange>>) -> String {
         let runs = runs.unwrap_or_default();
         let runs = runs
@@ -268,7 +333,7 @@ mod tests {
     #[test]
     fn by_address_only_the_part_is_taken() {
         let mut unsent = PageSet::full(MEMORY);
-        let mut chooser = Chooser::new(PushOrder::Address);
+        let mut chooser = chooser(PushOrder::Address);
         assert_eq!(
             all(&mut chooser, &mut unsent, range(10, 9), 4),
             ["10+4", "14+4", "18+1"]
@@ -279,7 +344,7 @@ mod tests {
     #[test]
     fn bubbles_grow_from_the_newest_pivots_and_never_leave_anything() {
         let mut unsent = PageSet::full(MEMORY);
-        let mut chooser = Chooser::new(PushOrder::Bubbling);
+        let mut chooser = chooser(PushOrder::Bubbling);
         let part = range(0, 2048);
         let take = |chooser: &mut Chooser, unsent: &mut PageSet| {
             text(chooser.take(unsent, part, PageCount::new(8)))
@@ -322,7 +387,7 @@ mod tests {
         heat.add(&set(&[range(110, 5), range(900, 2)]));
         heat.add(&set(&[range(112, 1), range(900, 2)]));
         heat.add(&set(&[range(112, 1)]));
-        let mut chooser = Chooser::new(PushOrder::Hottest);
+        let mut chooser = chooser(PushOrder::Hottest);
         chooser.set_heat(heat);
         let mut unsent = set(&[range(0, 4), range(105, 10), range(900, 2)]);
         assert_eq!(
@@ -331,11 +396,53 @@ mod tests {
         );
     }
 
+    #[test]
+    fn what_was_asked_for_before_goes_first_and_in_that_order() {
+        let record = recorded(&[(1500, 10), (3, 1), (40, 4), (700, 2), (41 + 8, 1)]);
+        let mut unsent = PageSet::empty(MEMORY);
+        for run in [range(0, 64), range(700, 1), range(1500, 10)] {
+            unsent.insert_range(run);
+        }
+        // One that came by a round.
+        unsent.remove_range(range(41, 1));
+        let mut chooser = Chooser::new(PushOrder::Recorded, record);
+        assert_eq!(chooser.recorded_in(&unsent).get(), 10 + 1 + 3 + 1 + 1);
+        let mut take = |part: PageRange| {
+            let runs = chooser.take(&mut unsent, part, PageCount::new(8));
+            chooser.asked_for(range(20, 1));
+            text(runs)
+        };
+        let part = range(0, 64);
+        assert_eq!(take(part), "1500+8");
+        assert_eq!(take(part), "1508+2 3+1 40+1 42+2 700+1 49+1");
+        // Then around what is asked for now.
+        assert_eq!(take(part), "21+4 16+4");
+        assert_eq!(take(range(700, 8)), "", "nothing of this part is left");
+        // On fresh connections from the front, where something is missing again.
+        let mut fresh = chooser.renewed();
+        unsent.insert_range(range(1505, 1));
+        let runs = fresh.take(&mut unsent, range(0, 2048), PageCount::new(8));
+        assert_eq!(text(runs), "1505+1");
+    }
+
+    #[test]
+    fn without_a_record_it_is_bubbling() {
+        for order in [PushOrder::Bubbling, PushOrder::Recorded] {
+            let mut chooser = chooser(order);
+            let mut unsent = PageSet::full(MEMORY);
+            assert_eq!(chooser.recorded_in(&unsent), PageCount::ZERO);
+            chooser.asked_for(range(1000, 1));
+            let runs = chooser.take(&mut unsent, range(0, 2048), PageCount::new(8));
+            assert_eq!(text(runs), "1001+4 996+4", "{order:?}");
+        }
+    }
+
     /// Whatever the order, each page goes once, and none stays.
     #[test]
     fn every_page_goes_once() {
         for order in PushOrder::ALL {
-            let mut chooser = Chooser::new(order);
+            let record = recorded(&[(2000, 48), (64, 8), (1023, 1), (512, 300)]);
+            let mut chooser = Chooser::new(order, record);
             let mut unsent = PageSet::empty(MEMORY);
             let mut seed = 7u64;
             let mut draw = |max: u64| {

@@ -14,6 +14,7 @@
 use crate::bucket::Bucket;
 use crate::channel::Writer;
 use crate::coding::{self, Coder};
+use crate::demanded::Demanded;
 use crate::missing;
 use crate::modesty::be_modest;
 use crate::push_order::{Chooser, PushOrder};
@@ -74,21 +75,28 @@ pub(crate) enum Report {
 }
 
 /// How pages are sent, as far as an operator chooses.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub(crate) struct Manner {
     /// Whether they are coded.
     pub(crate) compression: coding::Compression,
     /// In which order missing ones are pushed.
     pub(crate) push_order: PushOrder,
+    /// What earlier moves have recorded for that.
+    pub(crate) demanded: Arc<Demanded>,
 }
 
 impl Manner {
     /// As asked for.
-    pub(crate) const fn of(request: &MigrateRequest) -> Self {
+    pub(crate) fn of(request: &MigrateRequest) -> Self {
         Self {
             compression: request.compression,
             push_order: request.push_order,
+            demanded: Arc::new(request.demanded.clone()),
         }
+    }
+
+    fn chooser(&self) -> Chooser {
+        Chooser::new(self.push_order, Arc::clone(&self.demanded))
     }
 }
 
@@ -398,14 +406,14 @@ impl Shared {
         is_serving: bool,
         limit: Arc<Bucket>,
         link: Arc<Bucket>,
-        manner: Manner,
+        manner: &Manner,
     ) -> Self {
         let pages = memory.page_count();
         Self {
             existing: ExistingPages::new(Arc::clone(&memory)),
             memory,
             ever_sent: Mutex::new(PageSet::empty(pages)),
-            unsent: Mutex::new(Arc::new(Unsent::new(pages, manner.push_order))),
+            unsent: Mutex::new(Arc::new(Unsent::new(pages, manner.chooser()))),
             is_serving: AtomicBool::new(is_serving),
             pages_out: AtomicU64::new(0),
             pulled_out: AtomicU64::new(0),
@@ -445,17 +453,17 @@ impl Shared {
 
     /// Fresh connections begin: what earlier ones still take from their set is of no interest.
     pub(crate) fn renew_unsent(&self) {
-        let order = self.unsent().chooser().order();
-        let fresh = Arc::new(Unsent::new(self.memory.page_count(), order));
+        let chooser = self.unsent().chooser().renewed();
+        let fresh = Arc::new(Unsent::new(self.memory.page_count(), chooser));
         *self.unsent.lock().unwrap_or_else(PoisonError::into_inner) = fresh;
     }
 }
 
 impl Unsent {
-    fn new(memory: PageCount, order: PushOrder) -> Self {
+    fn new(memory: PageCount, chooser: Chooser) -> Self {
         Self {
             pages: Mutex::new(PageSet::empty(memory)),
-            chooser: Mutex::new(Chooser::new(order)),
+            chooser: Mutex::new(chooser),
         }
     }
 

@@ -19,6 +19,7 @@ pub use status::MigrationStatus;
 use crate::bucket::Bucket;
 use crate::coding::Compression;
 use crate::credentials::Credentials;
+use crate::demanded::Demanded;
 use crate::guest::{Guest, GuestError};
 use crate::push_order::PushOrder;
 use crate::sender::{self, Manner};
@@ -78,6 +79,8 @@ pub struct MigrateRequest {
     pub compression: Compression,
     /// In which order missing pages are pushed.
     pub push_order: PushOrder,
+    /// What is known of earlier moves; it goes along to the target, whatever the order.
+    pub demanded: Demanded,
     /// With these, every connection to the target is encrypted, and nothing is without.
     pub credentials: Option<Arc<Credentials>>,
 }
@@ -166,6 +169,7 @@ impl Migration {
             chunk: CHUNK,
             verify: request.verify,
             vm,
+            demanded: request.demanded.encode(),
             boot_id: limosa_os::boot_id(),
         };
         let carriage = Carriage {
@@ -200,6 +204,8 @@ impl Migration {
             chunk: CHUNK,
             verify: false,
             vm: Vec::new(),
+            // The target has had it.
+            demanded: Vec::new(),
             boot_id: limosa_os::boot_id(),
         };
         let carriage = Carriage {

@@ -17,6 +17,7 @@ mod session;
 use crate::channel::{Channel, Reader};
 use crate::connection::{self, ControlWriter, HANDSHAKE_MAX, ReadError};
 use crate::credentials::Credentials;
+use crate::demanded::Demanded;
 use crate::guest::Guest;
 use driver::Driver;
 use limosa_engine::handover::{MigrationId, Resolution};
@@ -55,8 +56,9 @@ pub trait TargetHost: Send + Sync {
     /// With `is_filling` it still misses pages, until [`TargetHost::filled`].
     fn running(&self, id: MigrationId, is_filling: bool);
 
-    /// A guest that ran without all its pages has them now.
-    fn filled(&self, id: MigrationId);
+    /// A guest that ran without all its pages has them now. `asked_for` is what it had to ask for here,
+    /// in that order, as far as this daemon has seen it.
+    fn filled(&self, id: MigrationId, asked_for: Demanded);
 
     /// The migration is over here.
     fn finished(&self, id: MigrationId, outcome: &TargetOutcome);

@@ -9,8 +9,8 @@ mod thread_guest;
 
 use certificates::{Authority, EXPIRED, LATER, VALID, load};
 use limosa_carrier::{
-    CA_CERTIFICATE, Compression, Credentials, Guest, HOST_CERTIFICATE, HOST_KEY, Listener,
-    MigrateRequest, Migration, PushOrder, draw_id,
+    CA_CERTIFICATE, Compression, Credentials, Demanded, Guest, HOST_CERTIFICATE, HOST_KEY,
+    Listener, MigrateRequest, Migration, PushOrder, draw_id,
 };
 use limosa_engine::handover::{MigrationId, Phase, Resolution};
 use limosa_engine::policy::{Limits, Mode};
@@ -60,6 +60,7 @@ fn migrate(
         link: None,
         compression,
         push_order: PushOrder::default(),
+        demanded: Demanded::default(),
         credentials: credentials.cloned(),
     };
     let source: Arc<dyn Guest> = guest.clone();

@@ -5,7 +5,8 @@
 mod thread_guest;
 
 use limosa_carrier::{
-    Compression, Guest, Listener, MigrateRequest, Migration, PushOrder, draw_id, replay_file,
+    Compression, Demanded, Guest, Listener, MigrateRequest, Migration, PushOrder, draw_id,
+    replay_file,
 };
 use limosa_engine::deferral::Deferral;
 use limosa_engine::handover::Phase;
@@ -46,6 +47,7 @@ fn request(peer: SocketAddr, mode: Mode) -> MigrateRequest {
         link: None,
         compression: Compression::default(),
         push_order: PushOrder::default(),
+        demanded: Demanded::default(),
         credentials: None,
     }
 }
@@ -133,6 +135,50 @@ fn every_mode_moves_a_busy_guest_whole() {
         assert!(deltas == 0 || (mode.copies_live() && packed > 0), "{mode}");
         wait_until("the session is closed", || listener.incoming().is_empty());
     }
+}
+
+/// What a guest asks for is recorded, and the next move pushes it first.
+#[test]
+fn what_was_asked_for_goes_first_the_next_time() {
+    let (host, listener) = listen();
+    let guest = ThreadGuest::new(8192, 3000, true);
+    let first = request(listener.local_addr(), Mode::Demand);
+    let id = first.id;
+    let migration = start(&guest, first);
+    wait_until("the guest runs at the target", || {
+        migration.status().stage == Stage::Serving
+    });
+    std::thread::sleep(Duration::from_millis(50));
+    migration.set_mode(Mode::PostCopy).unwrap();
+    let report = migration.wait(PATIENCE).unwrap();
+    assert_eq!(report.outcome, Some(Outcome::Completed));
+    assert_eq!(report.recorded, PageCount::ZERO, "nothing was known");
+    let pulled = report.faults.unwrap().pulled.get();
+    let demanded = host.asked_for.lock().unwrap()[&id].clone();
+    let asked_for: u64 = demanded.runs().iter().map(|run| run.count.get()).sum();
+    // Some may have been pushed before the answer came.
+    assert!(pulled > 0 && asked_for >= pulled, "{asked_for}, {pulled}");
+
+    let guest = host.guests.lock().unwrap()[0].1.clone();
+    wait_until("the source said done", || guest.phase() == Phase::Running);
+    let (next, listener) = listen();
+    let second = MigrateRequest {
+        push_order: PushOrder::Recorded,
+        demanded,
+        ..request(listener.local_addr(), Mode::PostCopy)
+    };
+    let report = migrate(&guest, second);
+    assert_eq!(report.outcome, Some(Outcome::Completed));
+    assert_eq!(report.digest_equal, Some(true));
+    // The page that the guest needs first goes in the pause.
+    let recorded = report.recorded.get();
+    assert!(
+        (asked_for - 1..=asked_for).contains(&recorded),
+        "{recorded} of {asked_for}"
+    );
+    let arrived = next.guests.lock().unwrap()[0].1.clone();
+    assert_eq!(arrived.errors.load(Ordering::SeqCst), 0);
+    assert_eq!(arrived.sweep(), 0);
 }
 
 #[test]

@@ -5,7 +5,9 @@
 #[allow(dead_code, reason = "other tests need it")]
 mod thread_guest;
 
-use limosa_carrier::{Compression, Guest, Listener, MigrateRequest, Migration, PushOrder, draw_id};
+use limosa_carrier::{
+    Compression, Demanded, Guest, Listener, MigrateRequest, Migration, PushOrder, draw_id,
+};
 use limosa_engine::policy::{Limits, Mode};
 use limosa_engine::report::Outcome;
 use limosa_engine::source::Stage;
@@ -98,6 +100,7 @@ fn begin(guest: &Arc<ThreadGuest>, peer: SocketAddr, mode: Mode) -> Arc<Migratio
         link: Some(BytesPerSecond::new(8_000_000)),
         compression: Compression::Off,
         push_order: PushOrder::Bubbling,
+        demanded: Demanded::default(),
         credentials: None,
     };
     Migration::start(guest, request, None, Box::new(|_| {})).unwrap()

@@ -273,7 +273,8 @@ pub(crate) struct Migrate {
     #[arg(long, value_name = "auto|off", default_value_t = Deferral::Auto)]
     pub defer: Deferral,
     /// In which order missing pages are pushed: address, bubbling (outwards from the pages that were
-    /// asked for last), hottest (what was written most often in the rounds before)
+    /// asked for last), hottest (what was written most often in the rounds before), recorded (what the
+    /// guest had to ask for in earlier moves)
     #[arg(long, value_name = "ORDER", default_value = "bubbling")]
     pub push_order: PushOrder,
     /// Push streams: 1 to 16, or auto for as many as pay

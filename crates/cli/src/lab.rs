@@ -1,7 +1,8 @@
 //! `limosa lab`: experiments that are described by a plan, can be interrupted, and end in a report.
 //!
 //! Each run has a bed of its own: two daemons (or two QEMUs) and a guest that has touched its memory, one move from
-//! a to b, and everything is taken down again. So no run sees what an earlier one left in a daemon,
+//! a to b, and everything is taken down again. With pushes in the recorded order the guest moves there and
+//! back before, since there is nothing to go by without. So no run sees what an earlier one left in a daemon,
 //! and each can stand at any place of the order. What is kept and how is `limosa-lab`'s matter.
 //!
 //! Invariants: a result is on disk before the next run begins; nothing outlives the command, however
@@ -21,8 +22,9 @@ use crate::bed::host_pages::HostPages;
 use crate::bed::qemu::program;
 use crate::bed::{self, Bed, Interrupt, Interrupted};
 use crate::output::Output;
-use anyhow::{Context, Result, anyhow, bail};
+use anyhow::{Context, Result, anyhow, bail, ensure};
 use arguments::{Command, Run};
+use limosa_host::api::PushOrder;
 use limosa_lab::backing::Backing;
 use limosa_lab::machine::Machine;
 use limosa_lab::plan::{BedKind, Plan};
@@ -167,6 +169,17 @@ fn measure(plan: &Plan, run: &schedule::Run, way: &Way, title: &str) -> Result<M
         Some(qemu) => Bed::qemu(&setup, qemu, &way.qemu, &way.interrupt)?,
         None => Bed::real(&setup, &way.interrupt)?,
     };
+    if cell.push_order == PushOrder::Recorded {
+        let earlier = ["there, to be recorded", "back, to be recorded"];
+        for way in earlier {
+            let made = bed.make_move(run.number, cell.technique, &format!("{title} ({way})"))?;
+            ensure!(
+                made.is_completed(),
+                "a move {way}, ended otherwise: {}",
+                made.outcome
+            );
+        }
+    }
     bed.make_move(run.number, cell.technique, title)
 }
 

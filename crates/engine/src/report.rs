@@ -238,6 +238,8 @@ pub struct MigrationReport {
     pub rounds: Vec<RoundReport>,
     /// Pages that the target did not have when the guest ran there.
     pub missing_at_switch: PageCount,
+    /// Those of them that were pushed in the order in which earlier moves had seen them asked for.
+    pub recorded: PageCount,
     /// Bytes that told the target which pages it does not have.
     pub missing_set_bytes: ByteCount,
     /// How the missing pages came, once they had.

@@ -235,6 +235,7 @@ impl Source {
             rounds: Vec::new(),
             state_bytes: ByteCount::ZERO,
             missing_at_switch: PageCount::ZERO,
+            recorded: PageCount::ZERO,
             missing_set_bytes: ByteCount::ZERO,
             faults: None,
             digest_equal: None,

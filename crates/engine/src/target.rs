@@ -637,6 +637,7 @@ mod tests {
             streams: 1,
             verify: false,
             vm: Vec::new(),
+            demanded: Vec::new(),
         };
         let state = ControlFrame::State {
             round: 0,
@@ -756,6 +757,7 @@ mod tests {
             streams: 4,
             verify: false,
             vm: Vec::new(),
+            demanded: Vec::new(),
         };
         let mut target = Target::new(MigrationId(1), 2, Timestamp::ZERO);
         target.handle(

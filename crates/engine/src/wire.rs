@@ -162,6 +162,9 @@ pub struct Start {
     pub verify: bool,
     /// What machine to make; understood by the VMM only.
     pub vm: Vec<u8>,
+    /// Which pages the guest asked for when it ran without them, in earlier moves, as the carrier keeps
+    /// it: the target adds to it. Empty if nothing is known.
+    pub demanded: Vec<u8>,
 }
 
 /// Digest of a guest at the switch.
@@ -593,6 +596,7 @@ mod tests {
             streams: 2,
             verify: true,
             vm: alloc::vec![1, 2, 3],
+            demanded: alloc::vec![4; 16],
         };
         let digest = Digest {
             memory: 7,

@@ -10,7 +10,7 @@ use crate::host::Host;
 use crate::ledger::Note;
 use crate::refusal::Refusal;
 use crate::registry::Hold;
-use limosa_carrier::{Guest, TargetHost};
+use limosa_carrier::{Demanded, Guest, TargetHost};
 use limosa_engine::handover::{MigrationId, Phase, Resolution};
 use limosa_engine::target::TargetOutcome;
 use limosa_engine::wire::Start;
@@ -26,6 +26,9 @@ impl TargetHost for Arrivals {
             return Err("this migration has ended before: start a new one".to_owned());
         }
         let described = host.machines().describe(start)?;
+        // Of as many pages as the machine has, which was just checked.
+        let demanded = Demanded::decode(&start.demanded, start.memory_pages)
+            .map_err(|error| error.to_string())?;
         let name = described.name;
         host.registry()
             .reserve(&name)
@@ -38,6 +41,7 @@ impl TargetHost for Arrivals {
                 let guest = machine.guest();
                 tracing::info!(migration_id = %id, vm = %name, pid = machine.pid(), "a guest arrives");
                 host.registry().fill(&name, machine, Hold::Arriving { id });
+                host.records().keep(&name, &demanded);
                 Ok(guest)
             }
             Err(reason) => {
@@ -64,10 +68,11 @@ impl TargetHost for Arrivals {
         );
     }
 
-    fn filled(&self, id: MigrationId) {
+    fn filled(&self, id: MigrationId, asked_for: Demanded) {
         if let Err(error) = self.0.ledger().note_running(id, false) {
             tracing::warn!(migration_id = %id, %error, "it could not be noted in the ledger that all pages are here");
         }
+        self.record(id, &asked_for);
         self.hold(id, Hold::Here { arrived: Some(id) });
     }
 
@@ -140,6 +145,21 @@ impl Arrivals {
         }
     }
 
+    /// Adds what the guest of `id` asked for here to what earlier moves have recorded.
+    fn record(&self, id: MigrationId, asked_for: &Demanded) {
+        let arrival = self
+            .0
+            .registry()
+            .arrival(id)
+            .map(|(name, vm)| (name.clone(), Arc::clone(&vm.machine)));
+        let Some((name, machine)) = arrival else {
+            return;
+        };
+        let memory = machine.guest().memory().page_count();
+        let records = self.0.records();
+        records.keep(&name, &asked_for.after(&records.of(&name, memory), memory));
+    }
+
     fn is_filling(&self, id: MigrationId) -> bool {
         let registry = self.0.registry();
         let arrival = registry.arrival(id);
@@ -165,6 +185,7 @@ impl Arrivals {
             return;
         };
         machine.kill();
+        host.records().forget(&name);
         host.registry().remove(&name);
     }
 }
@@ -176,7 +197,7 @@ mod tests {
     use crate::ledger::Ledger;
     use crate::machine::Machine;
     use crate::machine::fake::FakeMachines;
-    use crate::state_dir::StateDir;
+    use crate::state_dir::{StateDir, VmName};
     use limosa_engine::policy::Mode;
     use limosa_pages::PageCount;
 
@@ -199,6 +220,7 @@ mod tests {
             streams: 1,
             verify: false,
             vm: name.as_bytes().to_vec(),
+            demanded: Vec::new(),
         }
     }
 
@@ -268,7 +290,7 @@ mod tests {
         let phase = machines.made.lock().unwrap()[0].phase();
         assert_eq!(phase, Phase::Arrived { id: ONE });
 
-        arrivals.filled(ONE);
+        arrivals.filled(ONE, Demanded::default());
         assert_eq!(arrivals.resolve(ONE), Resolution::Runs);
         assert_eq!(arrivals.0.vm("web").unwrap().residual_dependency, None);
         arrivals.confirmed(ONE);
@@ -303,6 +325,55 @@ mod tests {
         assert_eq!(arrivals.resolve(MigrationId(3)), Resolution::Needs);
         arrivals.0.stop("calm", false).unwrap();
         assert_eq!(arrivals.resolve(MigrationId(3)), Resolution::Gone);
+    }
+
+    /// What is recorded of the guest that arrives as ONE, in words.
+    fn recorded(arrivals: &Arrivals) -> Vec<(u64, u64)> {
+        let name = VmName::new("web").unwrap();
+        let demanded = arrivals.0.records().of(&name, PageCount::new(512));
+        let runs = demanded.runs().iter();
+        runs.map(|run| (run.first.get(), run.count.get())).collect()
+    }
+
+    #[test]
+    fn what_a_guest_asks_for_is_kept_while_it_is_here() {
+        let bytes = |numbers: &[u32]| -> Vec<u8> {
+            let numbers = numbers.iter().flat_map(|number| number.to_le_bytes());
+            numbers.collect()
+        };
+        let begin = |demanded: &[u32]| {
+            let begun = arrivals();
+            let start = Start {
+                demanded: bytes(demanded),
+                ..start("web")
+            };
+            let created = begun.0.create(ONE, &start).map(drop);
+            (begun, created)
+        };
+        let ((arrivals, machines, _dir), created) = begin(&[7, 2, 100, 1]);
+        created.unwrap();
+        assert_eq!(recorded(&arrivals), [(7, 2), (100, 1)]);
+        let arrived = Phase::Arrived { id: ONE };
+        let guest = machines.made.lock().unwrap()[0].guest();
+        guest.record(&arrived).unwrap();
+        arrivals.running(ONE, true);
+        let asked_for = bytes(&[100, 1, 200, 3]);
+        let asked_for = Demanded::decode(&asked_for, PageCount::new(512)).unwrap();
+        arrivals.filled(ONE, asked_for);
+        assert_eq!(recorded(&arrivals), [(100, 1), (200, 3), (7, 2)]);
+        arrivals.0.stop("web", false).unwrap();
+        assert_eq!(recorded(&arrivals), []);
+
+        let ((arrivals, ..), created) = begin(&[7, 2]);
+        created.unwrap();
+        let reason = "aborted".to_owned();
+        arrivals.finished(ONE, &TargetOutcome::Dropped { reason });
+        assert_eq!(recorded(&arrivals), []);
+
+        let ((arrivals, ..), created) = begin(&[511, 2]);
+        let refused = created.unwrap_err();
+        assert!(refused.contains("is malformed"), "{refused}");
+        assert_eq!(states(&arrivals), []);
     }
 
     #[test]

@@ -12,7 +12,7 @@
 
 use crate::machine::Shape;
 use crate::state_dir::VmName;
-use limosa_carrier::{Compression, Credentials, MigrateRequest, PushOrder, RATE_MIN};
+use limosa_carrier::{Compression, Credentials, Demanded, MigrateRequest, PushOrder, RATE_MIN};
 use limosa_engine::handover::MigrationId;
 use limosa_engine::policy::{Limits, Mode};
 use limosa_pages::BytesPerSecond;
@@ -74,6 +74,7 @@ impl Departure {
             link: self.link.filter(possible),
             compression: Compression::Auto,
             push_order: PushOrder::default(),
+            demanded: Demanded::default(),
             credentials,
         }
     }

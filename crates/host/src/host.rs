@@ -17,6 +17,7 @@ use crate::departures::Departures;
 use crate::ledger::Ledger;
 use crate::machine::Machines;
 use crate::migrations::Migrations;
+use crate::records::Records;
 use crate::refusal::Refusal;
 use crate::registry::Registry;
 use crate::state_dir::{StateDir, VmName};
@@ -40,6 +41,7 @@ pub struct Host {
     migrations: Mutex<Migrations>,
     ledger: Mutex<Ledger>,
     departures: Departures,
+    records: Records,
     credentials: Option<Arc<Credentials>>,
     peers: OnceLock<Listener>,
 }
@@ -55,6 +57,7 @@ impl Host {
         Arc::new_cyclic(|me| Self {
             me: me.clone(),
             departures: Departures::new(state.departures()),
+            records: Records::new(state.demanded()),
             state,
             machines,
             registry: Mutex::default(),
@@ -86,6 +89,11 @@ impl Host {
 
     pub(crate) fn ledger(&self) -> MutexGuard<'_, Ledger> {
         self.ledger.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// What guests have asked for in earlier moves.
+    pub(crate) const fn records(&self) -> &Records {
+        &self.records
     }
 
     fn migrations_lock(&self) -> MutexGuard<'_, Migrations> {

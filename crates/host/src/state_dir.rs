@@ -7,6 +7,7 @@
 //!  logs/NAME.log what a VM process printed
 //!  ledger        migration ids with their outcome
 //!  departures/ID migrations away that are not over
+//!  demanded/NAME what a guest asked for in earlier moves
 //!  journals/ID   one engine journal a migration
 //! ```
 //!
@@ -114,7 +115,7 @@ impl StateDir {
         let root =
             fs::canonicalize(root).with_context(|| format!("cannot find {}", root.display()))?;
         let lock = take_lock(&root)?;
-        for part in ["vms", "logs", "journals", "departures"] {
+        for part in ["vms", "logs", "journals", "departures", "demanded"] {
             make_private_dir(&root.join(part))?;
         }
         let longest = root.join("vms/.sock").as_os_str().len() + NAME_BYTES_MAX;
@@ -141,6 +142,11 @@ impl StateDir {
     /// Notes of migrations away that are not over.
     pub fn departures(&self) -> PathBuf {
         self.root.join("departures")
+    }
+
+    /// What guests have asked for in earlier moves.
+    pub fn demanded(&self) -> PathBuf {
+        self.root.join("demanded")
     }
 
     /// The control interface.

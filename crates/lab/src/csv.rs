@@ -115,6 +115,7 @@ const COLUMNS: &[Column] = &[
     ("missing_at_switch", |run| {
         of(run, |one| one.missing_at_switch)
     }),
+    ("recorded_pages", |run| of(run, |one| one.recorded_pages)),
     ("missing_set_bytes", |run| {
         of(run, |one| one.missing_set_bytes)
     }),

@@ -139,6 +139,9 @@ pub struct MoveRecord {
     pub throttle: Option<ThrottleReport>,
     /// Pages that the target did not have when the guest ran there.
     pub missing_at_switch: Option<u64>,
+    /// Of these, pages that were pushed in the order in which earlier moves had seen them asked for.
+    #[serde(default)]
+    pub recorded_pages: Option<u64>,
     /// Bytes that told the target which pages those are.
     pub missing_set_bytes: Option<u64>,
     /// Missing pages that came because the guest waited for them; `null` if none were missing.
@@ -230,6 +233,7 @@ impl MoveRecord {
             mode_changes: Some(report.mode_changes),
             throttle: report.throttle,
             missing_at_switch: Some(report.missing_at_switch),
+            recorded_pages: Some(report.recorded_pages),
             missing_set_bytes: Some(report.missing_set_bytes),
             pulled_pages: report.pulled_pages,
             pushed_before_need: report.pushed_before_need,
@@ -274,6 +278,7 @@ impl MoveRecord {
             mode_changes: None,
             throttle: None,
             missing_at_switch: None,
+            recorded_pages: None,
             missing_set_bytes: None,
             pages_sent: None,
             pages_resent: None,
@@ -411,6 +416,7 @@ pub(crate) mod tests {
             "mode_changes",
             "throttle",
             "missing_at_switch",
+            "recorded_pages",
             "missing_set_bytes",
             "pulled_pages",
             "pushed_before_need",

@@ -245,6 +245,7 @@ fn source_config(scenario: &Scenario) -> SourceConfig {
         chunk: CHUNK,
         verify: scenario.verify,
         vm: Vec::new(),
+        demanded: Vec::new(),
         boot_id: 1,
     }
 }

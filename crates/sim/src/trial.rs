@@ -437,6 +437,7 @@ impl Course<'_> {
             chunk: PageCount::new(64),
             verify: self.plan.verify,
             vm: Vec::new(),
+            demanded: Vec::new(),
             boot_id: world.hosts[host].boot_id,
         };
         Some(world.begin_migration(config, vm))

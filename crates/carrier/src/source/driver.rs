@@ -124,7 +124,7 @@ impl Driver {
             is_serving,
             Arc::clone(&limit),
             Arc::clone(&link),
-            carriage.manner,
+            &carriage.manner,
         );
         let pages = Arc::new(pages);
         let set = Arc::new(PageSet::empty(config.memory));
@@ -287,11 +287,7 @@ impl Driver {
             }
             SourceAction::Look => return self.look().map(Some),
             SourceAction::HarvestStale { round } => return self.harvest_stale(round).map(Some),
-            SourceAction::Clear(piece) => {
-                let kept = self.deferral.left_out_in(piece.range);
-                self.guest.clear(piece.range, kept)?;
-                return Ok(Some(SourceEvent::Cleared(piece)));
-            }
+            SourceAction::Clear(piece) => return self.clear(piece).map(Some),
             SourceAction::SendPiece { piece, stream } => self.order_piece(piece, stream),
             SourceAction::SendStale { piece, stream } => {
                 let set = Arc::clone(&self.set);
@@ -335,6 +331,12 @@ impl Driver {
             }
         }
         Ok(None)
+    }
+
+    fn clear(&self, piece: Piece) -> Result<SourceEvent, GuestError> {
+        let kept = self.deferral.left_out_in(piece.range);
+        self.guest.clear(piece.range, kept)?;
+        Ok(SourceEvent::Cleared(piece))
     }
 
     fn report_unresolved(&self, reason: String) {
@@ -573,6 +575,7 @@ impl Driver {
             saved,
             missing: PageCount::ZERO,
             missing_counts: Vec::new(),
+            recorded: PageCount::ZERO,
         };
         if switch {
             // Without a log every page is missing; that holes are zero is told by the pushes.
@@ -608,10 +611,14 @@ impl Driver {
         self.told.union_with(&set);
         self.set = Arc::new(set);
         let is_needed = !missing.is_empty();
+        let unsent = self.pages.unsent();
+        let mut chooser = unsent.chooser();
         if let Some(heat) = self.heat.take() {
-            self.pages.unsent().chooser().set_heat(heat);
+            chooser.set_heat(heat);
         }
-        *self.pages.unsent().lock() = missing;
+        paused.recorded = chooser.recorded_in(&missing);
+        drop(chooser);
+        *unsent.lock() = missing;
         self.pages.is_serving.store(is_needed, Ordering::SeqCst);
     }
 

@@ -7,6 +7,7 @@ use super::TargetHost;
 use super::session::{News, Session};
 use crate::channel::Handle;
 use crate::connection::ControlWriter;
+use crate::demanded::Demanded;
 use crate::faults::Faults;
 use crate::guest::{CommitError, Guest};
 use crate::{hold, receiver};
@@ -360,13 +361,15 @@ impl Driver {
 
     fn disarm(&self, guest: &dyn Guest) -> TargetEvent {
         let disarmed = guest.disarm();
+        let mut asked_for = Demanded::default();
         if let Some((pages, faults)) = self.faults() {
             pages.seal();
             faults.end();
+            asked_for = faults.asked_for();
         }
         match disarmed {
             Ok(()) => {
-                self.host.filled(self.session.id);
+                self.host.filled(self.session.id, asked_for);
                 TargetEvent::Disarmed
             }
             Err(error) => TargetEvent::VmFailed {

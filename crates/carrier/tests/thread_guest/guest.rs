@@ -2,7 +2,7 @@
 //! makes such guests. Its dirty log behaves as KVM's with manual protection does: reading does not
 //! clear, and everything is dirty until it is cleared.
 
-use limosa_carrier::{CommitError, Guest, GuestError, Running, Saved, TargetHost};
+use limosa_carrier::{CommitError, Demanded, Guest, GuestError, Running, Saved, TargetHost};
 use limosa_engine::Timestamp;
 use limosa_engine::handover::{MigrationId, OnDaemonLost, Phase, Resolution};
 use limosa_engine::source::Writers;
@@ -12,7 +12,7 @@ use limosa_engine::wire::Start;
 use limosa_os::userfault::{FaultGate, PageInstaller};
 use limosa_os::{PageKind, SharedBitmap, SharedMemory, monotonic_nanos};
 use limosa_pages::{PAGE_SIZE_USIZE, PageCount, PageRange, PageSet, Pfn};
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::time::Duration;
@@ -386,6 +386,8 @@ pub struct ThreadHost {
     pub refuse: Mutex<Option<String>>,
     /// Every guest that was made.
     pub guests: Mutex<Vec<(MigrationId, Arc<ThreadGuest>)>>,
+    /// What guests had to ask for that came without all their pages.
+    pub asked_for: Mutex<HashMap<MigrationId, Demanded>>,
     ledger: Mutex<HashSet<MigrationId>>,
 }
 
@@ -410,7 +412,9 @@ impl TargetHost for ThreadHost {
         self.ledger.lock().unwrap().insert(id);
     }
 
-    fn filled(&self, _id: MigrationId) {}
+    fn filled(&self, id: MigrationId, asked_for: Demanded) {
+        self.asked_for.lock().unwrap().insert(id, asked_for);
+    }
 
     fn finished(&self, id: MigrationId, outcome: &TargetOutcome) {
         if matches!(outcome, TargetOutcome::Dropped { .. }) {

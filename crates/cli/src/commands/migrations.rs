@@ -439,8 +439,12 @@ fn downtimes(info: &MigrationInfo) -> Vec<(&'static str, String)> {
 /// What the guest did not have when it ran at the target.
 fn residue(report: &Report) -> Option<String> {
     (report.missing_at_switch > 0).then(|| {
+        let recorded = match report.recorded_pages {
+            0 => String::new(),
+            pages => format!("; {} went first, as recorded", count(pages)),
+        };
         format!(
-            "{} pages when the guest ran at the target, which took {} to tell",
+            "{} pages when the guest ran at the target, which took {} to tell{recorded}",
             count(report.missing_at_switch),
             ByteCount::new(report.missing_set_bytes)
         )
@@ -630,6 +634,7 @@ pub(crate) mod tests {
         });
         info.report.missing_at_switch = 4000;
         info.report.missing_set_bytes = 2048;
+        info.report.recorded_pages = 1500;
         info.report.pulled_pages = Some(1000);
         info.report.pushed_before_need = Some(3000);
         info.report.first_fault_stall_ms = Some(0.2);
@@ -643,7 +648,8 @@ pub(crate) mod tests {
         for line in [
             "mode       pre-copy became hybrid after 800 ms: the next round would have been as large \
              as the last one",
-            "missing    4,000 pages when the guest ran at the target, which took 2.00 KiB to tell",
+            "missing    4,000 pages when the guest ran at the target, which took 2.00 KiB to tell; \
+             1,500 went first, as recorded",
             "faults     1,000 pages pulled, 3,000 pushed before they were needed, a wait took 120 µs \
              (99 of 100 below 900 µs, the longest 2.10 ms), the first one 200 µs",
         ] {

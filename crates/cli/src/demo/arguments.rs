@@ -75,7 +75,7 @@ pub(crate) struct Arguments {
     /// Leave hot pages out of rounds that go out while the guest runs: auto or off
     #[arg(long, value_name = "auto|off", default_value_t = Deferral::Auto)]
     pub defer: Deferral,
-    /// In which order missing pages are pushed: address, bubbling, hottest
+    /// In which order missing pages are pushed: address, bubbling, hottest, recorded
     #[arg(long, value_name = "ORDER", default_value = "bubbling")]
     pub push_order: PushOrder,
     /// Encrypt every connection, with certificates that are made for the occasion

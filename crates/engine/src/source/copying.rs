@@ -65,6 +65,8 @@ impl Source {
         }
         let round = Round::live(round, dirty, &self.config, now).without(deferred);
         let planned = round.progress().0;
+        // Pages that were left out before and are not any more make this round larger, not the guest.
+        self.progress.was_released |= deferred < self.progress.deferred;
         self.progress.remaining = planned.saturating_add(deferred);
         self.progress.deferred = deferred;
         // The bulk round's size says nothing about the guest's dirty rate.
@@ -191,12 +193,13 @@ impl Source {
         };
         self.progress.remaining = round.progress().0;
         self.progress.deferred = PageCount::ZERO;
-        let missing = if self.is_switching {
-            paused.missing
+        let (missing, recorded) = if self.is_switching {
+            (paused.missing, paused.recorded)
         } else {
-            PageCount::ZERO
+            (PageCount::ZERO, PageCount::ZERO)
         };
         self.report.missing_at_switch = missing;
+        self.report.recorded = recorded;
         if self.report.predicted_downtime.is_none() {
             self.report.predicted_downtime = self.progress.predicted_downtime();
         }

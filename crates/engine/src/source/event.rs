@@ -34,6 +34,8 @@ pub struct SourceConfig {
     pub verify: bool,
     /// The machine, understood by the VMM only.
     pub vm: Vec<u8>,
+    /// What the target is told of earlier moves, understood by the carrier only.
+    pub demanded: Vec<u8>,
     /// Identifies this host's running kernel.
     pub boot_id: u128,
 }
@@ -64,6 +66,7 @@ impl SourceConfig {
             chunk,
             verify: false,
             vm: Vec::new(),
+            demanded: Vec::new(),
             boot_id: 0,
         }
     }
@@ -148,6 +151,8 @@ pub struct Paused {
     pub missing: PageCount,
     /// The same pages of each chunk, in order.
     pub missing_counts: Vec<u32>,
+    /// Those of them that are pushed in the order in which earlier moves saw them asked for.
+    pub recorded: PageCount,
 }
 
 /// A fact for the source.

@@ -46,6 +46,7 @@ impl Source {
             streams: self.config.streams,
             verify: self.config.verify,
             vm: self.config.vm.clone(),
+            demanded: self.config.demanded.clone(),
         };
         vec![SourceAction::Send(ControlFrame::Start(start))]
     }

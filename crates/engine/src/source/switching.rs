@@ -312,6 +312,7 @@ mod tests {
             chunk: PageCount::new(64),
             verify: true,
             vm: Vec::new(),
+            demanded: Vec::new(),
             boot_id: 0,
         });
         let needs = SourceEvent::Resolved(Resolution::Needs);

@@ -61,7 +61,8 @@ pub struct MigrateBody {
     #[schema(value_type = String, example = "auto")]
     pub defer: Deferral,
     /// In which order missing pages are pushed: `address`, `bubbling` (outwards from those that were
-    /// asked for last) or `hottest` (what was written most often in the rounds before).
+    /// asked for last), `hottest` (what was written most often in the rounds before) or `recorded`
+    /// (what the guest had to ask for in earlier moves).
     #[serde(default)]
     #[schema(value_type = String, example = "bubbling")]
     pub push_order: PushOrder,
@@ -352,6 +353,9 @@ pub struct Report {
     pub throttle: Option<ThrottleReport>,
     /// Pages that the target did not have when the guest ran there.
     pub missing_at_switch: u64,
+    /// Of these, pages that were pushed in the order in which earlier moves had seen them asked for.
+    #[serde(default)]
+    pub recorded_pages: u64,
     /// Bytes that told the target which pages those are.
     pub missing_set_bytes: u64,
     /// Missing pages that came because a vCPU waited for them; `null` until all have come, and if
@@ -568,6 +572,7 @@ impl From<&MigrationReport> for Report {
             mode_changes: report.mode_changes.iter().map(ModeChange::from).collect(),
             throttle: report.throttle.as_ref().map(ThrottleReport::from),
             missing_at_switch: report.missing_at_switch.get(),
+            recorded_pages: report.recorded.get(),
             missing_set_bytes: report.missing_set_bytes.get(),
             pulled_pages: faults.map(|faults| faults.pulled.get()),
             pushed_before_need: faults.map(|faults| faults.pushed.get()),

@@ -5,7 +5,9 @@ use crate::machine::{Activity, Machine};
 use crate::registry::{Adoption, Hold, Slot, Vm, adoption};
 use crate::state_dir::VmName;
 use anyhow::Context;
-use limosa_carrier::{Compression, Guest, Listener, MigrateRequest, Migration, PushOrder};
+use limosa_carrier::{
+    Compression, Demanded, Guest, Listener, MigrateRequest, Migration, PushOrder,
+};
 use limosa_engine::handover::{MigrationId, Phase};
 use limosa_engine::policy::{Limits, Mode};
 use std::collections::BTreeSet;
@@ -77,6 +79,7 @@ impl Host {
                     link: None,
                     compression: Compression::Auto,
                     push_order: PushOrder::default(),
+                    demanded: Demanded::default(),
                     credentials: self.credentials.clone(),
                 },
                 |departure| departure.request(id, self.credentials.clone()),

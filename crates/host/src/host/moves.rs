@@ -81,6 +81,9 @@ impl Host {
             link: body.link.map(BytesPerSecond::new),
             compression: body.compress,
             push_order: body.push_order,
+            demanded: self
+                .records
+                .of(name, vm.machine.guest().memory().page_count()),
             credentials: self.credentials.clone(),
         };
         let departure = Departure::new(name, vm.machine.shape(), &request);
@@ -112,6 +115,8 @@ impl Host {
             if *outcome == Outcome::Completed {
                 // A VM process that was killed meanwhile left its socket; the name is still taken.
                 drop(fs::remove_file(host.state.vm_socket(&name)));
+                // It went along.
+                host.records.forget(&name);
             }
             host.registry().left(&name, report.id, outcome);
             host.departures.forget(report.id);

@@ -158,6 +158,7 @@ impl Host {
         }
         check_observer(spec.observer.as_deref())?;
         self.registry().reserve(&name)?;
+        self.records.forget(&name);
         match self.boot(&name, spec) {
             Ok(machine) => {
                 tracing::info!(vm = %name, pid = machine.pid(), "started");
@@ -218,6 +219,7 @@ impl Host {
             // A process that died left its socket.
             drop(fs::remove_file(self.state.vm_socket(&name)));
             self.give_up_asking(&name);
+            self.records.forget(&name);
             self.registry().remove(&name);
             return Ok(());
         };
@@ -230,6 +232,7 @@ impl Host {
             }
             vm.machine.kill();
         }
+        self.records.forget(&name);
         self.registry().remove(&name);
         tracing::info!(vm = %name, "stopped");
         Ok(())

@@ -497,6 +497,8 @@ impl World {
             saved,
             missing,
             missing_counts,
+            // The world pushes by address.
+            recorded: PageCount::ZERO,
         })
     }
 

@@ -30,7 +30,12 @@ fn copying(streams: Streams) -> (Source, Vec<SourceAction>) {
     });
     source.state = State::Rounds;
     let dirty = vec![512; (MEMORY / 512) as usize];
-    let actions = source.harvested(Timestamp::ZERO, 0, (&dirty, PageCount::ZERO), &Writers::default());
+    let actions = source.harvested(
+        Timestamp::ZERO,
+        0,
+        (&dirty, PageCount::ZERO),
+        &Writers::default(),
+    );
     (source, actions)
 }
 
