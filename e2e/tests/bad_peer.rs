@@ -308,6 +308,28 @@ fn deeds_inside() -> Vec<Deed> {
             let block = [&[0xf0, 226][..], &[3; 241]].concat();
             push(scene, &coded(Coding::Lz4, 243, &block))
         }),
+        deed("a frame that is none", "cannot be read", |scene| {
+            push(scene, &coded(Coding::Zstd, 100, &[0xff; 100]))
+        }),
+        deed("a frame of half a page", "another length", |scene| {
+            // The magic, one segment of a length in two bytes (minus 256), and a last block of one
+            // byte 2048 times.
+            let frame = [
+                0x28, 0xb5, 0x2f, 0xfd, 0x60, 0x00, 0x07, 0x03, 0x40, 0x00, 9,
+            ];
+            push(scene, &coded(Coding::Zstd, 11, &frame))
+        }),
+        deed(
+            "a frame of more pages than announced",
+            "cannot be read",
+            |scene| {
+                // A length in eight bytes: 4 GiB, of which it has the same block.
+                let frame = [
+                    0x28, 0xb5, 0x2f, 0xfd, 0xe0, 0, 0, 0, 0, 1, 0, 0, 0, 0x03, 0x40, 0x00, 9,
+                ];
+                push(scene, &coded(Coding::Zstd, 17, &frame))
+            },
+        ),
         deed("a difference beyond the page", "another length", |scene| {
             push(scene, &coded(Coding::Delta, 7, &[5, 0, 0xff, 31, 2, 1, 1]))
         }),

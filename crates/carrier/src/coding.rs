@@ -4,14 +4,14 @@
 //!  run of pages ─▶ worth coding? ─ no ─▶ raw, from the guest's memory, without a copy
 //!                      │ yes
 //!                      ▼ private copy
-//!                  delta ─▶ lz4 ─▶ raw, from the copy: for each page the first that is shorter
+//!                  delta ─▶ lz4 or zstd ─▶ raw, from the copy: for each page the first that is shorter
 //! ```
 //!
 //! Coding costs processor time and saves bytes. Each stream measures what a byte costs it on the wire,
 //! waiting included, and what a byte costs it in each coding, and codes where that comes cheaper
-//! together: on a fast link nothing is coded, on a slow one all that shrinks is. What is not in use is
-//! tried on a few pages now and then, so that a link that becomes slower, or content that becomes
-//! simpler, is noticed.
+//! together: on a fast link nothing is coded, on a slow one all that shrinks is, by LZ4 or, where the
+//! wire is slower still, by zstd. What is not in use is tried on a few pages now and then, so that a
+//! link that becomes slower, or content that becomes simpler, is noticed.
 //!
 //! Invariant: the version of a page that [`Versions`] keeps is what the target has in its place. A
 //! page that goes any other way is taken out.
@@ -19,7 +19,7 @@
 use limosa_engine::report::Coded;
 use limosa_engine::wire::{CODED_LENGTH_BYTES, Coding, PUSH_HEADER_BYTES, PushHeader};
 use limosa_os::SharedMemory;
-use limosa_pages::codec::{delta, lz4};
+use limosa_pages::codec::{delta, lz4, zstd};
 use limosa_pages::{ByteCount, PAGE_SIZE_USIZE, PageCount, PageRange, Pfn};
 use serde::{Deserialize, Serialize};
 use std::collections::HashMap;
@@ -39,11 +39,24 @@ pub enum Compression {
     On,
     /// Nothing.
     Off,
+    /// By LZ4 alone, what shrinks.
+    Lz4,
+    /// By zstd alone, what shrinks.
+    Zstd,
+    /// As differences alone, where those are shorter.
+    Delta,
 }
 
 impl Compression {
     /// All of them.
-    pub const ALL: [Self; 3] = [Self::Auto, Self::On, Self::Off];
+    pub const ALL: [Self; 6] = [
+        Self::Auto,
+        Self::On,
+        Self::Off,
+        Self::Lz4,
+        Self::Zstd,
+        Self::Delta,
+    ];
 
     /// As it is written in commands and files.
     pub const fn name(self) -> &'static str {
@@ -51,7 +64,15 @@ impl Compression {
             Self::Auto => "auto",
             Self::On => "on",
             Self::Off => "off",
+            Self::Lz4 => "lz4",
+            Self::Zstd => "zstd",
+            Self::Delta => "delta",
         }
+    }
+
+    /// Whether a page may go as the difference to what was sent before.
+    const fn takes_deltas(self) -> bool {
+        matches!(self, Self::Auto | Self::On | Self::Delta)
     }
 }
 
@@ -66,7 +87,9 @@ const DELTA_BYTES_MAX: usize = PAGE_SIZE_USIZE / 4 * 3;
 const PROBE_PAGES: u64 = 8;
 /// Pages that go raw between two probes: less than a percent of the work.
 const PROBE_EVERY: u64 = 2048;
-/// What coding has to win to be worth its noise.
+/// Pages that are coded in the way that is not in use, to see what that costs.
+const TRIAL_PAGES: u64 = 32;
+/// What coding, or another way of it, has to win to be worth its noise.
 const WORTH: f64 = 0.9;
 /// A sample counts as at most so many times what was expected: a thread that lost its processor in a
 /// probe of some microseconds says nothing about coding.
@@ -93,11 +116,10 @@ impl Shared {
     }
 
     pub(crate) fn compression(&self) -> Compression {
-        match self.compression.load(Ordering::Relaxed) {
-            0 => Compression::Auto,
-            1 => Compression::On,
-            _ => Compression::Off,
-        }
+        let number = self.compression.load(Ordering::Relaxed);
+        let known = Compression::ALL.into_iter();
+        let mut same = known.filter(|compression| *compression as u8 == number);
+        same.next().expect("only these are stored")
     }
 
     /// These pages are sent raw, or are not at the target any more.
@@ -111,15 +133,50 @@ impl Shared {
 pub(crate) struct Coder {
     costs: Costs,
     content: Vec<u8>,
+    zstd: zstd::Encoder,
+    /// What is not told by differences is to be made shorter by this, in what is encoded next.
+    packing: Option<Packing>,
     raw_since_probe: u64,
+    coded_since_trial: u64,
     /// Headers and coded pages that wait to be written.
     pub(crate) out: Vec<u8>,
 }
 
-/// Seconds a byte, and what codings make of one; moving averages.
+/// How pages are made shorter as they are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Packing {
+    Lz4,
+    Zstd,
+}
+
+impl Packing {
+    const fn other(self) -> Self {
+        match self {
+            Self::Lz4 => Self::Zstd,
+            Self::Zstd => Self::Lz4,
+        }
+    }
+
+    const fn coding(self) -> Coding {
+        match self {
+            Self::Lz4 => Coding::Lz4,
+            Self::Zstd => Coding::Zstd,
+        }
+    }
+}
+
+/// Seconds a byte on the wire, a moving average, and the codings.
 #[derive(Clone, Copy, Debug)]
 struct Costs {
     wire: Option<f64>,
+    lz4: Cost,
+    zstd: Cost,
+    preferred: Packing,
+}
+
+/// Seconds a byte, and what is left of one, differences on the way included; moving averages.
+#[derive(Clone, Copy, Debug)]
+struct Cost {
     coding: f64,
     ratio: f64,
 }
@@ -128,6 +185,7 @@ struct Costs {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Outcome {
     pub(crate) lz4: Coded,
+    pub(crate) zstd: Coded,
     pub(crate) delta: Coded,
 }
 
@@ -136,35 +194,63 @@ impl Coder {
         Self {
             costs: Costs {
                 wire: None,
-                // Until the first probe: what LZ4 does on common machines, and on common pages.
-                coding: 1.0 / 1e9,
-                ratio: 0.6,
+                // Until the first probe: what they do on common machines, and on common pages.
+                lz4: Cost {
+                    coding: 1.0 / 1e9,
+                    ratio: 0.6,
+                },
+                zstd: Cost {
+                    coding: 1.0 / 350e6,
+                    ratio: 0.5,
+                },
+                preferred: Packing::Lz4,
             },
             content: Vec::new(),
+            zstd: zstd::Encoder::new(),
+            packing: None,
             raw_since_probe: PROBE_EVERY,
+            coded_since_trial: PROBE_EVERY,
             out: Vec::new(),
         }
     }
 
-    /// How many pages of the run, from its first on, are to be coded. The rest of it goes raw.
+    /// How many pages of the run, from its first on, are to be encoded next; none if all of it goes
+    /// raw. Otherwise the rest has to be asked for anew.
     pub(crate) fn wanted(&mut self, shared: &Shared, range: PageRange) -> PageCount {
-        let is_wanted = match shared.compression() {
-            Compression::Off => false,
-            Compression::On => true,
-            Compression::Auto => self.costs.is_worth(),
+        let packing = match shared.compression() {
+            Compression::Off => return PageCount::ZERO,
+            Compression::Lz4 => Some(Packing::Lz4),
+            Compression::Zstd => Some(Packing::Zstd),
+            Compression::Delta => None,
+            Compression::On => return self.coded(range.count),
+            Compression::Auto if self.costs.is_worth() => return self.coded(range.count),
+            Compression::Auto => return self.probed(range.count),
         };
-        if is_wanted {
-            return range.count;
+        self.packing = packing;
+        range.count
+    }
+
+    /// All of them in the way that is cheaper, or a few in the other.
+    fn coded(&mut self, count: PageCount) -> PageCount {
+        self.packing = Some(self.costs.preferred);
+        if self.costs.wire.is_none() || self.coded_since_trial < PROBE_EVERY {
+            self.coded_since_trial = self.coded_since_trial.saturating_add(count.get());
+            return count;
         }
-        self.raw_since_probe = self.raw_since_probe.saturating_add(range.count.get());
-        let is_probe = shared.compression() == Compression::Auto
-            && self.costs.wire.is_some()
-            && self.raw_since_probe > PROBE_EVERY;
-        if !is_probe {
+        self.coded_since_trial = 0;
+        self.packing = Some(self.costs.preferred.other());
+        PageCount::new(TRIAL_PAGES.min(count.get()))
+    }
+
+    /// None of them, or a few in each way by turns.
+    fn probed(&mut self, count: PageCount) -> PageCount {
+        self.raw_since_probe = self.raw_since_probe.saturating_add(count.get());
+        if self.costs.wire.is_none() || self.raw_since_probe <= PROBE_EVERY {
             return PageCount::ZERO;
         }
         self.raw_since_probe = 0;
-        PageCount::new(PROBE_PAGES.min(range.count.get()))
+        self.packing = Some(self.packing.map_or(Packing::Lz4, Packing::other));
+        PageCount::new(PROBE_PAGES.min(count.get()))
     }
 
     /// `bytes` took so long to be handed to the kernel.
@@ -175,11 +261,12 @@ impl Coder {
             // By how much was sent: a small message says little.
             let weight = (bytes as f64 / (1 << 20) as f64).min(0.5);
             self.costs.wire = Some(wire + (cost - wire) * weight);
+            self.costs.prefer();
         }
     }
 
-    /// Appends a run of pages to [`Coder::out`], each in the shortest form. With `is_again`, they were
-    /// sent before, and may be sent once more.
+    /// Appends a run of pages to [`Coder::out`], each in the shortest form of those that
+    /// [`Coder::wanted`] chose. With `is_again`, they were sent before, and may be sent once more.
     pub(crate) fn encode(
         &mut self,
         shared: &Shared,
@@ -192,6 +279,10 @@ impl Coder {
         let mut content = std::mem::take(&mut self.content);
         content.resize(usize::try_from(bytes).map_err(io::Error::other)?, 0);
         memory.read_at(range.first.file_offset(), &mut content)?;
+        let is_again = is_again && shared.compression().takes_deltas();
+        if !is_again {
+            shared.forget(range);
+        }
         let before = self.out.len();
         let mut outcome = Outcome::default();
         let mut rest = range;
@@ -205,12 +296,17 @@ impl Coder {
                 continue;
             }
             let (count, packed) = self.encode_others(shared, rest, pages, is_again);
-            outcome.lz4.add(packed);
+            match self.packing {
+                Some(Packing::Zstd) => outcome.zstd.add(packed),
+                _ => outcome.lz4.add(packed),
+            }
             rest = after(rest, count);
         }
         self.content = content;
         let ratio = (self.out.len() - before) as f64 / bytes as f64;
-        self.costs.coded(bytes, ratio, began.elapsed());
+        if let Some(packing) = self.packing {
+            self.costs.coded(packing, bytes, ratio, began.elapsed());
+        }
         Ok(outcome)
     }
 
@@ -275,9 +371,14 @@ impl Coder {
         self.out
             .resize(header_at + PUSH_HEADER_BYTES + CODED_LENGTH_BYTES, 0);
         let body_at = self.out.len();
-        if lz4::encode(pages, &mut self.out) {
+        let is_shorter = match self.packing {
+            Some(Packing::Lz4) => lz4::encode(pages, &mut self.out),
+            Some(Packing::Zstd) => self.zstd.encode(pages, &mut self.out),
+            None => false,
+        };
+        if let Some(packing) = self.packing.filter(|_| is_shorter) {
             let bytes = ByteCount::new((self.out.len() - body_at) as u64);
-            self.finish(header_at, range, Coding::Lz4);
+            self.finish(header_at, range, packing.coding());
             let pages = range.count;
             return (range.count, Coded { pages, bytes });
         }
@@ -302,18 +403,49 @@ impl Coder {
 impl Costs {
     fn is_worth(&self) -> bool {
         self.wire
-            .is_some_and(|wire| self.coding + self.ratio * wire < WORTH * wire)
+            .is_some_and(|wire| self.of(self.preferred).with(wire) < WORTH * wire)
     }
 
-    fn coded(&mut self, bytes: u64, ratio: f64, took: Duration) {
+    const fn of(&self, packing: Packing) -> &Cost {
+        match packing {
+            Packing::Lz4 => &self.lz4,
+            Packing::Zstd => &self.zstd,
+        }
+    }
+
+    /// Takes the other way of coding where that has become cheaper.
+    fn prefer(&mut self) {
+        let other = self.preferred.other();
+        let is_cheaper = self.wire.is_some_and(|wire| {
+            self.of(other).with(wire) < WORTH * self.of(self.preferred).with(wire)
+        });
+        if is_cheaper {
+            self.preferred = other;
+        }
+    }
+
+    fn coded(&mut self, packing: Packing, bytes: u64, ratio: f64, took: Duration) {
+        let cost = match packing {
+            Packing::Lz4 => &mut self.lz4,
+            Packing::Zstd => &mut self.zstd,
+        };
         let weight = (bytes as f64 / (256 << 10) as f64).clamp(0.05, 0.5);
-        let cost = (took.as_secs_f64() / bytes as f64).min(self.coding * SURPRISE_MAX);
-        self.coding += (cost - self.coding) * weight;
-        self.ratio += (ratio - self.ratio) * weight;
+        let coding = (took.as_secs_f64() / bytes as f64).min(cost.coding * SURPRISE_MAX);
+        cost.coding += (coding - cost.coding) * weight;
+        cost.ratio += (ratio - cost.ratio) * weight;
+        self.prefer();
     }
 }
 
-fn after(range: PageRange, count: PageCount) -> PageRange {
+impl Cost {
+    /// Seconds for a byte from the guest's memory to the wire's other end.
+    fn with(&self, wire: f64) -> f64 {
+        self.coding + self.ratio * wire
+    }
+}
+
+/// What comes behind the first `count` pages of the range.
+pub(crate) fn after(range: PageRange, count: PageCount) -> PageRange {
     PageRange::new(
         range.first.advance(count),
         range.count.saturating_sub(count),
@@ -474,6 +606,7 @@ mod tests {
             match coding {
                 None => content.copy_from_slice(bytes),
                 Some(Coding::Lz4) => lz4::decode(bytes, &mut content).unwrap(),
+                Some(Coding::Zstd) => zstd::Decoder::new().decode(bytes, &mut content).unwrap(),
                 Some(Coding::Delta) => {
                     memory.read_at(offset, &mut content).unwrap();
                     crate::receiver::decode_deltas(bytes, &mut content).unwrap();
@@ -498,9 +631,11 @@ mod tests {
         let mut coder = Coder::new();
         let mut check = |range: PageRange, is_again: bool, expect: &str| {
             coder.out.clear();
+            assert_eq!(coder.wanted(&shared, range), range.count);
             let outcome = coder.encode(&shared, &source, range, is_again).unwrap();
-            let pages = outcome.lz4.pages.saturating_add(outcome.delta.pages);
-            assert!(pages <= range.count);
+            let Outcome { lz4, zstd, delta } = outcome;
+            let coded = lz4.pages.get() + zstd.pages.get() + delta.pages.get();
+            assert!(coded <= range.count.get());
             let most = range.bytes().get() + range.count.get() * PUSH_HEADER_BYTES as u64;
             assert!(coder.out.len() as u64 <= most);
             assert_eq!(apply(&coder.out, &target), expect);
@@ -522,6 +657,62 @@ mod tests {
         // What went another way is not there any more.
         shared.forget(range(0, 4));
         check(range(0, 6), true, "lz4 0+4, delta 4+2");
+        // In one way alone; what goes without being kept is no version any more.
+        shared.set(Compression::Zstd);
+        check(range(0, 3), true, "zstd 0+3");
+        check(range(9, 2), false, "zstd 9+2");
+        shared.set(Compression::Delta);
+        check(range(0, 6), true, "raw 0+3, delta 3+3");
+        check(range(0, 6), true, "delta 0+6");
+        shared.set(Compression::Lz4);
+        check(range(0, 2), true, "lz4 0+2");
+    }
+
+    #[test]
+    fn a_slower_wire_takes_the_shorter_coding() {
+        let shared = Shared::new(Compression::On);
+        let mut coder = Coder::new();
+        let all = range(0, 128);
+        let mut learn = |wire: Duration| {
+            // LZ4 leaves 60 % at 1 GB/s, zstd 20 % at 250 MB/s.
+            for _ in 0..40 {
+                coder.sent(1 << 20, wire);
+                let mebibyte = 1 << 20;
+                let took = Duration::from_millis(1);
+                coder.costs.coded(Packing::Lz4, mebibyte, 0.6, took);
+                coder.costs.coded(Packing::Zstd, mebibyte, 0.2, took * 4);
+            }
+            let mut trial = None;
+            for _ in 0..2 * PROBE_EVERY / 128 {
+                let count = coder.wanted(&shared, all).get();
+                match coder.packing.unwrap() {
+                    packing if packing == coder.costs.preferred => assert_eq!(count, 128),
+                    packing => {
+                        assert_eq!(count, TRIAL_PAGES);
+                        trial = Some(packing);
+                    }
+                }
+            }
+            (coder.costs.preferred, trial.expect("the other is tried"))
+        };
+        // 1 GB a second: 1.0 + 0.6 ms a mebibyte against 4.0 + 0.2.
+        assert_eq!(
+            learn(Duration::from_millis(1)),
+            (Packing::Lz4, Packing::Zstd)
+        );
+        // 100 MB a second: 1 + 6 against 4 + 2, no tenth cheaper than which is the other way back.
+        assert_eq!(
+            learn(Duration::from_millis(10)),
+            (Packing::Zstd, Packing::Lz4)
+        );
+        assert_eq!(
+            learn(Duration::from_micros(7400)),
+            (Packing::Zstd, Packing::Lz4)
+        );
+        assert_eq!(
+            learn(Duration::from_millis(3)),
+            (Packing::Lz4, Packing::Zstd)
+        );
     }
 
     #[test]
@@ -542,10 +733,21 @@ mod tests {
         );
         // 100 MB a second.
         (0..40).for_each(|_| coder.sent(1 << 20, Duration::from_millis(10)));
+        assert_eq!(wanted(&mut coder), TRIAL_PAGES, "zstd is tried at first");
         assert_eq!(wanted(&mut coder), 128);
         // What does not shrink is not coded on any wire.
-        (0..40).for_each(|_| coder.costs.coded(1 << 20, 1.0, Duration::from_millis(1)));
-        assert!(wanted(&mut coder) <= PROBE_PAGES);
+        for packing in [Packing::Lz4, Packing::Zstd] {
+            let took = Duration::from_millis(1);
+            (0..40).for_each(|_| coder.costs.coded(packing, 1 << 20, 1.0, took));
+        }
+        let mut tried = Vec::new();
+        for _ in 0..4 * PROBE_EVERY / 128 {
+            let count = wanted(&mut coder);
+            assert!(count <= PROBE_PAGES);
+            tried.extend(coder.packing.filter(|_| count > 0));
+        }
+        assert!(tried.windows(2).all(|pair| pair[0] != pair[1]), "{tried:?}");
+        assert!(tried.len() >= 3, "{tried:?}");
         shared.set(Compression::On);
         assert_eq!(wanted(&mut coder), 128);
         shared.set(Compression::Off);

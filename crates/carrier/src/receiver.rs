@@ -21,7 +21,7 @@ use limosa_engine::wire::{
 };
 use limosa_os::SharedMemory;
 use limosa_os::userfault::InstallError;
-use limosa_pages::codec::{CodecError, delta, lz4};
+use limosa_pages::codec::{CodecError, delta, lz4, zstd};
 use limosa_pages::{PAGE_SIZE_USIZE, PageCount, PageRange, PageSet};
 use std::io::{self, Read};
 use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
@@ -223,6 +223,7 @@ pub(crate) fn start(
                 gathered: Gathered::default(),
                 content: Vec::new(),
                 coded: Vec::new(),
+                zstd: None,
                 is_among_runs: false,
                 start: 0,
                 end: 0,
@@ -294,6 +295,8 @@ struct PushStream {
     content: Vec<u8>,
     /// The same before they were decoded.
     coded: Vec<u8>,
+    /// Once a frame has come.
+    zstd: Option<zstd::Decoder>,
     /// The last header announced a long run: what is read ahead of the next one would be copied once
     /// more.
     is_among_runs: bool,
@@ -375,6 +378,10 @@ impl PushStream {
         content.resize(content_length(range), 0);
         match coding {
             Coding::Lz4 => lz4::decode(&coded, &mut content)?,
+            Coding::Zstd => {
+                let decoder = self.zstd.get_or_insert_default();
+                decoder.decode(&coded, &mut content)?;
+            }
             Coding::Delta if owner == Owner::Streams => {
                 let offset = range.first.file_offset();
                 self.shared.memory.read_at(offset, &mut content)?;
@@ -602,6 +609,7 @@ mod tests {
             gathered: Gathered::default(),
             content: Vec::new(),
             coded: Vec::new(),
+            zstd: None,
             is_among_runs: false,
             start: 0,
             end: 0,

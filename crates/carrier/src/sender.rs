@@ -262,23 +262,23 @@ impl PushStream {
             batch.push(part);
             return Ok(());
         };
-        let coded = self.coder.wanted(&shared.coding, range);
-        if coded > PageCount::ZERO {
-            let front = PageRange::new(range.first, coded);
+        let mut rest = range;
+        while rest.count > PageCount::ZERO {
+            let coded = self.coder.wanted(&shared.coding, rest);
+            if coded == PageCount::ZERO {
+                shared.coding.forget(rest);
+                batch.push(PushHeader::Pages(rest));
+                break;
+            }
+            let front = PageRange::new(rest.first, coded);
             let outcome = self
                 .coder
                 .encode(&shared.coding, &shared.memory, front, is_again)?;
             sent.lz4.add(outcome.lz4);
+            sent.zstd.add(outcome.zstd);
             sent.delta.add(outcome.delta);
             batch.pages += coded.get();
-        }
-        let rest = PageRange::new(
-            range.first.advance(coded),
-            range.count.saturating_sub(coded),
-        );
-        if rest.count > PageCount::ZERO {
-            shared.coding.forget(rest);
-            batch.push(PushHeader::Pages(rest));
+            rest = coding::after(rest, coded);
         }
         Ok(())
     }

@@ -255,8 +255,9 @@ pub(crate) struct Migrate {
     /// Rounds while the guest runs [default: 30]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     pub rounds_max: Option<u32>,
-    /// Code pages to take fewer bytes: auto (where that is quicker), on (whatever shrinks), off
-    #[arg(long, value_name = "auto|on|off", default_value = "auto", value_parser = compression)]
+    /// Code pages to take fewer bytes: auto (where that is quicker), on (whatever shrinks), off, or all in
+    /// one way: lz4, zstd, delta (as differences to what was sent before)
+    #[arg(long, value_name = "auto|on|off|lz4|zstd|delta", default_value = "auto", value_parser = compression)]
     pub compress: Compression,
     /// Slow the guest's writers down if rounds do not shrink: auto or off
     ///
@@ -351,8 +352,8 @@ pub(crate) struct Set {
     /// Rounds while the guest runs
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     pub rounds_max: Option<u32>,
-    /// Code pages to take fewer bytes
-    #[arg(long, value_name = "auto|on|off", value_parser = compression)]
+    /// Code pages to take fewer bytes: where that is quicker, whatever shrinks, not at all, or in one way alone
+    #[arg(long, value_name = "auto|on|off|lz4|zstd|delta", value_parser = compression)]
     pub compress: Option<Compression>,
     /// Slow the guest's writers down if rounds do not shrink; off lets them go
     #[arg(long, value_name = "off|auto")]

@@ -62,8 +62,10 @@ pub struct RoundReport {
     /// Hot pages that it left out; they count as dirty when it was over.
     #[serde(default)]
     pub deferred: PageCount,
-    /// Pages that were compressed.
+    /// Pages that were compressed by LZ4.
     pub lz4: Coded,
+    /// Pages that were compressed by zstd.
+    pub zstd: Coded,
     /// Pages that went as differences to what was sent before.
     pub delta: Coded,
     /// By so many push streams it went, at the most.

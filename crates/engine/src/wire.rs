@@ -392,6 +392,8 @@ pub enum Coding {
     /// Each as the difference to what was sent before of the same page, behind its length in two
     /// bytes, `limosa_pages::codec::delta`.
     Delta,
+    /// All of them as one frame, `limosa_pages::codec::zstd`.
+    Zstd,
 }
 
 /// What follows on a push stream. Behind [`PushHeader::Pages`] come its pages, behind
@@ -497,6 +499,7 @@ impl PushHeader {
                 let kind = match coding {
                     Coding::Lz4 => 6,
                     Coding::Delta => 7,
+                    Coding::Zstd => 8,
                 };
                 encode_header(kind, range.count.get(), range.first.get())
             }
@@ -510,7 +513,7 @@ impl PushHeader {
     pub fn decode(bytes: &[u8; PUSH_HEADER_BYTES], memory: PageCount) -> Result<Self, WireError> {
         let (kind, count, value) = decode_header(bytes)?;
         match kind {
-            1 | 6 | 7 if count > PUSH_PAGES_MAX => {
+            1 | 6..=8 if count > PUSH_PAGES_MAX => {
                 Err(WireError::MalformedPush("too many pages at once"))
             }
             1 => Ok(Self::Pages(checked_range(value, count, memory)?)),
@@ -526,12 +529,12 @@ impl PushHeader {
             }
             4 => Ok(Self::Stale(checked_range(value, count, memory)?)),
             5 => Ok(Self::StaleBits(checked_bits(value, count, memory)?)),
-            6 | 7 => Ok(Self::Coded {
+            6..=8 => Ok(Self::Coded {
                 range: checked_range(value, count, memory)?,
-                coding: if kind == 6 {
-                    Coding::Lz4
-                } else {
-                    Coding::Delta
+                coding: match kind {
+                    6 => Coding::Lz4,
+                    7 => Coding::Delta,
+                    _ => Coding::Zstd,
                 },
             }),
             _ => Err(WireError::MalformedPush("unknown kind")),
@@ -701,7 +704,7 @@ mod tests {
         fn foreign_push_headers_stay_inside_the_memory(bytes in any::<[u8; 16]>(), small in any::<bool>(), pages in 1..5000u64) {
             let mut bytes = bytes;
             if small {
-                bytes[0] %= 9;
+                bytes[0] %= 10;
                 bytes[1..4].fill(0);
                 bytes[6..8].fill(0);
                 bytes[10..].fill(0);

@@ -168,7 +168,7 @@ pub fn compression(text: &str) -> Result<Compression, String> {
     Compression::ALL
         .into_iter()
         .find(|compression| compression.name() == text)
-        .ok_or_else(|| "it is auto, on or off".to_owned())
+        .ok_or_else(|| "it is auto, on, off, lz4, zstd or delta".to_owned())
 }
 
 /// A number with its thousands apart: `1,234,567`.

@@ -7,7 +7,7 @@
 
 use criterion::{Criterion, Throughput};
 use limosa_pages::PAGE_SIZE_USIZE;
-use limosa_pages::codec::{delta, lz4};
+use limosa_pages::codec::{delta, lz4, zstd};
 use std::hint::black_box;
 
 /// Pages that are encoded together, as a stream may do it.
@@ -16,6 +16,7 @@ const PAGES: usize = 16;
 fn main() {
     let mut criterion = Criterion::default().configure_from_args();
     compression(&mut criterion);
+    frames(&mut criterion);
     difference(&mut criterion);
     criterion.final_summary();
 }
@@ -65,6 +66,42 @@ fn compression(criterion: &mut Criterion) {
             bencher.iter(|| lz4::decode(black_box(&out), &mut decoded).unwrap());
         });
         assert_eq!(decoded, pages);
+    }
+    group.finish();
+}
+
+/// Levels, and pages in a frame, by which `zstd::LEVEL` was chosen. What a frame is of its pages is in the
+/// name.
+fn frames(criterion: &mut Criterion) {
+    let mut group = criterion.benchmark_group("zstd");
+    for (name, pages) in [("text", text(1 << 20)), ("noise", noise(1 << 20))] {
+        for (level, count) in [(-5, 16), (-1, 16), (1, 1), (1, 16), (1, 256), (3, 16)] {
+            let pages = &pages[..count * PAGE_SIZE_USIZE];
+            group.throughput(Throughput::Bytes(pages.len() as u64));
+            let mut encoder = zstd::Encoder::with_level(level);
+            let mut out = Vec::new();
+            let is_shorter = encoder.encode(pages, &mut out);
+            let percent = if is_shorter {
+                out.len() * 100 / pages.len()
+            } else {
+                100
+            };
+            let what = format!("{count} pages of {name}, level {level}, {percent} %");
+            group.bench_function(format!("encode {what}"), |bencher| {
+                bencher.iter(|| {
+                    out.clear();
+                    encoder.encode(black_box(pages), &mut out)
+                });
+            });
+            if !is_shorter || level != zstd::LEVEL {
+                continue;
+            }
+            let (mut decoder, mut decoded) = (zstd::Decoder::new(), vec![0; pages.len()]);
+            group.bench_function(format!("decode {what}"), |bencher| {
+                bencher.iter(|| decoder.decode(black_box(&out), &mut decoded).unwrap());
+            });
+            assert_eq!(decoded, pages);
+        }
     }
     group.finish();
 }

@@ -1,6 +1,7 @@
 //! Page codecs: what a page takes on the wire when bytes are dear.
 //!
 //! * [`lz4`]: fast compression of one or more pages as they are.
+//! * [`zstd`]: shorter than that, for more processor time. `[RFC8878]`
 //! * [`delta`]: what has changed in a page since an earlier version that the other side has, in runs
 //!   (XBZRLE). `[Svard11]`
 //!
@@ -8,7 +9,7 @@
 //! the pages is none; foreign bytes are an error, never a panic, and never more output than the pages
 //! that they stand for.
 //!
-//! Absent on purpose: when to use which, which takes clocks, and codecs that need a C library.
+//! Absent on purpose: when to use which, which takes clocks.
 
 /// Why bytes cannot be decoded.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -61,6 +62,134 @@ pub mod lz4 {
             Ok(length) if length == pages.len() => Ok(()),
             Ok(_) => Err(CodecError::OtherLength),
             Err(_) => Err(CodecError::Malformed),
+        }
+    }
+}
+
+/// Zstandard frames. `[RFC8878]`
+///
+/// By the format's own library, in C: what is in Rust reads frames, but writes none that are worth
+/// their time. It gets slices of known length, and checks what it reads against them.
+pub mod zstd {
+    use super::CodecError;
+    use alloc::vec::Vec;
+    use zstd_safe::zstd_sys::ZSTD_ErrorCode;
+    use zstd_safe::{CCtx, CParameter, DCtx, ErrorCode};
+
+    /// The level: the fastest that still writes literals shorter (entropy coding), which is what it has
+    /// over LZ4. Others: `benches/codecs.rs`.
+    pub const LEVEL: i32 = 1;
+
+    /// Writes frames. Its tables are used again for the next: below 1.5 MiB for 256 pages at once,
+    /// and nothing before the first.
+    pub struct Encoder {
+        context: CCtx<'static>,
+    }
+
+    /// Reads frames. Its tables take below 256 KiB whatever a frame asks for: there is no window but
+    /// the pages themselves.
+    pub struct Decoder {
+        context: DCtx<'static>,
+    }
+
+    impl Encoder {
+        /// An encoder of [`LEVEL`].
+        ///
+        /// # Panics
+        /// If there is no memory for some KiB.
+        pub fn new() -> Self {
+            Self::with_level(LEVEL)
+        }
+
+        /// An encoder of another level, for measurements: 1 to 22, or below 0 for quicker and longer.
+        ///
+        /// # Panics
+        /// If there is no memory for some KiB.
+        pub fn with_level(level: i32) -> Self {
+            let mut context = CCtx::create();
+            context
+                .set_parameter(CParameter::CompressionLevel(level))
+                .expect("the library clamps a level");
+            Self { context }
+        }
+
+        /// Appends `pages` compressed to `out`, one frame; false, and nothing is appended, if that is
+        /// not smaller.
+        pub fn encode(&mut self, pages: &[u8], out: &mut Vec<u8>) -> bool {
+            let start = out.len();
+            // What would take as much as the pages finds no room.
+            out.resize(start + pages.len().saturating_sub(1), 0);
+            if let Ok(length) = self.context.compress2(&mut out[start..], pages) {
+                out.truncate(start + length);
+                return true;
+            }
+            out.truncate(start);
+            false
+        }
+
+        /// Bytes of memory it takes now.
+        pub fn memory_bytes(&self) -> usize {
+            self.context.sizeof()
+        }
+    }
+
+    impl Decoder {
+        /// A decoder of frames of all levels.
+        ///
+        /// # Panics
+        /// If there is no memory for 256 KiB.
+        pub fn new() -> Self {
+            Self {
+                context: DCtx::create(),
+            }
+        }
+
+        /// Fills `pages` from what [`Encoder::encode`] made of them.
+        ///
+        /// # Errors
+        /// The bytes were made otherwise; `pages` holds anything then.
+        pub fn decode(&mut self, encoded: &[u8], pages: &mut [u8]) -> Result<(), CodecError> {
+            let expected = pages.len();
+            match self.context.decompress(pages, encoded) {
+                Ok(length) if length == expected => Ok(()),
+                Ok(_) => Err(CodecError::OtherLength),
+                Err(code) if is_too_small(code) => Err(CodecError::OtherLength),
+                Err(_) => Err(CodecError::Malformed),
+            }
+        }
+
+        /// Bytes of memory it takes now.
+        pub fn memory_bytes(&self) -> usize {
+            self.context.sizeof()
+        }
+    }
+
+    /// The library returns the negative of its error's number.
+    fn is_too_small(code: ErrorCode) -> bool {
+        code.wrapping_neg() == ZSTD_ErrorCode::ZSTD_error_dstSize_tooSmall as usize
+    }
+
+    impl Default for Encoder {
+        fn default() -> Self {
+            Self::new()
+        }
+    }
+
+    impl Default for Decoder {
+        fn default() -> Self {
+            Self::new()
+        }
+    }
+
+    impl core::fmt::Debug for Encoder {
+        fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
+            f.debug_struct("Encoder").finish_non_exhaustive()
+        }
+    }
+
+    impl core::fmt::Debug for Decoder {
+        fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
+            f.debug_struct("Decoder").finish_non_exhaustive()
         }
     }
 }
@@ -206,6 +335,44 @@ mod tests {
     }
 
     #[test]
+    fn an_encoder_is_used_again_and_stays_small() {
+        let (mut encoder, mut decoder) = (zstd::Encoder::new(), zstd::Decoder::new());
+        let largest = 256 * PAGE_SIZE_USIZE;
+        for length in [PAGE_SIZE_USIZE, largest, 2 * PAGE_SIZE_USIZE] {
+            let pages: Vec<u8> = (0..length).map(|at| (at * at / 977) as u8 & 0x3f).collect();
+            let mut out = vec![7];
+            assert!(encoder.encode(&pages, &mut out));
+            assert!(out.len() < length / 4 * 3, "{} of {length}", out.len());
+            let mut decoded = vec![1; length];
+            decoder.decode(&out[1..], &mut decoded).unwrap();
+            assert_eq!(decoded, pages);
+            let mut longer = vec![0; length + 1];
+            let refused = decoder.decode(&out[1..], &mut longer);
+            assert_eq!(refused, Err(CodecError::OtherLength));
+            let refused = decoder.decode(&out[1..], &mut longer[2..]);
+            assert_eq!(refused, Err(CodecError::OtherLength));
+            let refused = decoder.decode(&out[1..out.len() - 1], &mut decoded);
+            assert_eq!(refused, Err(CodecError::Malformed));
+        }
+        assert!(
+            encoder.memory_bytes() < 3 << 19,
+            "{}",
+            encoder.memory_bytes()
+        );
+        assert!(
+            decoder.memory_bytes() < 256 << 10,
+            "{}",
+            decoder.memory_bytes()
+        );
+        let noise: Vec<u8> = (0..64_u32)
+            .map(|at| (at.wrapping_mul(2_654_435_761) >> 13) as u8)
+            .collect();
+        let mut out = vec![7];
+        assert!(!encoder.encode(&noise, &mut out));
+        assert_eq!(out, [7]);
+    }
+
+    #[test]
     fn runs_are_told_by_their_lengths() {
         let check = |new: &[u8], expect: &[u8]| {
             let old = vec![0; new.len()];
@@ -250,6 +417,22 @@ mod tests {
             let mut page = vec![0; PAGE_SIZE_USIZE];
             let _delta = delta::decode(&bytes, &mut page);
             let _lz4 = lz4::decode(&bytes, &mut page);
+            let _zstd = zstd::Decoder::new().decode(&bytes, &mut page);
+        }
+
+        #[test]
+        fn damaged_frames_write_their_pages_at_most(at in any::<usize>(), byte in 1..=255_u8, cut in 0..3_usize) {
+            let content = b"words of a page ".repeat(PAGE_SIZE_USIZE / 16);
+            let mut out = Vec::new();
+            prop_assert!(zstd::Encoder::new().encode(&content, &mut out));
+            let at = at % out.len();
+            out[at] ^= byte;
+            out.truncate(out.len() - cut);
+            let mut page = vec![7; PAGE_SIZE_USIZE + 64];
+            let mut decoder = zstd::Decoder::new();
+            let _damaged = decoder.decode(&out, &mut page[..PAGE_SIZE_USIZE]);
+            prop_assert_eq!(&page[PAGE_SIZE_USIZE..], &[7; 64]);
+            prop_assert!(decoder.memory_bytes() < 256 << 10);
         }
 
         #[test]
@@ -264,6 +447,12 @@ mod tests {
             if lz4::encode(&content, &mut out) {
                 let mut decoded = vec![0; content.len()];
                 lz4::decode(&out, &mut decoded).unwrap();
+                prop_assert_eq!(&decoded, &content);
+            }
+            out.clear();
+            let mut decoded = vec![0; content.len()];
+            if zstd::Encoder::new().encode(&content, &mut out) {
+                zstd::Decoder::new().decode(&out, &mut decoded).unwrap();
                 prop_assert_eq!(decoded, content);
             }
         }

@@ -66,8 +66,9 @@ pub(crate) struct Arguments {
     /// Seed of the guest's choices, of --moves and of the simulator
     #[arg(long, value_name = "N", default_value_t = 1)]
     pub seed: u64,
-    /// Code pages to take fewer bytes: auto (where that is quicker), on (whatever shrinks), off
-    #[arg(long, value_name = "auto|on|off", default_value = "auto", value_parser = compression)]
+    /// Code pages to take fewer bytes: auto (where that is quicker), on (whatever shrinks), off, or all in
+    /// one way: lz4, zstd, delta (as differences to what was sent before)
+    #[arg(long, value_name = "auto|on|off|lz4|zstd|delta", default_value = "auto", value_parser = compression)]
     pub compress: Compression,
     /// Slow the guest's writers down if rounds do not shrink: auto or off
     #[arg(long, value_name = "off|auto", default_value_t = Throttling::Off)]

@@ -115,8 +115,10 @@ pub struct SentPiece {
     pub resent: PageCount,
     /// Bytes on the wire, headers included.
     pub bytes: ByteCount,
-    /// Pages that were compressed.
+    /// Pages that were compressed by LZ4.
     pub lz4: Coded,
+    /// Pages that were compressed by zstd.
+    pub zstd: Coded,
     /// Pages that went as differences to what was sent before.
     pub delta: Coded,
 }

@@ -262,6 +262,7 @@ impl Round {
         self.done.resent = self.done.resent.saturating_add(sent.resent);
         self.done.bytes = self.done.bytes.saturating_add(sent.bytes);
         self.done.lz4.add(sent.lz4);
+        self.done.zstd.add(sent.zstd);
         self.done.delta.add(sent.delta);
         if self.clear_late {
             self.late.push_back(piece);

@@ -430,12 +430,18 @@ pub struct Round {
     /// Hot pages that it left out; they count among those found dirty when it was over.
     #[serde(default)]
     pub deferred_pages: u64,
-    /// Pages that were compressed.
+    /// Pages that were compressed by LZ4.
     #[serde(default)]
     pub lz4_pages: u64,
     /// Bytes that they took.
     #[serde(default)]
     pub lz4_bytes: u64,
+    /// Pages that were compressed by zstd.
+    #[serde(default)]
+    pub zstd_pages: u64,
+    /// Bytes that they took.
+    #[serde(default)]
+    pub zstd_bytes: u64,
     /// Pages that went as differences to what was sent before.
     #[serde(default)]
     pub delta_pages: u64,
@@ -652,6 +658,8 @@ impl From<&report::RoundReport> for Round {
             deferred_pages: round.deferred.get(),
             lz4_pages: round.lz4.pages.get(),
             lz4_bytes: round.lz4.bytes.get(),
+            zstd_pages: round.zstd.pages.get(),
+            zstd_bytes: round.zstd.bytes.get(),
             delta_pages: round.delta.pages.get(),
             delta_bytes: round.delta.bytes.get(),
             streams: round.streams,
