@@ -72,6 +72,10 @@ impl Packages {
         fs::create_dir_all(debs.join("partial")).map_err(failed("make a directory"))?;
         let nothing = cache.join("nothing-installed");
         fs::write(&nothing, "").map_err(failed("write"))?;
+        // A fresh machine has no lists of packages.
+        if newest_kernels().is_err() {
+            succeed(Command::new("apt-get").args(["-q", "update"]))?;
+        }
         // Told that nothing is installed, apt fetches all that is needed.
         let option = |name: &str, path: &Path| format!("{name}={}", path.display());
         let mut apt = Command::new("apt-get");
