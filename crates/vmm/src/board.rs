@@ -1,7 +1,8 @@
 //! What a guest has beside memory and processors: the ports of a micro guest ([`micro`]), or the
 //! devices of a PC that stock kernels know ([`pc`]).
 
-pub(crate) mod clock;
+mod clock;
+mod console;
 pub(crate) mod micro;
 pub(crate) mod pc;
 

@@ -7,6 +7,7 @@ pub(crate) mod micro;
 
 use elf::ElfError;
 use limosa_micro_abi::ArgsError;
+use limosa_os::kvm::{kvm_segment, kvm_sregs};
 use std::io;
 
 /// Why a guest cannot be put into memory.
@@ -39,4 +40,34 @@ pub(crate) enum Start {
         /// Its address.
         entry: u64,
     },
+}
+
+/// A task state segment that is in use.
+const BUSY_TSS: u8 = 11;
+
+/// Flat segments over all addresses, for 64-bit code at that privilege level.
+fn set_flat_segments(registers: &mut kvm_sregs, code: u16, data: u16, privilege: u8) {
+    const CODE: u8 = 11;
+    const DATA: u8 = 3;
+    let flat = |selector, kind, long| kvm_segment {
+        limit: u32::MAX,
+        selector,
+        type_: kind,
+        present: 1,
+        dpl: privilege,
+        db: 1 - long,
+        s: 1,
+        l: long,
+        g: 1,
+        ..Default::default()
+    };
+    let data = flat(data, DATA, 0);
+    registers.cs = flat(code, CODE, 1);
+    (
+        registers.ss,
+        registers.ds,
+        registers.es,
+        registers.fs,
+        registers.gs,
+    ) = (data, data, data, data, data);
 }

@@ -3,6 +3,7 @@
 //! [`MicroDevice`] is what all vCPUs share, [`MicroPorts`] what each has for itself; both are part of the
 //! machine's state. Ports are handled on the vCPU's own thread and never write the guest's memory.
 
+use super::console::Console;
 use super::{AfterOut, Answer};
 use crate::answer::ExitReason;
 use crate::heartbeat::{Heartbeat, Observer};
@@ -28,7 +29,7 @@ pub(crate) struct MicroDevice {
     command: AtomicU32,
     heartbeats: AtomicU64,
     observer: Mutex<Option<Observer>>,
-    console: Mutex<Vec<u8>>,
+    console: Mutex<Console>,
 }
 
 impl MicroDevice {
@@ -44,7 +45,7 @@ impl MicroDevice {
             command: AtomicU32::new(Command::NONE.to_word()),
             heartbeats: AtomicU64::new(0),
             observer: Mutex::new(None),
-            console: Mutex::new(Vec::new()),
+            console: Mutex::new(Console::new(name, LINE_BYTES_MAX)),
         }
     }
 
@@ -109,17 +110,8 @@ impl MicroDevice {
     }
 
     fn print(&self, bytes: &[u8]) {
-        let mut line = self.console.lock().unwrap_or_else(PoisonError::into_inner);
-        for &byte in bytes {
-            if byte != b'\n' {
-                line.push(byte);
-            }
-            if byte == b'\n' || line.len() >= LINE_BYTES_MAX {
-                let text = String::from_utf8_lossy(&line).into_owned();
-                tracing::info!(vm = self.name, console = text, "the guest says");
-                line.clear();
-            }
-        }
+        let mut console = self.console.lock().unwrap_or_else(PoisonError::into_inner);
+        console.print(bytes.iter().copied());
     }
 }
 

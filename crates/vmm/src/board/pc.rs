@@ -6,6 +6,7 @@
 
 use super::AfterOut;
 use super::clock::RealTimeClock;
+use super::console::Console;
 use crate::answer::ExitReason;
 use crate::state::{Kind, Section, StateError, Writer};
 use limosa_os::kvm::InterruptLine;
@@ -67,25 +68,10 @@ impl Trigger for SerialLine {
     }
 }
 
-/// Where the console's output goes: line by line into the log of the VM process.
-#[derive(Debug)]
-struct Console {
-    name: String,
-    line: Vec<u8>,
-}
-
 impl Write for Console {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        for &byte in bytes {
-            if !matches!(byte, b'\n' | b'\r') {
-                self.line.push(byte);
-            }
-            if byte == b'\n' || self.line.len() >= LINE_BYTES_MAX {
-                let text = String::from_utf8_lossy(&self.line).into_owned();
-                tracing::info!(vm = self.name, console = text, "the guest says");
-                self.line.clear();
-            }
-        }
+        // Terminals want both ends of a line, logs one.
+        self.print(bytes.iter().copied().filter(|&byte| byte != b'\r'));
         Ok(bytes.len())
     }
 
@@ -97,10 +83,7 @@ impl Write for Console {
 impl Pc {
     /// The devices of a machine with that name; the serial port interrupts by that line.
     pub(crate) fn new(name: &str, line: InterruptLine) -> Self {
-        let console = Console {
-            name: name.to_owned(),
-            line: Vec::new(),
-        };
+        let console = Console::new(name, LINE_BYTES_MAX);
         Self {
             serial: Mutex::new(Serial::new(SerialLine(line), console)),
             clock: Mutex::new(RealTimeClock::new()),
@@ -183,10 +166,7 @@ impl Pc {
             .0
             .try_clone()
             .map_err(|error| cannot(&error))?;
-        let console = Console {
-            name: place.writer().name.clone(),
-            line: begun,
-        };
+        let console = place.writer().behind(begun);
         *place = Serial::from_state(&state, SerialLine(line), NoEvents, console)
             .map_err(|error| cannot(&error))?;
         Ok(())

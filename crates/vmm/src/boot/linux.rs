@@ -206,13 +206,16 @@ fn load_kernel(
     if header.version < VERSION_64 || header.xloadflags & XLF_KERNEL_64 == 0 {
         return Err(LinuxError::Kernel("has no 64-bit entry".to_owned()));
     }
-    // It unpacks itself where it prefers to be, and needs that much there.
-    let preferred = u64::max(header.pref_address, KERNEL);
-    let needed = preferred.saturating_add(u64::from(header.init_size));
+    let needed = unpacked_end(&header);
     if needed > low_memory(memory) {
         return Err(too_small(needed));
     }
     Ok(header)
+}
+
+/// Where a kernel ends that has unpacked itself: where it prefers to be, and it needs that much there.
+fn unpacked_end(header: &setup_header) -> u64 {
+    u64::max(header.pref_address, KERNEL).saturating_add(u64::from(header.init_size))
 }
 
 /// Start and size of the initial file system.
@@ -233,8 +236,7 @@ fn load_initrd(
     };
     let highest = u64::from(header.initrd_addr_max) + 1;
     let end = low_memory(memory).min(highest);
-    let kernel_end =
-        u64::max(header.pref_address, KERNEL).saturating_add(u64::from(header.init_size));
+    let kernel_end = unpacked_end(header);
     let start = end.checked_sub(bytes).map(|start| start & !0xfff);
     let start = start
         .filter(|&start| start >= kernel_end)
@@ -281,12 +283,11 @@ fn write_page_tables(view: &GuestView) -> Result<(), LinuxError> {
             table | TABLE_ENTRY,
             GuestAddress(UPPER_TABLE + gibibyte * 8),
         )?;
-        let entries: Vec<u64> = (0..512)
-            .map(|entry| (gibibyte * GIBIBYTE + entry * LARGE_PAGE) | PAGE_ENTRY)
+        let pages = (0..512).map(|entry| gibibyte * GIBIBYTE + entry * LARGE_PAGE);
+        let entries: Vec<u8> = pages
+            .flat_map(|page| (page | PAGE_ENTRY).to_le_bytes())
             .collect();
-        for (place, entry) in (table..).step_by(8).zip(entries) {
-            view.write_obj(entry, GuestAddress(place))?;
-        }
+        view.write_slice(&entries, GuestAddress(table))?;
     }
     Ok(())
 }
@@ -305,33 +306,11 @@ pub(crate) fn registers(entry: u64) -> kvm_regs {
 
 /// Makes the special registers of a fresh vCPU those with which a kernel is entered.
 pub(crate) fn set_special_registers(registers: &mut kvm_sregs) {
-    const CODE: u8 = 11;
-    const DATA: u8 = 3;
-    const BUSY_TSS: u8 = 11;
-    let flat = |selector, kind, long| kvm_segment {
-        limit: u32::MAX,
-        selector,
-        type_: kind,
-        present: 1,
-        db: 1 - long,
-        s: 1,
-        l: long,
-        g: 1,
-        ..Default::default()
-    };
-    let data = flat(DATA_SELECTOR, DATA, 0);
-    registers.cs = flat(CODE_SELECTOR, CODE, 1);
-    (
-        registers.ss,
-        registers.ds,
-        registers.es,
-        registers.fs,
-        registers.gs,
-    ) = (data, data, data, data, data);
+    super::set_flat_segments(registers, CODE_SELECTOR, DATA_SELECTOR, 0);
     registers.tr = kvm_segment {
         limit: 0xf_ffff,
         selector: TSS_SELECTOR,
-        type_: BUSY_TSS,
+        type_: super::BUSY_TSS,
         present: 1,
         ..Default::default()
     };

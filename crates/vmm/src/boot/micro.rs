@@ -133,35 +133,12 @@ pub(crate) fn registers(entry: u64, vcpu: u8) -> kvm_regs {
 
 /// Makes the special registers of a fresh vCPU those of a micro guest.
 pub(crate) fn set_special_registers(registers: &mut kvm_sregs) {
-    const CODE: u8 = 11;
-    const DATA: u8 = 3;
-    const BUSY_TSS: u8 = 11;
-    let flat = |selector, kind, long| kvm_segment {
-        limit: u32::MAX,
-        selector,
-        type_: kind,
-        present: 1,
-        dpl: 3,
-        db: 1 - long,
-        s: 1,
-        l: long,
-        g: 1,
-        ..Default::default()
-    };
-    let data = flat(DATA_SELECTOR, DATA, 0);
-    registers.cs = flat(CODE_SELECTOR, CODE, 1);
-    (
-        registers.ss,
-        registers.ds,
-        registers.es,
-        registers.fs,
-        registers.gs,
-    ) = (data, data, data, data, data);
+    super::set_flat_segments(registers, CODE_SELECTOR, DATA_SELECTOR, 3);
     registers.tr = kvm_segment {
         base: TSS,
         limit: u32::try_from(TSS_BYTES - 1).expect("a small number"),
         selector: TSS_SELECTOR,
-        type_: BUSY_TSS,
+        type_: super::BUSY_TSS,
         present: 1,
         ..Default::default()
     };
