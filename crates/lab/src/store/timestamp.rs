@@ -1,40 +1,18 @@
 //! Moments as people and programs both read them: RFC 3339 in UTC, to the second.
 
 use std::time::{SystemTime, UNIX_EPOCH};
+use time::OffsetDateTime;
 
-const DAY_SECONDS: u64 = 86_400;
-
-/// A moment as text; one before 1970 counts as that year's beginning.
+/// A moment as text; one before 1970, or beyond the year 9999, counts as the beginning of 1970.
 pub fn timestamp(moment: SystemTime) -> String {
     let since = moment.duration_since(UNIX_EPOCH).unwrap_or_default();
-    let seconds = since.as_secs();
-    let (year, month, day) = date(seconds / DAY_SECONDS);
-    let of_day = seconds % DAY_SECONDS;
-    let (hour, minute, second) = (of_day / 3600, of_day / 60 % 60, of_day % 60);
+    let seconds = i64::try_from(since.as_secs()).unwrap_or(i64::MAX);
+    let moment = OffsetDateTime::from_unix_timestamp(seconds);
+    let moment = moment.unwrap_or(OffsetDateTime::UNIX_EPOCH);
+    let (year, month, day) = moment.to_calendar_date();
+    let (hour, minute, second) = moment.to_hms();
+    let month = u8::from(month);
     format!("{year:04}-{month:02}-{day:02}T{hour:02}:{minute:02}:{second:02}Z")
-}
-
-/// The date so many days after 1970 began. Years are counted from March on, so that the day that
-/// only some of them have is their last one.
-const fn date(days: u64) -> (u64, u64, u64) {
-    /// Days from the first of March of year 0 until 1970.
-    const SHIFT: u64 = 719_468;
-    /// Days of four centuries, after which the calendar repeats.
-    const ERA: u64 = 146_097;
-    let shifted = days + SHIFT;
-    let (era, of_era) = (shifted / ERA, shifted % ERA);
-    let year_of_era = (of_era - of_era / 1460 + of_era / 36_524 - of_era / 146_096) / 365;
-    let of_year = of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
-    // The months from March on have 153 days in every five.
-    let from_march = (5 * of_year + 2) / 153;
-    let day = of_year - (153 * from_march + 2) / 5 + 1;
-    let month = if from_march < 10 {
-        from_march + 3
-    } else {
-        from_march - 9
-    };
-    let year = era * 400 + year_of_era + (month <= 2) as u64;
-    (year, month, day)
 }
 
 #[cfg(test)]

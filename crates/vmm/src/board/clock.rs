@@ -4,6 +4,7 @@
 //! Alarms and periodic interrupts are not there. Layout: Motorola MC146818.
 
 use std::time::{SystemTime, UNIX_EPOCH};
+use time::OffsetDateTime;
 
 /// Registers, of which the first bit of the index port is none: it masks an interrupt.
 const INDEX_MASK: u8 = 0x7f;
@@ -29,19 +30,6 @@ pub(crate) struct RealTimeClock {
     memory: [u8; REGISTERS],
 }
 
-/// A moment in the calendar, in universal time.
-#[derive(Debug, PartialEq, Eq)]
-struct Moment {
-    year: u64,
-    month: u8,
-    day: u8,
-    /// Sunday is 1.
-    weekday: u8,
-    hour: u8,
-    minute: u8,
-    second: u8,
-}
-
 impl RealTimeClock {
     /// Bytes of its state.
     pub(crate) const STATE_BYTES: usize = 2 + REGISTERS;
@@ -60,25 +48,26 @@ impl RealTimeClock {
 
     /// The register that was chosen, at this moment.
     pub(crate) fn read(&self, now: SystemTime) -> u8 {
-        let moment = Moment::of(now);
+        let moment = moment_of(now);
+        let year = moment.year().unsigned_abs();
         let digits = |number: u8| match self.status_b & BINARY {
             0 => ((number / 10) << 4) | (number % 10),
             _ => number,
         };
-        let part = |of: u64| u8::try_from(of % 100).expect("below a hundred");
+        let part = |of: u32| u8::try_from(of % 100).expect("below a hundred");
         match self.index {
-            0 => digits(moment.second),
-            2 => digits(moment.minute),
+            0 => digits(moment.second()),
+            2 => digits(moment.minute()),
             4 if self.status_b & HOURS_24 == 0 => {
-                let afternoon = u8::from(moment.hour >= 12) << 7;
-                afternoon | digits((moment.hour + 11) % 12 + 1)
+                let afternoon = u8::from(moment.hour() >= 12) << 7;
+                afternoon | digits((moment.hour() + 11) % 12 + 1)
             }
-            4 => digits(moment.hour),
-            6 => moment.weekday,
-            7 => digits(moment.day),
-            8 => digits(moment.month),
-            9 => digits(part(moment.year)),
-            CENTURY => digits(part(moment.year / 100)),
+            4 => digits(moment.hour()),
+            6 => moment.weekday().number_from_sunday(),
+            7 => digits(moment.day()),
+            8 => digits(moment.month().into()),
+            9 => digits(part(year)),
+            CENTURY => digits(part(year / 100)),
             STATUS_A => DIVIDER,
             STATUS_B => self.status_b,
             STATUS_D => VALID,
@@ -107,39 +96,15 @@ impl RealTimeClock {
     }
 }
 
-impl Moment {
-    /// Days to dates by counting eras of 400 years from the first of March of the year 0, so that leap
-    /// days come last.
-    fn of(now: SystemTime) -> Self {
-        const DAYS_OF_ERA: u64 = 146_097;
-        const DAYS_TO_1970: u64 = 719_468;
-        let seconds = now
-            .duration_since(UNIX_EPOCH)
-            .map_or(0, |since| since.as_secs());
-        let (days, second) = (seconds / 86_400, seconds % 86_400);
-        let from_march = days + DAYS_TO_1970;
-        let (era, day_of_era) = (from_march / DAYS_OF_ERA, from_march % DAYS_OF_ERA);
-        let year_of_era =
-            (day_of_era - day_of_era / 1_460 + day_of_era / 36_524 - day_of_era / 146_096) / 365;
-        let day_of_year = day_of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
-        let from_march = (5 * day_of_year + 2) / 153;
-        let month = if from_march < 10 {
-            from_march + 3
-        } else {
-            from_march - 9
-        };
-        let small = |number: u64| u8::try_from(number).expect("a part of a date");
-        Self {
-            year: era * 400 + year_of_era + u64::from(month <= 2),
-            month: small(month),
-            day: small(day_of_year - (153 * from_march + 2) / 5 + 1),
-            // The first of January 1970 was a Thursday.
-            weekday: small((days + 4) % 7 + 1),
-            hour: small(second / 3_600),
-            minute: small(second / 60 % 60),
-            second: small(second % 60),
-        }
-    }
+/// In universal time; a host whose clock is before 1970 or far beyond any calendar shows 1970.
+fn moment_of(now: SystemTime) -> OffsetDateTime {
+    let seconds = now
+        .duration_since(UNIX_EPOCH)
+        .map_or(0, |since| since.as_secs());
+    i64::try_from(seconds)
+        .ok()
+        .and_then(|seconds| OffsetDateTime::from_unix_timestamp(seconds).ok())
+        .unwrap_or(OffsetDateTime::UNIX_EPOCH)
 }
 
 #[cfg(test)]
@@ -154,17 +119,15 @@ mod tests {
     #[test]
     fn dates_are_those_of_the_calendar() {
         let check = |seconds, expect: [u64; 7]| {
-            let moment = Moment::of(at(seconds));
-            let small = [
-                moment.month,
-                moment.day,
-                moment.weekday,
-                moment.hour,
-                moment.minute,
-                moment.second,
-            ];
-            let mut found = vec![moment.year];
-            found.extend(small.map(u64::from));
+            let mut clock = RealTimeClock::new();
+            clock.set_index(STATUS_B);
+            clock.write(HOURS_24 | BINARY);
+            let mut read = |index| {
+                clock.set_index(index);
+                u64::from(clock.read(at(seconds)))
+            };
+            let year = read(CENTURY) * 100 + read(9);
+            let found = [year, read(8), read(7), read(6), read(4), read(2), read(0)];
             assert_eq!(found, expect);
         };
         check(0, [1970, 1, 1, 5, 0, 0, 0]);
