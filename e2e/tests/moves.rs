@@ -420,16 +420,22 @@ fn rounds_end_at_their_limit_and_before_the_deadline() {
     assert_is_at(VM, &pair.a, &pair.b);
 }
 
+/// A guest that has 192 MiB to be copied and writes next to nothing.
+fn pair_with_much_to_copy() -> Pair {
+    let pair = Pair::start();
+    let mut spec = guest::writer(VM, "ws=2M rate=500 touch=192M");
+    spec.memory_bytes = 256 << 20;
+    pair.boot(spec);
+    pair
+}
+
 #[test]
 fn a_bandwidth_set_in_flight_takes_effect() {
     if !has_kvm() {
         return;
     }
     let _places = Places::all();
-    let pair = Pair::start();
-    let mut spec = guest::writer(VM, "ws=2M rate=500 touch=192M");
-    spec.memory_bytes = 256 << 20;
-    pair.boot(spec);
+    let pair = pair_with_much_to_copy();
     let mut body = body(&pair.b, Mode::PreCopy);
     body.bandwidth_max = Some(4_000_000);
     let id = pair.a.client().migrate(VM, &body).expect("accepted");
@@ -477,10 +483,7 @@ fn streams_set_in_flight_are_used() {
         return;
     }
     let _places = Places::all();
-    let pair = Pair::start();
-    let mut spec = guest::writer(VM, "ws=2M rate=500 touch=192M");
-    spec.memory_bytes = 256 << 20;
-    pair.boot(spec);
+    let pair = pair_with_much_to_copy();
     let mut body = body(&pair.b, Mode::PreCopy);
     (body.bandwidth_max, body.streams) = (Some(16_000_000), Streams::fixed(1));
     body.verify = true;

@@ -1,6 +1,7 @@
 //! One emulated host: QEMU with two sockets to it, one for what its script prints, one for control.
 
 use super::archive::Archive;
+use super::packages::Packages;
 use super::{EmulationError, Run, SERIES, failed};
 use std::fs::{self, File};
 use std::io::{self, BufRead, BufReader, BufWriter, Write};
@@ -149,26 +150,19 @@ fn end(qemu: &mut Child) {
 
 /// The emulator out of the packages; it ends with whoever started it.
 fn qemu(cache: &Path) -> Command {
-    let usr = cache.join("packages/usr");
-    let library_path = [
-        "lib/x86_64-linux-gnu",
-        "lib/x86_64-linux-gnu/pulseaudio",
-        "lib",
-    ]
-    .map(|path| usr.join(path).display().to_string())
-    .join(":");
+    let packages = Packages::unpacked(cache);
     let series = SERIES[0];
     let mut command = Command::new("setpriv");
     command
         .args(["--pdeathsig", "KILL"])
-        .arg(usr.join("lib64/ld-linux-x86-64.so.2"))
-        .args(["--library-path", &library_path])
-        .arg(usr.join("bin/qemu-system-x86_64"))
-        .env("QEMU_MODULE_DIR", usr.join("lib/x86_64-linux-gnu/qemu"))
+        .arg(packages.loader())
+        .args(["--library-path", &packages.library_path()])
+        .arg(packages.usr("bin/qemu-system-x86_64"))
+        .env("QEMU_MODULE_DIR", packages.qemu_modules())
         .arg("-L")
-        .arg(usr.join("share/qemu"))
+        .arg(packages.usr("share/qemu"))
         .arg("-L")
-        .arg(usr.join("share/seabios"))
+        .arg(packages.usr("share/seabios"))
         .args(["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"])
         // One processor a host: with two, hosts now and then hang when they make their first machine.
         .args(["-M", "q35", "-accel", "tcg,thread=multi,tb-size=256", "-smp", "1"])

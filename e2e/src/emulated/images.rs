@@ -5,7 +5,7 @@
 
 use super::archive::Archive;
 use super::kernel::Kernel;
-use super::packages::{Packages, succeed};
+use super::packages::{Packages, TRIPLET, succeed};
 use super::{EmulationError, SERIES, failed};
 use std::fs::{self, File};
 use std::io::{self, BufWriter, Write};
@@ -163,11 +163,11 @@ fn initial(
 
 /// What QEMU needs on a host, and the barrier.
 fn complete_usr(packages: &Packages, usr: &Path) -> io::Result<()> {
-    let modules = usr.join("lib/x86_64-linux-gnu/qemu");
+    let modules = usr.join("lib").join(TRIPLET).join("qemu");
     for directory in [&modules, &usr.join("share/qemu"), &usr.join("bin")] {
         fs::create_dir_all(directory)?;
     }
-    for entry in fs::read_dir(packages.usr("lib/x86_64-linux-gnu/qemu"))? {
+    for entry in fs::read_dir(packages.qemu_modules())? {
         let path = entry?.path();
         let name = path
             .file_name()

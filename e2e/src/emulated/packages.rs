@@ -25,7 +25,7 @@ const PACKAGES: [&str; 12] = [
 ];
 /// For tar: programs and libraries are below `usr`, as Debian has them today. Not for what links lead to.
 const BELOW_USR: &str = r"s,^\./\(bin\|sbin\|lib\|lib64\)\(/\|$\),./usr/\1\2,S";
-const TRIPLET: &str = "x86_64-linux-gnu";
+pub(super) const TRIPLET: &str = "x86_64-linux-gnu";
 /// Of no use here, and large.
 const UNUSED: [&str; 7] = [
     "linux-image",
@@ -66,9 +66,17 @@ pub(super) fn succeed(command: &mut Command) -> Result<String, EmulationError> {
 }
 
 impl Packages {
+    /// Those that were unpacked there, without the kernels.
+    pub(super) fn unpacked(cache: &Path) -> Self {
+        Self {
+            root: cache.join("packages"),
+            kernels: Vec::new(),
+        }
+    }
+
     /// Fetches and unpacks all of them below `cache`.
     pub(super) fn fetch(cache: &Path) -> Result<Self, EmulationError> {
-        let (debs, root) = (cache.join("debs"), cache.join("packages"));
+        let debs = cache.join("debs");
         fs::create_dir_all(debs.join("partial")).map_err(failed("make a directory"))?;
         let nothing = cache.join("nothing-installed");
         fs::write(&nothing, "").map_err(failed("write"))?;
@@ -86,7 +94,7 @@ impl Packages {
             .arg("install")
             .args(PACKAGES);
         succeed(&mut apt)?;
-        let mut kernels = Vec::new();
+        let mut packages = Self::unpacked(cache);
         for (series, package) in newest_kernels()? {
             let mut apt = Command::new("apt-get");
             apt.args(["-q", "-o", "APT::Sandbox::User=root", "download", &package]);
@@ -95,9 +103,8 @@ impl Packages {
             fs::create_dir_all(&place).map_err(failed("make a directory"))?;
             let deb = find(&debs, |name| name.starts_with(&format!("{package}_")))?;
             succeed(Command::new("dpkg-deb").arg("-x").arg(deb).arg(&place))?;
-            kernels.push((series, place));
+            packages.kernels.push((series, place));
         }
-        let packages = Self { root, kernels };
         packages.unpack(&debs)?;
         Ok(packages)
     }
@@ -161,6 +168,11 @@ impl Packages {
     /// A path below `/usr` of the packages.
     pub(super) fn usr(&self, path: &str) -> PathBuf {
         self.root.join("usr").join(path)
+    }
+
+    /// What QEMU loads when it starts.
+    pub(super) fn qemu_modules(&self) -> PathBuf {
+        self.usr("lib").join(TRIPLET).join("qemu")
     }
 
     pub(super) fn library_path(&self) -> String {
