@@ -29,7 +29,7 @@ use std::time::{Duration, Instant};
 
 /// Series of the kernels of hosts and guests, the usual one first.
 pub const SERIES: [&str; 2] = ["6.1", "6.12"];
-/// How long hosts may take to end.
+/// How often it is looked whether hosts that say nothing are still there.
 const LOOK_EVERY: Duration = Duration::from_millis(200);
 
 /// Why hosts cannot be emulated, or a run did not come to its end.

@@ -25,13 +25,6 @@ const REVISION: u32 = 1;
 /// Revision of the definition block: 64-bit integers.
 const DEFINITIONS: u8 = 2;
 
-/// All tables as they lie in memory.
-#[derive(Debug)]
-pub(crate) struct Tables {
-    /// From [`START`] on.
-    pub(crate) bytes: Vec<u8>,
-}
-
 /// Collects bytes.
 #[derive(Default)]
 struct Bytes(Vec<u8>);
@@ -48,8 +41,8 @@ fn bytes(part: &dyn Aml) -> Vec<u8> {
     bytes.0
 }
 
-/// The tables of a machine with that many vCPUs.
-pub(crate) fn tables(vcpus: u8) -> Tables {
+/// The tables of a machine with that many vCPUs, as they lie in memory from [`START`] on.
+pub(crate) fn tables(vcpus: u8) -> Vec<u8> {
     let mut all = vec![0; Rsdp::len().next_multiple_of(64)];
     let mut place = |table: Vec<u8>| {
         let address = START + all.len() as u64;
@@ -67,7 +60,7 @@ pub(crate) fn tables(vcpus: u8) -> Tables {
     let root = bytes(&Rsdp::new(OEM, xsdt));
     all[..root.len()].copy_from_slice(&root);
     assert!(START + all.len() as u64 <= END, "tables are small");
-    Tables { bytes: all }
+    all
 }
 
 /// What is fixed: the registers for sleep and reset.
@@ -170,7 +163,7 @@ mod tests {
     #[test]
     fn tables_are_found_from_the_root() {
         let tables = tables(4);
-        let at = |address: u64| &tables.bytes[usize::try_from(address - START).unwrap()..];
+        let at = |address: u64| &tables[usize::try_from(address - START).unwrap()..];
         let word = |bytes: &[u8], offset: usize| {
             u64::from_le_bytes(bytes[offset..offset + 8].try_into().unwrap())
         };

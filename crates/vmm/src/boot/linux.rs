@@ -126,7 +126,7 @@ pub struct LinuxImage {
 ///
 /// # Errors
 /// It is too long, or has bytes that end it.
-pub fn check_cmdline(cmdline: &str) -> Result<(), LinuxError> {
+fn check_cmdline(cmdline: &str) -> Result<(), LinuxError> {
     let bytes = cmdline.len();
     if bytes >= CMDLINE_BYTES_MAX || cmdline.contains(['\0', '\n']) {
         return Err(LinuxError::Cmdline { bytes });
@@ -139,7 +139,7 @@ pub(crate) fn fill_memory(
     view: &GuestView,
     memory: ByteCount,
     image: &mut LinuxImage,
-    tables: &acpi::Tables,
+    tables: &[u8],
 ) -> Result<u64, LinuxError> {
     check_cmdline(&image.cmdline)?;
     let header = load_kernel(view, memory, &mut image.kernel)?;
@@ -160,7 +160,7 @@ pub(crate) fn fill_memory(
     zero_page.acpi_rsdp_addr = acpi::START;
     write_map(&mut zero_page, memory);
     view.write_obj(zero_page, GuestAddress(ZERO_PAGE))?;
-    view.write_slice(&tables.bytes, GuestAddress(acpi::START))?;
+    view.write_slice(tables, GuestAddress(acpi::START))?;
     write_page_tables(view)?;
     for (selector, descriptor) in [
         (CODE_SELECTOR, 0x00af_9b00_0000_ffff_u64),
