@@ -67,6 +67,8 @@ pub struct Run {
     pub variables: Vec<(String, String)>,
     /// Memory of each host in MiB.
     pub memory_mib: u32,
+    /// Size in MiB of a disk that all hosts share, `/dev/vdb` on each; 0 for none.
+    pub disk_mib: u64,
     /// When hosts are ended that have not ended by themselves.
     pub limit: Duration,
 }
@@ -106,6 +108,11 @@ impl Hosts {
     /// A host does not start, dies, or takes too long: with the end of its console.
     pub fn run(&self, run: &Run) -> Result<Ended, EmulationError> {
         let place = tempfile::tempdir().map_err(failed("make a directory"))?;
+        if run.disk_mib > 0 {
+            fs::File::create(place.path().join(host::SHARED_DISK))
+                .and_then(|disk| disk.set_len(run.disk_mib << 20))
+                .map_err(failed("make the disk that hosts share"))?;
+        }
         let (tell, told) = mpsc::channel();
         let mut hosts = Vec::new();
         for index in 0..run.hosts {

@@ -1,4 +1,5 @@
-//! A stock Debian kernel under limosa, moved between two emulated hosts by every technique while it works.
+//! A stock Debian kernel under limosa, moved between two emulated hosts by every technique while it works:
+//! it tests memory, writes to a disk that the hosts share, and serves clients on both.
 //!
 //! `LIMOSA_E2E_MATRIX=all` moves it forty times and takes the newer kernel, too.
 
@@ -19,7 +20,7 @@ const MODES: [&str; 6] = [
     "auto",
 ];
 /// What a kernel says when something is wrong with its time, its processors or its memory.
-const ALARMS: [&str; 10] = [
+const ALARMS: [&str; 13] = [
     "BUG:",
     "WARNING:",
     "Oops",
@@ -29,6 +30,9 @@ const ALARMS: [&str; 10] = [
     "Call Trace",
     "CLOCK-WENT-BACK",
     "MEMORY-BAD",
+    "DISK-BAD",
+    "EXT4-fs error",
+    "I/O error",
     "FAILURE",
 ];
 
@@ -86,6 +90,7 @@ fn moves(series: &str, vcpus: u8, modes: &[&str]) {
             ("MODES".to_owned(), modes.join(" ")),
         ],
         memory_mib: 1024,
+        disk_mib: 64,
         limit: LIMIT,
     };
     let ended = hosts.run(&run).unwrap_or_else(|error| panic!("{error}"));
@@ -105,19 +110,36 @@ fn moves(series: &str, vcpus: u8, modes: &[&str]) {
         "its memory was tested"
     );
     // Each beat is there once, wherever it was said: nothing was lost, and nothing ran twice.
-    let mut beats: Vec<u32> = said
-        .iter()
-        .filter_map(|line| line.strip_prefix("beat ")?.parse().ok())
-        .collect();
+    let mut beats: Vec<u32> = numbers(said.iter().copied(), "beat ").collect();
     beats.sort_unstable();
     let expect: Vec<u32> = (1..=u32::try_from(beats.len()).expect("few")).collect();
     assert_eq!(beats, expect);
-    let moved = ended.output.matches("downtime").count();
+    // Both clients kept their one connection, and no answer was missing or given twice.
+    let output = &ended.output;
+    let clients = output.matches("| CLIENT-GOOD").count();
+    assert_eq!(clients, 2, "clients: no answer was lost");
+    assert!(!output.contains("DISK-BAD"), "the file is as it was written");
+    let safe = numbers(said.iter().copied(), "SAFE ").max().expect("something is safe");
+    let on_disk = output.lines().filter_map(|line| line.split_once("| "));
+    let on_disk = numbers(on_disk.map(|line| line.1), "ON-DISK ").max();
+    assert!(
+        on_disk.is_some_and(|lines| lines >= safe),
+        "{safe} numbers were said to be safe, {on_disk:?} are there"
+    );
+    let moved = output.matches("downtime").count();
     assert!(
         moved >= modes.len(),
         "{moved} of {} moves told how it was",
         modes.len()
     );
+}
+
+/// The numbers of the lines that begin so.
+fn numbers<'a>(
+    lines: impl Iterator<Item = &'a str>,
+    word: &'a str,
+) -> impl Iterator<Item = u32> {
+    lines.filter_map(move |line| line.strip_prefix(word)?.parse().ok())
 }
 
 #[test]

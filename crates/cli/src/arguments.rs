@@ -1,5 +1,7 @@
 //! What can be typed: commands, options, examples.
 
+mod devices;
+
 use crate::{cert, demo, lab};
 use clap::{Args, Parser, Subcommand};
 use clap_complete::Shell;
@@ -7,6 +9,7 @@ use limosa_engine::policy::Mode;
 use limosa_engine::streams::Streams;
 use limosa_host::api::{Compression, Deferral, PushOrder, Throttling, TrackerKind};
 use limosa_lab::values::{Milliseconds, OrNone, Rate, Size, compression, mode};
+pub(crate) use devices::{Disk, Net};
 use std::net::SocketAddr;
 use std::path::PathBuf;
 
@@ -140,6 +143,8 @@ Examples:
   limosa run calm --micro idle --memory 256M
   limosa run mine --micro ./my-guest.elf --memory 64M
   limosa run debian --kernel vmlinuz --initrd initrd.img --cmdline console=ttyS0 --memory 1G
+  limosa run web --kernel vmlinuz --disk web.raw --disk tools.raw,ro --net tap0 \
+      --cmdline 'console=ttyS0 root=/dev/vda'
 
 The programs and their arguments are described in docs/micro-guests.md, guests with a kernel in
 docs/linux-guests.md.")]
@@ -164,6 +169,12 @@ pub(crate) struct Run {
         default_value = "console=ttyS0"
     )]
     pub cmdline: String,
+    /// Disk of the kernel's guest, a raw file or a block device; repeat it for several
+    #[arg(long, value_name = "PATH[,ro]", conflicts_with = "micro")]
+    pub disk: Vec<Disk>,
+    /// Network interface of the kernel's guest, behind a tap device of this host; repeat it for several
+    #[arg(long, value_name = "TAP[,mac=ADDRESS]", conflicts_with = "micro")]
+    pub net: Vec<Net>,
     /// Arguments of the program: key=value key=value
     #[arg(
         long,

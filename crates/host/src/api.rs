@@ -16,7 +16,7 @@ pub use limosa_engine::deferral::Deferral;
 pub use limosa_engine::throttle::Throttling;
 pub use limosa_os::dirty::TrackerKind;
 pub use machine::{
-    CommandBody, CommandKind, FirstError, GuestReport, LinuxSpec, SectionInfo, Stall, StallGroup,
+    CommandBody, CommandKind, DiskSpec, FirstError, GuestReport, LinuxSpec, NetworkSpec, SectionInfo, Stall, StallGroup,
     VcpuReport, VmInfo, VmSpec, VmState,
 };
 pub use migration::{

@@ -13,7 +13,10 @@
 //! A page that is read after it was cleared is at least as new as all that no later harvest tells.
 //!
 //! KVM has either the bitmap or the rings, and is told which when a machine is made.
+//!
+//! What the VM process writes for its devices is noted by [`device`], and told with every harvest.
 
+pub mod device;
 mod log;
 mod ring;
 mod seen;

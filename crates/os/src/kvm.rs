@@ -11,16 +11,18 @@
 //!
 //! Deliberately absent: split interrupt controllers, nested virtualisation.
 
+mod doorbell;
 mod interrupt;
 pub(crate) mod request;
 pub(crate) mod slots;
 pub mod vcpu;
 
 use crate::bitmap::SharedBitmap;
+use crate::dirty::device::DeviceWrites;
 use crate::dirty::{
     DirtyLog, DirtyRings, DirtyTracker, RING_BYTES_WANTED, RingTracker, TrackerKind, WriteProtect,
 };
-use crate::memory::SharedMemory;
+use crate::memory::{self, GuestView, SharedMemory};
 use kvm_bindings as abi;
 use kvm_ioctls::{Cap, VmFd};
 use limosa_pages::PageRange;
@@ -30,6 +32,7 @@ use std::io;
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
 
+pub use doorbell::Doorbell;
 pub use interrupt::InterruptLine;
 pub use request::{VcpuPart, VmPart};
 pub use slots::Region;
@@ -172,6 +175,7 @@ impl Kvm {
             rings,
             tracker,
             is_tracking: false,
+            device_writes: None,
         })
     }
 }
@@ -235,6 +239,8 @@ pub struct Vm {
     rings: Option<Arc<DirtyRings>>,
     tracker: Box<dyn DirtyTracker>,
     is_tracking: bool,
+    /// What devices write; there once the machine has its memory.
+    device_writes: Option<Arc<DeviceWrites>>,
 }
 
 impl fmt::Debug for Vm {
@@ -261,7 +267,18 @@ impl Vm {
         memory: Arc<SharedMemory>,
         regions: &[Region],
     ) -> Result<(), KvmError> {
+        let writes = DeviceWrites::nothing(memory.page_count());
+        self.device_writes = Some(Arc::new(writes));
         self.slots.fill(memory, regions)
+    }
+
+    /// The memory as devices see it: what they write through it is told with what the guest writes.
+    ///
+    /// # Panics
+    /// If the machine has no memory yet.
+    pub fn view(&self) -> GuestView {
+        let writes = self.device_writes.as_ref().expect("the machine has memory");
+        memory::view(self.slots.memory(), self.slots.regions(), writes)
     }
 
     /// Interrupt controllers and timer in the kernel, before the first vCPU.
@@ -403,6 +420,9 @@ impl Vm {
         if self.is_tracking {
             self.tracker.stop(&self.slots)?;
             self.is_tracking = false;
+            if let Some(writes) = &self.device_writes {
+                writes.forget_all();
+            }
         }
         Ok(())
     }
@@ -428,7 +448,11 @@ impl Vm {
     /// If the bitmap is of another machine.
     pub fn read_dirty_pages(&self, bitmap: &SharedBitmap) -> Result<(), KvmError> {
         self.need_tracking("tell which pages were written while it does not look")?;
-        self.tracker.harvest(&self.slots, bitmap)
+        self.tracker.harvest(&self.slots, bitmap)?;
+        if let Some(writes) = &self.device_writes {
+            writes.add_to(bitmap);
+        }
+        Ok(())
     }
 
     /// Clears, of the pages in `range`, those that are set in the bitmap, and tracks them anew.
@@ -467,6 +491,9 @@ impl Vm {
         }
         for &run in kept {
             bitmap.take_range(run);
+        }
+        if let Some(writes) = &self.device_writes {
+            writes.forget(bitmap, range);
         }
         self.tracker.clear(&self.slots, bitmap, range)
     }

@@ -14,11 +14,13 @@ pub mod bitmap;
 mod clock;
 pub mod descriptor;
 pub mod dirty;
+pub mod disk;
 pub mod kvm;
 mod mapping;
 pub mod memory;
 pub mod process;
 pub mod socket;
+pub mod tap;
 pub mod thread;
 pub mod userfault;
 

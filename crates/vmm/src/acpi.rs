@@ -4,6 +4,7 @@
 //! Tables lie one after the other from [`START`], the root pointer first.
 
 use crate::board::pc::{self, port};
+use crate::virtio::{self, Place};
 use acpi_tables::fadt::{FADTBuilder, Flags, PmProfile};
 use acpi_tables::gas::{AccessSize, AddressSpace, GAS};
 use acpi_tables::madt::{
@@ -41,8 +42,8 @@ fn bytes(part: &dyn Aml) -> Vec<u8> {
     bytes.0
 }
 
-/// The tables of a machine with that many vCPUs, as they lie in memory from [`START`] on.
-pub(crate) fn tables(vcpus: u8) -> Vec<u8> {
+/// The tables of a machine with so many vCPUs and virtio devices, as they lie in memory from [`START`] on.
+pub(crate) fn tables(vcpus: u8, devices: u16) -> Vec<u8> {
     let mut all = vec![0; Rsdp::len().next_multiple_of(64)];
     let mut place = |table: Vec<u8>| {
         let address = START + all.len() as u64;
@@ -50,7 +51,7 @@ pub(crate) fn tables(vcpus: u8) -> Vec<u8> {
         all.resize(all.len().next_multiple_of(64), 0);
         address
     };
-    let dsdt = place(definitions(vcpus));
+    let dsdt = place(definitions(vcpus, devices));
     let fadt = place(bytes(&fixed(dsdt)));
     let madt = place(bytes(&controllers(vcpus)));
     let mut xsdt = XSDT::new(OEM, TABLE, REVISION);
@@ -105,7 +106,7 @@ fn controllers(vcpus: u8) -> MADT {
 }
 
 /// The devices, the processors among them.
-fn definitions(vcpus: u8) -> Vec<u8> {
+fn definitions(vcpus: u8, devices: u16) -> Vec<u8> {
     let mut table = Sdt::new(*b"DSDT", 36, DEFINITIONS, OEM, TABLE, REVISION);
     table.append_slice(&bytes(&aml::Device::new(
         "_SB_.COM1".into(),
@@ -137,6 +138,9 @@ fn definitions(vcpus: u8) -> Vec<u8> {
             ),
         ],
     )));
+    for index in 0..devices {
+        table.append_slice(&virtio_device(index));
+    }
     for vcpu in 0..vcpus {
         let name = format!("_SB_.C{vcpu:03X}");
         table.append_slice(&bytes(&aml::Device::new(
@@ -155,6 +159,28 @@ fn definitions(vcpus: u8) -> Vec<u8> {
     table.as_slice().to_vec()
 }
 
+/// A device as stock kernels look for it: `virtio_mmio` has this identity in its table.
+fn virtio_device(index: u16) -> Vec<u8> {
+    let Place { address, line } = Place::of(index);
+    let address = u32::try_from(address).expect("below 4 GiB");
+    bytes(&aml::Device::new(
+        format!("_SB_.V{index:03X}").as_str().into(),
+        vec![
+            &aml::Name::new("_HID".into(), &"LNRO0005"),
+            &aml::Name::new("_UID".into(), &index),
+            // What it reads and writes is coherent with the processors' caches.
+            &aml::Name::new("_CCA".into(), &aml::ONE),
+            &aml::Name::new(
+                "_CRS".into(),
+                &aml::ResourceTemplate::new(vec![
+                    &aml::Memory32Fixed::new(true, address, virtio::WINDOW_BYTES),
+                    &aml::Interrupt::new(true, true, false, false, line),
+                ]),
+            ),
+        ],
+    ))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -162,7 +188,7 @@ mod tests {
     /// Follows the pointers as a kernel does.
     #[test]
     fn tables_are_found_from_the_root() {
-        let tables = tables(4);
+        let tables = tables(4, 2);
         let at = |address: u64| &tables[usize::try_from(address - START).unwrap()..];
         let word = |bytes: &[u8], offset: usize| {
             u64::from_le_bytes(bytes[offset..offset + 8].try_into().unwrap())

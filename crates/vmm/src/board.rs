@@ -8,6 +8,7 @@ pub(crate) mod pc;
 
 use crate::answer::ExitReason;
 use crate::state::{Kind, Section, StateError, Writer};
+use crate::virtio::DeviceError;
 use limosa_micro_abi::CommandKind;
 use micro::{MicroDevice, MicroPorts};
 use pc::Pc;
@@ -39,11 +40,11 @@ pub(crate) enum Board {
 }
 
 impl Board {
-    /// Its kinds of sections, each there once.
-    pub(crate) const fn kinds(&self) -> &'static [Kind] {
+    /// Its sections: of which kind, and which of several.
+    pub(crate) fn sections(&self) -> Vec<(Kind, u16)> {
         match self {
-            Self::Micro(_) => &[Kind::Micro],
-            Self::Pc(_) => &[Kind::Serial, Kind::RealTimeClock],
+            Self::Micro(_) => vec![(Kind::Micro, 0)],
+            Self::Pc(pc) => pc.sections(),
         }
     }
 
@@ -71,6 +72,37 @@ impl Board {
         }
     }
 
+    /// Takes what only one machine may have, before the guest runs.
+    pub(crate) fn claim(&self) -> Result<(), DeviceError> {
+        match self {
+            Self::Micro(_) => Ok(()),
+            Self::Pc(pc) => pc.devices().claim(),
+        }
+    }
+
+    /// Gives it up: the guest goes elsewhere.
+    pub(crate) fn release(&self) -> Result<(), DeviceError> {
+        match self {
+            Self::Micro(_) => Ok(()),
+            Self::Pc(pc) => pc.devices().release(),
+        }
+    }
+
+    /// Lets devices work; `has_arrived` if the guest ran on another host before.
+    pub(crate) fn resume(&self, has_arrived: bool) {
+        if let Self::Pc(pc) = self {
+            pc.devices().resume(has_arrived);
+        }
+    }
+
+    /// Brings devices to rest, after the vCPUs.
+    pub(crate) fn pause(&self) -> Result<(), DeviceError> {
+        match self {
+            Self::Micro(_) => Ok(()),
+            Self::Pc(pc) => pc.devices().pause(),
+        }
+    }
+
     /// Appends its sections.
     pub(crate) fn save(&self, writer: &mut Writer) {
         match self {
@@ -79,11 +111,11 @@ impl Board {
         }
     }
 
-    /// Takes its sections, in the order of [`Board::kinds`].
+    /// Takes its sections, in the order of [`Board::sections`].
     pub(crate) fn load(&self, sections: &[Section<'_>]) -> Result<(), StateError> {
         match (self, sections) {
             (Self::Micro(device), [section]) => device.load(*section),
-            (Self::Pc(pc), [serial, clock]) => pc.load(*serial, *clock),
+            (Self::Pc(pc), [serial, clock, devices @ ..]) => pc.load(*serial, *clock, devices),
             _ => unreachable!("sections are found by kind"),
         }
     }
@@ -113,6 +145,29 @@ impl Ports {
         match self {
             Self::Micro(ports) => ports.read(port),
             Self::Pc(pc) => Answer::Word(u32::from(pc.read(port))),
+        }
+    }
+
+    /// The guest writes where it has no memory. Where nothing is, that is lost, as on a real bus.
+    pub(crate) fn write_memory(&self, address: u64, bytes: &[u8]) {
+        let is_there = match self {
+            Self::Micro(_) => false,
+            Self::Pc(pc) => pc.devices().write(address, bytes),
+        };
+        if !is_there {
+            tracing::trace!(address, "write to memory that is not there");
+        }
+    }
+
+    /// The guest reads there. Where nothing is, it sees all ones.
+    pub(crate) fn read_memory(&self, address: u64, bytes: &mut [u8]) {
+        let is_there = match self {
+            Self::Micro(_) => false,
+            Self::Pc(pc) => pc.devices().read(address, bytes),
+        };
+        if !is_there {
+            tracing::trace!(address, "read from memory that is not there");
+            bytes.fill(0xff);
         }
     }
 

@@ -4,7 +4,11 @@
 //! rate that its guest has seen. The host that is to take the machine makes an empty one from it, or
 //! refuses, before the guest is touched.
 
+pub mod devices;
+
 use crate::cpu::{self, CpuidLeaf};
+use crate::virtio::{self, DeviceError};
+use devices::{DEVICES_MAX, DiskConfig, NetworkConfig};
 use limosa_micro_abi::{ARGS_BYTES_MAX, VCPUS_MAX, memory_map};
 use limosa_os::PageKind;
 use limosa_os::dirty::TrackerKind;
@@ -24,7 +28,7 @@ pub const NAME_BYTES_MAX: usize = 64;
 /// Longest description: a table of 256 leaves takes at most 9 KiB.
 pub const DESCRIPTION_BYTES_MAX: usize = 32 << 10;
 /// Marks a description, with its version as the last byte.
-const MAGIC: [u8; 8] = *b"LIMOSVM\x03";
+const MAGIC: [u8; 8] = *b"LIMOSVM\x04";
 /// Clock rates within 250 ppm are the same: real clocks differ by that much from what they say.
 const TSC_TOLERANCE_PPM: u64 = 250;
 
@@ -35,7 +39,7 @@ pub enum Platform {
     #[default]
     Micro,
     /// What a stock kernel needs: interrupt controllers, a timer, a serial console, a real-time clock,
-    /// ACPI.
+    /// ACPI; and the disks and networks that it is given.
     Pc,
 }
 
@@ -56,6 +60,10 @@ pub struct VmConfig {
     pub irqchip: bool,
     /// What it has beside memory and processors.
     pub platform: Platform,
+    /// Its disks, in the order in which the guest finds them.
+    pub disks: Vec<DiskConfig>,
+    /// Its network interfaces, likewise.
+    pub networks: Vec<NetworkConfig>,
     /// Arguments of a micro guest.
     pub args: String,
     /// Where heartbeats are sent.
@@ -106,6 +114,36 @@ pub enum ConfigError {
     /// A PC without interrupt controllers.
     #[error("a PC has interrupt controllers")]
     Platform,
+    /// More devices than a machine has lines for.
+    #[error("{count} disks and networks are too many: a machine has at most {DEVICES_MAX}")]
+    Devices {
+        /// How many.
+        count: usize,
+    },
+    /// Devices of a micro guest.
+    #[error("a micro guest has no disks and no networks")]
+    NoDevices,
+    /// A disk that other hosts could not find.
+    #[error("'{path}' is no absolute path of a disk")]
+    DiskPath {
+        /// What was given.
+        path: String,
+    },
+    /// A name that no interface can have.
+    #[error("'{tap}' is no name of a network interface")]
+    Tap {
+        /// What was given.
+        tap: String,
+    },
+    /// A disk, an interface or an address that two devices would share.
+    #[error("'{name}' is given twice")]
+    SameDevice {
+        /// Which.
+        name: String,
+    },
+    /// This host lacks a disk or an interface.
+    #[error(transparent)]
+    Device(#[from] DeviceError),
     /// Write protection would track huge pages as a whole.
     #[error("huge pages are not tracked by write protection: use the bitmap or the ring")]
     Tracker,
@@ -144,6 +182,8 @@ impl VmConfig {
             dirty_tracker: TrackerKind::default(),
             irqchip: false,
             platform: Platform::Micro,
+            disks: Vec::new(),
+            networks: Vec::new(),
             args: String::new(),
             observer: None,
             cpuid: None,
@@ -180,6 +220,11 @@ impl VmConfig {
         if self.platform == Platform::Pc && !self.irqchip {
             return Err(ConfigError::Platform);
         }
+        devices::check(&self.disks, &self.networks)?;
+        let has_devices = !self.disks.is_empty() || !self.networks.is_empty();
+        if self.platform == Platform::Micro && has_devices {
+            return Err(ConfigError::NoDevices);
+        }
         if self.huge_pages && self.dirty_tracker == TrackerKind::WriteProtect {
             return Err(ConfigError::Tracker);
         }
@@ -202,6 +247,7 @@ impl VmConfig {
         self.check()?;
         let kvm = Kvm::open()?;
         self.check_features(&kvm)?;
+        virtio::check_host(self)?;
         if let Some(wanted) = self.tsc_khz {
             let offered = kvm
                 .create_vm(self.dirty_tracker)?

@@ -9,7 +9,7 @@
 //! own sections and description. Of migrations it knows one thing: the record of who may run the
 //! guest, whose rules are the engine's.
 //!
-//! Deliberately absent: disks, networks.
+//! Deliberately absent: PCI, firmware.
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
 mod acpi;
@@ -27,6 +27,8 @@ pub mod process;
 mod protocol;
 pub mod state;
 mod throttle;
+mod virtio;
 
 pub use boot::elf::ElfError;
 pub use boot::linux::{CMDLINE_BYTES_MAX, LinuxError, LinuxImage};
+pub use virtio::DeviceError;

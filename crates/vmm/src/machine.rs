@@ -13,9 +13,9 @@
 //!            load
 //! ```
 //!
-//! Invariants: after a pause nothing writes the guest's memory: vCPUs are out of the guest, and ports
-//! are handled on their threads and write no memory. The dirty log is read after the vCPUs were
-//! saved, so whatever saving writes is in it.
+//! Invariants: after a pause nothing writes the guest's memory: vCPUs are out of the guest, ports are
+//! handled on their threads and write no memory, and devices rest. The dirty log is read after the vCPUs
+//! were saved, so whatever saving writes is in it. A guest runs only where its disks are locked.
 //!
 //! Deliberately absent: who may run the machine. That is the process's record.
 
@@ -41,6 +41,7 @@ use crate::cpu;
 use crate::layout;
 use crate::state::{StateError, Writer};
 use crate::throttle;
+use crate::virtio::{DeviceError, Devices};
 pub use faults::HeldFaults;
 use first_needed::Place;
 use limosa_engine::Timestamp;
@@ -118,6 +119,9 @@ pub enum MachineError {
         /// What it would have to be.
         wanted: &'static str,
     },
+    /// A disk or a network is not here, or fails.
+    #[error(transparent)]
+    Device(#[from] DeviceError),
     /// A throttle that cannot be carried out.
     #[error("the guest cannot be slowed down: {0}")]
     Throttle(&'static str),
@@ -214,7 +218,8 @@ impl Machine {
             ))),
             Platform::Pc => {
                 let line = vm.interrupt_line(pc::SERIAL_LINE)?;
-                Board::Pc(Arc::new(Pc::new(&config.name, line)))
+                let devices = Devices::make(&mut config, &vm)?;
+                Board::Pc(Arc::new(Pc::new(&config.name, line, devices)))
             }
         };
         let no_observer = |source| MachineError::Io {
@@ -257,8 +262,8 @@ impl Machine {
     /// It is no kernel, or does not fit.
     pub fn boot_linux(&mut self, image: &mut LinuxImage) -> Result<(), MachineError> {
         self.need(Life::Empty, "empty")?;
-        let view = limosa_os::memory::view(&self.memory, &layout::regions(self.config.memory));
-        let tables = acpi::tables(self.config.vcpus);
+        let view = self.vm.view();
+        let tables = acpi::tables(self.config.vcpus, Devices::count(&self.config));
         let entry = linux::fill_memory(&view, self.config.memory, image, &tables);
         let entry = entry.map_err(BootError::from)?;
         self.begin(Start::Linux { entry })
@@ -300,10 +305,12 @@ impl Machine {
     /// Runs the paused machine, or runs it on.
     ///
     /// # Errors
-    /// It is not paused, or a vCPU does not start.
+    /// It is not paused, another guest has its disks, or a vCPU does not start.
     pub fn run(&mut self) -> Result<Running, MachineError> {
         self.need(Life::Paused, "paused")?;
+        self.board.claim()?;
         self.life = Life::Running;
+        self.board.resume(false);
         self.seats.run(None)
     }
 
@@ -311,9 +318,10 @@ impl Machine {
     /// on. `stopped_at` is [`SaveTimes::stopped_first`] on this host's clock.
     ///
     /// # Errors
-    /// It is not paused, or its clock cannot be set. It has not run.
+    /// It is not paused, another guest has its disks, or its clock cannot be set. It has not run.
     pub fn get_ready(&mut self, stopped_at: Timestamp) -> Result<Ready, MachineError> {
         self.need(Life::Paused, "paused")?;
+        self.board.claim()?;
         let pair = ClockPair::sample();
         let elapsed = Timestamp::from_nanos(pair.nanos).since(stopped_at);
         if let Some(clock) = self.shared.clock() {
@@ -333,6 +341,7 @@ impl Machine {
     /// It is not known whether it runs: a vCPU does not say that it does.
     pub fn start(&mut self, ready: Ready) -> Result<Running, MachineError> {
         self.life = Life::Running;
+        self.board.resume(true);
         self.seats.run(Some(ready.0))
     }
 
@@ -347,7 +356,9 @@ impl Machine {
         let vcpus = self.seats.pause(|| Order::Save);
         // Even if one does not come out: it will stop when it does, and can be run on.
         self.life = Life::Paused;
+        let rested = self.board.pause();
         let vcpus = vcpus?;
+        rested?;
         if let Some(reason) = self.shared.exit() {
             return Err(MachineError::Exited(reason));
         }
@@ -395,6 +406,18 @@ impl Machine {
             times,
             first_needed,
         })
+    }
+
+    /// Gives up the locks of the paused machine's disks, for whoever runs the guest next; a later run takes
+    /// them again.
+    ///
+    /// # Errors
+    /// It runs, or a lock cannot be given up.
+    pub fn release(&mut self) -> Result<(), MachineError> {
+        if self.life == Life::Running {
+            return Err(self.wrong_state("paused"));
+        }
+        Ok(self.board.release()?)
     }
 
     /// Gives the machine a state; it can run afterwards. May be repeated while it has not run.

@@ -477,12 +477,15 @@ impl Process<'_> {
         Ok(machine.writers())
     }
 
-    /// Pauses for good, and saves. The guest is let go: whoever runs it on has no reason to slow it.
+    /// Pauses for good, and saves. The guest is let go: whoever runs it on has no reason to slow it. So are
+    /// its disks: that may be another host.
     fn pause(&mut self, harvest: bool) -> Result<Snapshot, RequestError> {
         let machine = self.machine()?;
         let snapshot = machine.pause_and_save(harvest);
         machine.let_go();
-        Ok(snapshot?)
+        let snapshot = snapshot?;
+        machine.release()?;
+        Ok(snapshot)
     }
 
     /// Saves, and runs on if it ran.

@@ -44,6 +44,8 @@ pub enum Kind {
     Serial,
     /// The real-time clock of a PC.
     RealTimeClock,
+    /// A virtio device: registers, queues, and what is its own.
+    Virtio,
     /// The interval timer.
     Timer,
     /// An interrupt controller of the machine.
@@ -75,12 +77,13 @@ pub enum Kind {
 }
 
 /// Every kind, its name, and the version that is written and read.
-const KINDS: [(Kind, &str, u16); 19] = [
+const KINDS: [(Kind, &str, u16); 20] = [
     (Kind::Machine, "machine", 1),
     (Kind::Clock, "clock", 1),
     (Kind::Micro, "micro", 1),
     (Kind::Serial, "serial", 1),
     (Kind::RealTimeClock, "real-time-clock", 1),
+    (Kind::Virtio, "virtio", 1),
     (Kind::Timer, "timer", 1),
     (Kind::InterruptController, "interrupt-controller", 1),
     (Kind::RunState, "vcpu.run-state", 1),

@@ -13,6 +13,7 @@ Usage: cargo run -p limosa-e2e --bin hosts -- [OPTIONS] SCRIPT
   --hosts N             1 or 2 hosts; each runs the script (default 2)
   --put FILE:PATH       have a file at a path on each host, not below /usr; may be given again
   --set NAME=VALUE      a variable of the script; may be given again
+  --disk MIB            a disk that the hosts share, /dev/vdb on each (default none)
   --memory MIB          memory of each host (default 1024)
   --limit SECONDS       end hosts that have not ended by then (default 600)
   --cache DIR           where packages and images are kept (default target/emulated-hosts)
@@ -23,7 +24,7 @@ it. The status is that of the first script that fails.
 
 Example, with the program as it was built last:
   cargo run -p limosa-e2e --bin hosts -- --put target/debug/limosa:/run/limosa \\
-      --set SERIES=6.1 --set VCPUS=1 --set MODES='pre-copy post-copy' e2e/hosts/moves
+      --disk 64 --set SERIES=6.1 --set VCPUS=1 --set MODES='pre-copy post-copy' e2e/hosts/moves
 ";
 
 fn main() -> ExitCode {
@@ -43,6 +44,7 @@ fn run(mut words: impl Iterator<Item = String>) -> Result<u8, String> {
         files: Vec::new(),
         variables: Vec::new(),
         memory_mib: 1024,
+        disk_mib: 0,
         limit: Duration::from_secs(600),
     };
     let mut cache = PathBuf::from("target/emulated-hosts");
@@ -68,6 +70,7 @@ fn run(mut words: impl Iterator<Item = String>) -> Result<u8, String> {
                     .ok_or_else(wrong)?
             }
             "--memory" => run.memory_mib = value.parse().map_err(|_| wrong())?,
+            "--disk" => run.disk_mib = value.parse().map_err(|_| wrong())?,
             "--limit" => run.limit = Duration::from_secs(value.parse().map_err(|_| wrong())?),
             "--cache" => cache = value.into(),
             "--put" => {

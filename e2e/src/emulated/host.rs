@@ -12,6 +12,8 @@ use std::sync::mpsc::Sender;
 use std::thread;
 use std::time::{Duration, Instant};
 
+/// The disk that all hosts have, beside what else belongs to a run.
+pub(super) const SHARED_DISK: &str = "shared.raw";
 const NAMES: [&str; 2] = ["host-a", "host-b"];
 /// How long QEMU may take to connect, and to make its end of the LAN.
 const START_MAX: Duration = Duration::from_secs(20);
@@ -69,6 +71,9 @@ impl Host {
         command.args(["-name", name, "-m", &run.memory_mib.to_string()]);
         command.arg("-initrd").arg(&initial);
         connect(&mut command, &console, sockets);
+        if run.disk_mib > 0 {
+            share_disk(&mut command, place);
+        }
         if run.hosts == 2 {
             lan(&mut command, place, index)?;
         }
@@ -196,6 +201,17 @@ fn connect(command: &mut Command, console: &Path, sockets: [(&str, &PathBuf); 2]
                 &format!("virtserialport,chardev={name},name={name}"),
             ]);
     }
+}
+
+/// All hosts write it: who may when is for those who use it to settle.
+fn share_disk(command: &mut Command, place: &Path) {
+    command
+        .arg("-drive")
+        .arg(format!(
+            "if=none,id=shared,format=raw,cache=writethrough,file.locking=off,discard=unmap,file={}",
+            place.join(SHARED_DISK).display()
+        ))
+        .args(["-device", "virtio-blk-pci,drive=shared"]);
 }
 
 /// The first host listens, the second one connects.

@@ -1,9 +1,9 @@
 //! Commands about virtual machines: run, list, inspect, stop.
 
-use crate::arguments::{Run, Stop};
+use crate::arguments::{Disk, Net, Run, Stop};
 use crate::output::{Align, Output, count, table};
 use anyhow::Result;
-use limosa_host::api::{LinuxSpec, SectionInfo, VmInfo, VmSpec, VmState};
+use limosa_host::api::{DiskSpec, LinuxSpec, SectionInfo, VmInfo, VmSpec, VmState};
 use limosa_host::client::Client;
 use limosa_pages::ByteCount;
 use serde::Serialize;
@@ -15,6 +15,8 @@ pub(super) fn run(client: &Client, run: &Run, output: Output) -> Result<()> {
         kernel: absolute(kernel),
         initrd: run.initrd.as_deref().map(absolute),
         cmdline: run.cmdline.clone(),
+        disks: run.disk.iter().map(|Disk(disk)| here(disk)).collect(),
+        networks: run.net.iter().map(|Net(net)| net.clone()).collect(),
     });
     let spec = VmSpec {
         name: run.name.clone(),
@@ -43,6 +45,13 @@ pub(super) fn run(client: &Client, run: &Run, output: Output) -> Result<()> {
 fn absolute(path: &Path) -> String {
     let absolute = std::path::absolute(path);
     absolute.as_deref().unwrap_or(path).display().to_string()
+}
+
+fn here(disk: &DiskSpec) -> DiskSpec {
+    DiskSpec {
+        path: absolute(Path::new(&disk.path)),
+        ..disk.clone()
+    }
 }
 
 /// A path becomes absolute, since the daemon has another working directory; a name stays.

@@ -56,6 +56,38 @@ pub struct LinuxSpec {
     #[serde(default)]
     #[schema(example = "console=ttyS0 root=/dev/vda")]
     pub cmdline: String,
+    /// Its disks: `/dev/vda`, `/dev/vdb` and so on.
+    #[serde(default)]
+    pub disks: Vec<DiskSpec>,
+    /// Its network interfaces. It has at most seven disks and interfaces together.
+    #[serde(default)]
+    pub networks: Vec<NetworkSpec>,
+}
+
+/// A disk of a guest.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct DiskSpec {
+    /// A raw file or a block device, by its absolute path; the hosts that the guest moves to have to see
+    /// the same one there.
+    #[schema(example = "/srv/images/web.raw")]
+    pub path: String,
+    /// The guest only reads it; several guests may.
+    #[serde(default)]
+    pub read_only: bool,
+}
+
+/// A network interface of a guest.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct NetworkSpec {
+    /// Name of the tap device behind it; the hosts that the guest moves to need one of the same name.
+    #[schema(example = "tap0")]
+    pub tap: String,
+    /// Its address; made from the name of the virtual machine if it is not given.
+    #[serde(default)]
+    #[schema(example = "52:54:00:12:34:56")]
+    pub mac: Option<String>,
 }
 
 /// What a virtual machine does.

@@ -125,8 +125,10 @@ impl Machines for Processes {
         config.huge_pages = spec.huge_pages;
         config.dirty_tracker = spec.dirty_tracker;
         config.args = spec.args.clone();
-        if let Program::Linux(_) = program {
+        if let Some(linux) = &spec.linux {
             (config.platform, config.irqchip) = (Platform::Pc, true);
+            config.disks = preflight::disks(linux);
+            config.networks = preflight::networks(name, linux).map_err(Refusal::bad_request)?;
         }
         config.observer = spec.observer.as_deref().and_then(|text| text.parse().ok());
         config

@@ -1,8 +1,11 @@
 //! Pages that were seen written and not cleared yet: what trackers keep that track pages anew at
-//! once.
+//! once, and what devices note.
+//!
+//! Whoever notes a page has written it before; whoever forgets one copies it afterwards. The words
+//! carry that order from thread to thread.
 
 use crate::bitmap::{SharedBitmap, masks};
-use limosa_pages::{PageCount, PageRange};
+use limosa_pages::{PageCount, PageRange, Pfn};
 use std::sync::atomic::{AtomicU64, Ordering};
 
 /// A bit a page. Several threads may set bits while one harvests.
@@ -27,8 +30,15 @@ impl Seen {
             return;
         }
         for (index, mask) in masks(range) {
-            self.words[index].fetch_or(mask, Ordering::Relaxed);
+            self.words[index].fetch_or(mask, Ordering::Release);
         }
+    }
+
+    pub(super) fn contains(&self, page: Pfn) -> bool {
+        let one = PageRange::new(page, PageCount::new(1));
+        let is_inside = page.get() < self.pages.get();
+        is_inside
+            && masks(one).all(|(index, mask)| self.words[index].load(Ordering::Acquire) & mask != 0)
     }
 
     pub(super) fn forget_all(&self) {
@@ -40,7 +50,17 @@ impl Seen {
     /// Overwrites the bitmap.
     pub(super) fn copy_to(&self, bitmap: &SharedBitmap) {
         for (index, word) in self.words.iter().enumerate() {
-            bitmap.store(index, word.load(Ordering::Relaxed));
+            bitmap.store(index, word.load(Ordering::Acquire));
+        }
+    }
+
+    /// Adds to the bitmap.
+    pub(super) fn add_to(&self, bitmap: &SharedBitmap) {
+        for (index, word) in self.words.iter().enumerate() {
+            let seen = word.load(Ordering::Acquire);
+            if seen != 0 {
+                bitmap.store(index, bitmap.load(index) | seen);
+            }
         }
     }
 
@@ -48,7 +68,7 @@ impl Seen {
     pub(super) fn forget(&self, harvested: &SharedBitmap, range: PageRange) {
         for (index, mask) in masks(range) {
             let told = harvested.load(index) & mask;
-            self.words[index].fetch_and(!told, Ordering::Relaxed);
+            self.words[index].fetch_and(!told, Ordering::AcqRel);
         }
     }
 }
@@ -56,7 +76,6 @@ impl Seen {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use limosa_pages::Pfn;
 
     #[test]
     fn only_what_was_told_is_forgotten() {

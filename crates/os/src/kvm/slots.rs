@@ -83,7 +83,7 @@ impl Slots {
         unsafe { BorrowedFd::borrow_raw(self.vm.as_raw_fd()) }
     }
 
-    fn memory(&self) -> &SharedMemory {
+    pub(super) fn memory(&self) -> &Arc<SharedMemory> {
         self.memory
             .as_ref()
             .expect("asked after the memory was set")

@@ -1,14 +1,16 @@
 //! The devices of a PC by ports: a serial line for the console, the real-time clock, the keyboard
-//! controller as far as it resets, and the registers by which ACPI sleeps and resets.
+//! controller as far as it resets, and the registers by which ACPI sleeps and resets. Behind them, those
+//! of [`crate::virtio`].
 //!
-//! All are handled on the thread of the vCPU that reaches for them, under a lock each, and none writes
-//! the guest's memory.
+//! Those by ports are handled on the thread of the vCPU that reaches for them, under a lock each, and none
+//! writes the guest's memory.
 
 use super::AfterOut;
 use super::clock::RealTimeClock;
 use super::console::Console;
 use crate::answer::ExitReason;
 use crate::state::{Kind, Section, StateError, Writer};
+use crate::virtio::Devices;
 use limosa_os::kvm::InterruptLine;
 use std::io::{self, Write};
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -52,6 +54,7 @@ const LINE_BYTES_MAX: usize = 1024;
 pub(crate) struct Pc {
     serial: Mutex<SerialPort>,
     clock: Mutex<RealTimeClock>,
+    devices: Devices,
 }
 
 type SerialPort = Serial<SerialLine, NoEvents, Console>;
@@ -81,13 +84,25 @@ impl Write for Console {
 }
 
 impl Pc {
-    /// The devices of a machine with that name; the serial port interrupts by that line.
-    pub(crate) fn new(name: &str, line: InterruptLine) -> Self {
+    /// The board of a machine with that name; the serial port interrupts by that line.
+    pub(crate) fn new(name: &str, line: InterruptLine, devices: Devices) -> Self {
         let console = Console::new(name, LINE_BYTES_MAX);
         Self {
             serial: Mutex::new(Serial::new(SerialLine(line), console)),
             clock: Mutex::new(RealTimeClock::new()),
+            devices,
         }
+    }
+
+    pub(crate) const fn devices(&self) -> &Devices {
+        &self.devices
+    }
+
+    /// See [`super::Board::sections`].
+    pub(crate) fn sections(&self) -> Vec<(Kind, u16)> {
+        let mut sections = vec![(Kind::Serial, 0), (Kind::RealTimeClock, 0)];
+        sections.extend(self.devices.sections());
+        sections
     }
 
     fn serial(&self) -> MutexGuard<'_, SerialPort> {
@@ -148,11 +163,17 @@ impl Pc {
         writer.write(Kind::Serial, 0, &bytes);
         drop(serial);
         writer.write(Kind::RealTimeClock, 0, &self.clock().save());
+        self.devices.save(writer);
     }
 
     /// Takes its sections. An interrupt that the serial port was about to give is given again, which
     /// does no harm: its driver looks what there is.
-    pub(crate) fn load(&self, serial: Section<'_>, clock: Section<'_>) -> Result<(), StateError> {
+    pub(crate) fn load(
+        &self,
+        serial: Section<'_>,
+        clock: Section<'_>,
+        devices: &[Section<'_>],
+    ) -> Result<(), StateError> {
         let (state, begun) = decode(serial)?;
         let bytes = clock
             .bytes
@@ -169,7 +190,8 @@ impl Pc {
         let console = place.writer().behind(begun);
         *place = Serial::from_state(&state, SerialLine(line), NoEvents, console)
             .map_err(|error| cannot(&error))?;
-        Ok(())
+        drop(place);
+        self.devices.load(devices)
     }
 }
 

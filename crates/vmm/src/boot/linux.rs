@@ -339,6 +339,7 @@ pub(crate) fn set_local_lines(controller: &mut [u8]) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use limosa_os::dirty::device::DeviceWrites;
     use limosa_os::{PageKind, SharedMemory};
     use std::io::Write;
     use std::sync::Arc;
@@ -374,8 +375,9 @@ mod tests {
 
     fn fill(memory: ByteCount, image: &mut LinuxImage) -> Result<(GuestView, u64), LinuxError> {
         let shared = Arc::new(SharedMemory::create(memory, PageKind::Small).unwrap());
-        let view = limosa_os::memory::view(&shared, &layout::regions(memory));
-        let entry = fill_memory(&view, memory, image, &acpi::tables(1))?;
+        let writes = Arc::new(DeviceWrites::nothing(shared.page_count()));
+        let view = limosa_os::memory::view(&shared, &layout::regions(memory), &writes);
+        let entry = fill_memory(&view, memory, image, &acpi::tables(1, 0))?;
         Ok((view, entry))
     }
 

@@ -134,9 +134,9 @@ impl<'a> MachineState<'a> {
             vcpus,
             clock_nanos,
             board: board
-                .kinds()
-                .iter()
-                .map(|&kind| find(kind, 0))
+                .sections()
+                .into_iter()
+                .map(|(kind, instance)| find(kind, instance))
                 .collect::<Result<_, _>>()?,
             parts,
         })
@@ -181,8 +181,8 @@ fn controllers<'a>(
 fn has_place(section: &Section<'_>, config: &VmConfig, board: &Board) -> bool {
     match section.kind {
         Kind::Machine | Kind::Clock => section.instance == 0,
-        Kind::Micro | Kind::Serial | Kind::RealTimeClock => {
-            section.instance == 0 && board.kinds().contains(&section.kind)
+        Kind::Micro | Kind::Serial | Kind::RealTimeClock | Kind::Virtio => {
+            board.sections().contains(&(section.kind, section.instance))
         }
         Kind::Timer => config.irqchip && section.instance == 0,
         Kind::InterruptController => config.irqchip && section.instance < 3,

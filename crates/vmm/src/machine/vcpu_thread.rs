@@ -271,14 +271,8 @@ impl VcpuThread {
                         return stop;
                     }
                 }
-                // Nothing is there: reads see all ones, writes are lost, as on a real bus.
-                Exit::MmioRead(address, bytes) => {
-                    tracing::trace!(address, "read from memory that is not there");
-                    bytes.fill(0xff);
-                }
-                Exit::MmioWrite(address, _) => {
-                    tracing::trace!(address, "write to memory that is not there")
-                }
+                Exit::MmioRead(address, bytes) => self.ports.read_memory(address, bytes),
+                Exit::MmioWrite(address, bytes) => self.ports.write_memory(address, bytes),
                 end @ (Exit::Shutdown | Exit::Halted | Exit::Failed(_)) => {
                     shared.end(reason(end, self.index));
                     return stop;

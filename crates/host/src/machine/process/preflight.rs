@@ -1,9 +1,11 @@
 //! What is checked before a VM process is started: its program, and room for its memory.
 
-use crate::api::VmSpec;
+use crate::api::{DiskSpec, LinuxSpec, NetworkSpec, VmSpec};
 use crate::machine::Shape;
+use crate::state_dir::VmName;
 use limosa_pages::ByteCount;
 use limosa_vmm::LinuxImage;
+use limosa_vmm::config::devices::{DiskConfig, Mac, NetworkConfig};
 use std::borrow::Cow;
 use std::fs::{self, File};
 use std::io;
@@ -39,6 +41,29 @@ impl Program {
             ),
         }
     }
+}
+
+/// The disks that a specification names.
+pub fn disks(linux: &LinuxSpec) -> Vec<DiskConfig> {
+    let disk = |disk: &DiskSpec| DiskConfig {
+        path: disk.path.clone(),
+        read_only: disk.read_only,
+        bytes: None,
+    };
+    linux.disks.iter().map(disk).collect()
+}
+
+/// The networks that it names, each with an address.
+pub fn networks(name: &VmName, linux: &LinuxSpec) -> Result<Vec<NetworkConfig>, String> {
+    let networks = linux.networks.iter().enumerate();
+    let network = |(number, network): (usize, &NetworkSpec)| {
+        let mac = network.mac.as_deref().map(str::parse).transpose()?;
+        Ok(NetworkConfig {
+            tap: network.tap.clone(),
+            mac: mac.unwrap_or_else(|| Mac::of(name.as_str(), number)),
+        })
+    };
+    networks.map(network).collect()
 }
 
 /// Opens a file that a kernel is booted with. Not a pipe or a device, which could keep us waiting.

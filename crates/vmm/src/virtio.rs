@@ -1,0 +1,266 @@
+//! Devices that a stock guest has beside its board: disks, networks, a source of random numbers (virtio
+//! 1.2, registers in memory: section 4.2).
+//!
+//! ```text
+//!  vCPU ──registers──▶ Transport ◀──rings, descriptors──▶ guest memory
+//!    └────doorbell────▶ worker: one request at a time under the device's lock ──▶ disk, tap
+//! ```
+//!
+//! Each device has a [`transport`], whose registers vCPUs reach, and a thread that serves its queues. A
+//! request is served under the device's lock, from its descriptors to its place in the used ring; so
+//! whoever has the lock sees no request half done. A pause takes the lock of each device: what was in
+//! flight is finished, what the guest has queued since stays queued and travels in its memory.
+//!
+//! All guest memory is reached through [`limosa_os::memory::view`], which notes what devices write, so a
+//! migration sends it.
+//!
+//! Deliberately absent: PCI, packed rings, several queues of a kind.
+
+mod block;
+mod device;
+mod entropy;
+mod network;
+#[cfg(test)]
+mod tests;
+mod transport;
+mod worker;
+
+use crate::config::VmConfig;
+use crate::config::devices::{DiskConfig, NetworkConfig};
+use crate::state::{Kind, Section, StateError, Writer};
+use block::Block;
+use device::Device;
+use entropy::Entropy;
+use limosa_os::disk::Disk;
+use limosa_os::kvm::{KvmError, Vm};
+use limosa_os::tap::Tap;
+use network::Network;
+use std::io;
+use std::path::Path;
+use std::sync::Arc;
+use transport::Transport;
+use worker::Worker;
+
+/// Where the registers of the first device are, within the hole below 4 GiB.
+const FIRST_ADDRESS: u64 = 0xd000_0000;
+/// From the registers of a device to those of the next one, of which it has so many bytes.
+pub(crate) const WINDOW_BYTES: u32 = 0x1000;
+/// The interrupt line of the first device: the first one that no device of a PC has.
+const FIRST_LINE: u32 = 16;
+
+/// Where a guest finds a device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Place {
+    pub(crate) address: u64,
+    pub(crate) line: u32,
+}
+
+impl Place {
+    pub(crate) fn of(index: u16) -> Self {
+        Self {
+            address: FIRST_ADDRESS + u64::from(index) * u64::from(WINDOW_BYTES),
+            line: FIRST_LINE + u32::from(index),
+        }
+    }
+}
+
+/// Why a device cannot be used, or does not do what it should.
+#[derive(Debug, thiserror::Error)]
+pub enum DeviceError {
+    /// A disk cannot be opened.
+    #[error("disk {path} cannot be used")]
+    Disk {
+        /// Where it is.
+        path: String,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// A disk has another size than the guest knows.
+    #[error("disk {path} has {found} bytes here, the guest knows one of {expected}")]
+    DiskSize {
+        /// Where it is.
+        path: String,
+        /// Its size here.
+        found: u64,
+        /// The size that the guest knows.
+        expected: u64,
+    },
+    /// Another guest writes the disk, or uses it.
+    #[error("disk {path} is in use by another guest")]
+    DiskBusy {
+        /// Where it is.
+        path: String,
+    },
+    /// An interface of the host cannot be used.
+    #[error("network interface {tap} cannot be used")]
+    Network {
+        /// Its name.
+        tap: String,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// There are no random numbers.
+    #[error("random numbers cannot be read")]
+    Entropy(#[source] io::Error),
+    /// KVM cannot connect a device.
+    #[error(transparent)]
+    Kvm(#[from] KvmError),
+    /// There is no thread or descriptor for one.
+    #[error("a device cannot be started")]
+    Start(#[source] io::Error),
+}
+
+/// All devices of a machine, in the order in which the guest finds them.
+#[derive(Debug, Default)]
+pub(crate) struct Devices {
+    /// Dropped first, which ends the threads.
+    workers: Vec<Worker>,
+    transports: Vec<Arc<Transport>>,
+}
+
+impl Devices {
+    /// How many a machine with that configuration has.
+    pub(crate) fn count(config: &VmConfig) -> u16 {
+        let count = config.disks.len() + config.networks.len() + 1;
+        u16::try_from(count).expect("limited by the configuration")
+    }
+
+    /// Opens what the devices work with and starts them, at rest. Notes the sizes of disks that nobody
+    /// knew yet.
+    pub(crate) fn make(config: &mut VmConfig, vm: &Vm) -> Result<Self, DeviceError> {
+        let mut devices: Vec<Box<dyn Device>> = Vec::new();
+        for config in &mut config.disks {
+            devices.push(Box::new(Block::new(open_disk(config)?, &config.path)));
+        }
+        for config in &config.networks {
+            let tap = Tap::open(&config.tap).map_err(|source| no_network(config, source))?;
+            devices.push(Box::new(Network::new(tap, config.mac.0)));
+        }
+        devices.push(Box::new(Entropy::new().map_err(DeviceError::Entropy)?));
+        let view = Arc::new(vm.view());
+        let mut all = Self::default();
+        for (index, device) in (0..).zip(devices) {
+            let transport = Transport::new(index, device, vm, Arc::clone(&view))?;
+            let transport = Arc::new(transport);
+            let worker = Worker::start(&transport).map_err(DeviceError::Start)?;
+            all.transports.push(transport);
+            all.workers.push(worker);
+        }
+        Ok(all)
+    }
+
+    /// The sections that they save.
+    pub(crate) fn sections(&self) -> impl Iterator<Item = (Kind, u16)> {
+        self.transports
+            .iter()
+            .map(|transport| (Kind::Virtio, transport.index()))
+    }
+
+    /// The guest reads where no memory is; false if no device is there either.
+    pub(crate) fn read(&self, address: u64, bytes: &mut [u8]) -> bool {
+        let found = self.find(address);
+        found
+            .map(|(transport, offset)| transport.read(offset, bytes))
+            .is_some()
+    }
+
+    /// The guest writes there.
+    pub(crate) fn write(&self, address: u64, bytes: &[u8]) -> bool {
+        let found = self.find(address);
+        found
+            .map(|(transport, offset)| transport.write(offset, bytes))
+            .is_some()
+    }
+
+    fn find(&self, address: u64) -> Option<(&Transport, u32)> {
+        let offset = address.checked_sub(FIRST_ADDRESS)?;
+        let (index, within) = (
+            offset / u64::from(WINDOW_BYTES),
+            offset % u64::from(WINDOW_BYTES),
+        );
+        let transport = self.transports.get(usize::try_from(index).ok()?)?;
+        Some((transport, u32::try_from(within).ok()?))
+    }
+
+    /// Takes what only one machine may have: the locks of disks. Done before the guest runs; may be
+    /// repeated.
+    pub(crate) fn claim(&self) -> Result<(), DeviceError> {
+        self.transports.iter().try_for_each(|device| device.claim())
+    }
+
+    /// Lets all work; `has_arrived` if the guest ran on another host before.
+    pub(crate) fn resume(&self, has_arrived: bool) {
+        for transport in &self.transports {
+            transport.resume(has_arrived);
+        }
+    }
+
+    /// Gives up what [`Devices::claim`] took. The guest does not run.
+    pub(crate) fn release(&self) -> Result<(), DeviceError> {
+        self.transports
+            .iter()
+            .try_for_each(|device| device.release())
+    }
+
+    /// Brings all to rest: nothing is in flight afterwards, and what was written to disks stays there. No
+    /// vCPU runs.
+    pub(crate) fn pause(&self) -> Result<(), DeviceError> {
+        let mut first_failed = Ok(());
+        for transport in &self.transports {
+            first_failed = first_failed.and(transport.pause());
+        }
+        first_failed
+    }
+
+    pub(crate) fn save(&self, writer: &mut Writer) {
+        for transport in &self.transports {
+            writer.write(Kind::Virtio, transport.index(), &transport.save());
+        }
+    }
+
+    /// Takes their sections, one for each.
+    pub(crate) fn load(&self, sections: &[Section<'_>]) -> Result<(), StateError> {
+        for (transport, section) in self.transports.iter().zip(sections) {
+            transport.load(*section)?;
+        }
+        Ok(())
+    }
+}
+
+/// Checks that this host has what the devices work with, and keeps nothing of it.
+pub(crate) fn check_host(config: &VmConfig) -> Result<(), DeviceError> {
+    for disk in &config.disks {
+        open_disk(&mut disk.clone())?;
+    }
+    for network in &config.networks {
+        Tap::open(&network.tap).map_err(|source| no_network(network, source))?;
+    }
+    Ok(())
+}
+
+fn open_disk(config: &mut DiskConfig) -> Result<Disk, DeviceError> {
+    let path = &config.path;
+    let disk = Disk::open(Path::new(path), config.read_only);
+    let disk = disk.map_err(|source| DeviceError::Disk {
+        path: path.clone(),
+        source,
+    })?;
+    let found = disk.bytes();
+    match config.bytes.replace(found) {
+        Some(expected) if expected != found => Err(DeviceError::DiskSize {
+            path: path.clone(),
+            found,
+            expected,
+        }),
+        _ => Ok(disk),
+    }
+}
+
+fn no_network(config: &NetworkConfig, source: io::Error) -> DeviceError {
+    DeviceError::Network {
+        tap: config.tap.clone(),
+        source,
+    }
+}

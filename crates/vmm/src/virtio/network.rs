@@ -1,0 +1,357 @@
+//! A network interface (virtio 1.2, section 5.1): what the guest sends goes into a tap device of the
+//! host, and what comes from there into the guest's receive buffers.
+//!
+//! Checksums and the cutting of large packets are left to whoever can do it best: the header before
+//! each packet says what is left to do, and passes through unchanged.
+//!
+//! A guest that has arrived is announced, so that the network sends its packets here: by a reverse ARP
+//! request with its address (RFC 903), repeated since it may be lost, and by asking its driver to
+//! announce its addresses of IP itself (`VIRTIO_NET_F_GUEST_ANNOUNCE`).
+
+use super::device::{Device, Input, Ring, Served};
+use limosa_os::tap::{HEADER_BYTES, Offloads, Tap};
+use serde::{Deserialize, Serialize};
+use std::io::{Read, Write};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+use virtio_bindings::virtio_ids::VIRTIO_ID_NET;
+use virtio_bindings::virtio_net::{
+    VIRTIO_NET_CTRL_ANNOUNCE, VIRTIO_NET_CTRL_ANNOUNCE_ACK, VIRTIO_NET_F_CSUM,
+    VIRTIO_NET_F_CTRL_VQ, VIRTIO_NET_F_GUEST_ANNOUNCE, VIRTIO_NET_F_GUEST_CSUM,
+    VIRTIO_NET_F_GUEST_TSO4, VIRTIO_NET_F_GUEST_TSO6, VIRTIO_NET_F_HOST_TSO4,
+    VIRTIO_NET_F_HOST_TSO6, VIRTIO_NET_F_MAC, VIRTIO_NET_F_MRG_RXBUF, VIRTIO_NET_F_STATUS,
+    VIRTIO_NET_S_ANNOUNCE, VIRTIO_NET_S_LINK_UP,
+};
+use virtio_queue::Error as QueueError;
+
+const RECEIVE: usize = 0;
+const SEND: usize = 1;
+/// Largest packet, with its header: 64 KiB of IP behind an Ethernet header with two tags.
+const PACKET_BYTES_MAX: usize = HEADER_BYTES + 22 + (64 << 10);
+/// Where in the header it says in how many buffers the packet lies.
+const BUFFERS_OFFSET: usize = 10;
+/// What the control queue answers.
+const OK: u8 = 0;
+const FAILED: u8 = 1;
+/// How long after the first announcement the others follow: switches forget, and packets get lost.
+const ANNOUNCED_AGAIN: [Duration; 4] = [
+    Duration::from_millis(50),
+    Duration::from_millis(150),
+    Duration::from_millis(350),
+    Duration::from_millis(850),
+];
+
+/// A network interface as the guest has it.
+#[derive(Debug)]
+pub(super) struct Network {
+    tap: Arc<Tap>,
+    mac: [u8; 6],
+    /// What the driver has taken.
+    features: u64,
+    /// Link up, and whether the guest is to announce itself.
+    status: u32,
+    /// A packet that has come: so many bytes of the buffer.
+    incoming: Box<[u8]>,
+    incoming_bytes: usize,
+    /// The guest had no room for it.
+    is_waiting: bool,
+    outgoing: Box<[u8]>,
+    announcement: Option<Announcement>,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Announcement {
+    began: Instant,
+    /// How many were made after the first one.
+    repeated: usize,
+}
+
+/// What of it moves.
+#[derive(Debug, Serialize, Deserialize)]
+struct Saved {
+    status: u32,
+}
+
+impl Network {
+    /// An interface with that address behind that tap device.
+    pub(super) fn new(tap: Tap, mac: [u8; 6]) -> Self {
+        let buffer = || vec![0; PACKET_BYTES_MAX].into_boxed_slice();
+        Self {
+            tap: Arc::new(tap),
+            mac,
+            features: 0,
+            status: VIRTIO_NET_S_LINK_UP,
+            incoming: buffer(),
+            incoming_bytes: 0,
+            is_waiting: false,
+            outgoing: buffer(),
+            announcement: None,
+        }
+    }
+
+    const fn has(&self, feature: u32) -> bool {
+        self.features & 1 << feature != 0
+    }
+
+    /// Puts a packet from the host into the guest's buffers.
+    fn receive(&mut self, ring: &mut Ring<'_>) -> Result<Served, QueueError> {
+        if self.incoming_bytes == 0 {
+            match self.tap.read(&mut self.incoming) {
+                Ok(Some(bytes)) if bytes > HEADER_BYTES => self.incoming_bytes = bytes,
+                Ok(_) => return Ok(Served::NoInput),
+                Err(error) => {
+                    tracing::debug!(%error, "no packet comes from the host");
+                    return Ok(Served::NoInput);
+                }
+            }
+        }
+        let buffers_max = if self.has(VIRTIO_NET_F_MRG_RXBUF) {
+            u16::MAX
+        } else {
+            1
+        };
+        let mut left = &self.incoming[..self.incoming_bytes];
+        let mut first = None;
+        let mut filled: Vec<(u16, usize)> = Vec::new();
+        while !left.is_empty() && filled.len() < usize::from(buffers_max) {
+            let Some(chain) = ring.next()? else {
+                ring.put_back(u16::try_from(filled.len()).expect("no more than the queue has"));
+                self.is_waiting = true;
+                return Ok(Served::RingEmpty);
+            };
+            let head = chain.head_index();
+            first.get_or_insert_with(|| chain.clone());
+            let mut place = chain.writer(ring.memory)?;
+            let (now, later) = left.split_at(left.len().min(place.available_bytes()));
+            place.write_all(now).map_err(|_| QueueError::InvalidChain)?;
+            filled.push((head, now.len()));
+            left = later;
+        }
+        self.is_waiting = false;
+        self.incoming_bytes = 0;
+        if !left.is_empty() {
+            // The driver has not said that a packet may lie in several buffers, and this one does not
+            // fit. The network loses packets, too.
+            ring.put_back(u16::try_from(filled.len()).expect("one"));
+            return Ok(Served::Request);
+        }
+        if let Some(first) = first {
+            let count = u16::try_from(filled.len()).expect("no more than the queue has");
+            self.incoming[BUFFERS_OFFSET..HEADER_BYTES].copy_from_slice(&count.to_le_bytes());
+            let mut place = first.writer(ring.memory)?;
+            place
+                .write_all(&self.incoming[..HEADER_BYTES])
+                .map_err(|_| QueueError::InvalidChain)?;
+        }
+        for (head, bytes) in filled {
+            ring.finish(head, bytes)?;
+        }
+        Ok(Served::Request)
+    }
+
+    /// Takes a packet of the guest to the host.
+    fn send(&mut self, ring: &mut Ring<'_>) -> Result<Served, QueueError> {
+        let Some(chain) = ring.next()? else {
+            return Ok(Served::RingEmpty);
+        };
+        let head = chain.head_index();
+        let mut from = chain.reader(ring.memory)?;
+        let bytes = from.available_bytes();
+        if (HEADER_BYTES..=PACKET_BYTES_MAX).contains(&bytes) {
+            let packet = &mut self.outgoing[..bytes];
+            from.read_exact(packet)
+                .map_err(|_| QueueError::InvalidChain)?;
+            if let Err(error) = self.tap.write(packet) {
+                tracing::trace!(%error, "the host does not take a packet");
+            }
+        }
+        ring.finish(head, 0)?;
+        Ok(Served::Request)
+    }
+
+    /// Hears what the driver has to say.
+    fn obey(&mut self, ring: &mut Ring<'_>) -> Result<Served, QueueError> {
+        let Some(chain) = ring.next()? else {
+            return Ok(Served::RingEmpty);
+        };
+        let head = chain.head_index();
+        let mut from = chain.clone().reader(ring.memory)?;
+        let mut into = chain.writer(ring.memory)?;
+        let mut command = [0; 2];
+        let is_heard = from.read_exact(&mut command).is_ok();
+        let [class, what] = command.map(u32::from);
+        let is_announced =
+            is_heard && (class, what) == (VIRTIO_NET_CTRL_ANNOUNCE, VIRTIO_NET_CTRL_ANNOUNCE_ACK);
+        if is_announced {
+            self.status &= !VIRTIO_NET_S_ANNOUNCE;
+        }
+        let answer = if is_announced { OK } else { FAILED };
+        into.write_all(&[answer])
+            .map_err(|_| QueueError::InvalidChain)?;
+        ring.finish(head, into.bytes_written())?;
+        Ok(Served::Request)
+    }
+
+    fn announce(&self) {
+        let mut packet = vec![0; HEADER_BYTES];
+        packet.extend(reverse_arp(self.mac));
+        if let Err(error) = self.tap.write(&packet) {
+            tracing::warn!(%error, "the guest is not announced to the network");
+        }
+    }
+}
+
+impl Device for Network {
+    fn id(&self) -> u32 {
+        VIRTIO_ID_NET
+    }
+
+    fn features(&self) -> u64 {
+        [
+            VIRTIO_NET_F_CSUM,
+            VIRTIO_NET_F_GUEST_CSUM,
+            VIRTIO_NET_F_MAC,
+            VIRTIO_NET_F_GUEST_TSO4,
+            VIRTIO_NET_F_GUEST_TSO6,
+            VIRTIO_NET_F_HOST_TSO4,
+            VIRTIO_NET_F_HOST_TSO6,
+            VIRTIO_NET_F_MRG_RXBUF,
+            VIRTIO_NET_F_STATUS,
+            VIRTIO_NET_F_CTRL_VQ,
+            VIRTIO_NET_F_GUEST_ANNOUNCE,
+        ]
+        .iter()
+        .fold(0, |features, feature| features | 1 << feature)
+    }
+
+    fn queue_sizes(&self) -> &'static [u16] {
+        &[256, 256, 64]
+    }
+
+    /// `struct virtio_net_config`: address and status.
+    fn configuration(&self) -> Vec<u8> {
+        let status = u16::try_from(self.status).expect("two bits");
+        [&self.mac[..], &status.to_le_bytes()].concat()
+    }
+
+    fn begin(&mut self, features: u64) {
+        self.features = features;
+        let offloads = Offloads {
+            checksum: self.has(VIRTIO_NET_F_GUEST_CSUM),
+            segments_v4: self.has(VIRTIO_NET_F_GUEST_TSO4),
+            segments_v6: self.has(VIRTIO_NET_F_GUEST_TSO6),
+        };
+        if let Err(error) = self.tap.set_offloads(offloads) {
+            tracing::warn!(%error, "the host will send no large packets to the guest");
+        }
+    }
+
+    fn reset(&mut self) {
+        self.features = 0;
+        self.status = VIRTIO_NET_S_LINK_UP;
+        self.incoming_bytes = 0;
+        self.is_waiting = false;
+        self.announcement = None;
+    }
+
+    fn serve(&mut self, queue: usize, ring: &mut Ring<'_>) -> Result<Served, QueueError> {
+        match queue {
+            RECEIVE => self.receive(ring),
+            SEND => self.send(ring),
+            _ => self.obey(ring),
+        }
+    }
+
+    fn input(&self) -> Option<Input> {
+        (!self.is_waiting).then(|| Arc::clone(&self.tap) as Input)
+    }
+
+    fn due(&self) -> Option<Instant> {
+        let announcement = self.announcement?;
+        let next = ANNOUNCED_AGAIN.get(announcement.repeated)?;
+        Some(announcement.began + *next)
+    }
+
+    fn tick(&mut self) {
+        self.announce();
+        if let Some(announcement) = &mut self.announcement {
+            announcement.repeated += 1;
+        }
+    }
+
+    fn arrive(&mut self) -> bool {
+        self.announce();
+        self.announcement = Some(Announcement {
+            began: Instant::now(),
+            repeated: 0,
+        });
+        let asks_guest = self.has(VIRTIO_NET_F_GUEST_ANNOUNCE) && self.has(VIRTIO_NET_F_CTRL_VQ);
+        if asks_guest {
+            self.status |= VIRTIO_NET_S_ANNOUNCE;
+        }
+        asks_guest
+    }
+
+    fn save(&self) -> Vec<u8> {
+        let Self {
+            // Each host has its own, under the same name.
+            tap: _,
+            // Parts of the description, and of the registers.
+            mac: _,
+            features: _,
+            status,
+            // A packet that the guest had no room for is lost, as networks lose packets.
+            incoming: _,
+            incoming_bytes: _,
+            is_waiting: _,
+            outgoing: _,
+            // Those of an earlier arrival are over.
+            announcement: _,
+        } = self;
+        let saved = Saved { status: *status };
+        postcard::to_extend(&saved, Vec::new()).expect("a state can always be written")
+    }
+
+    fn load(&mut self, bytes: &[u8]) -> Result<(), String> {
+        let known = VIRTIO_NET_S_LINK_UP | VIRTIO_NET_S_ANNOUNCE;
+        match postcard::take_from_bytes::<Saved>(bytes) {
+            Ok((saved, [])) if saved.status & !known == 0 => {
+                self.status = saved.status;
+                Ok(())
+            }
+            _ => Err("it is no network's".to_owned()),
+        }
+    }
+}
+
+/// A frame to everybody that asks for nothing anybody answers, but comes from that address.
+fn reverse_arp(mac: [u8; 6]) -> Vec<u8> {
+    /// Shortest frame of Ethernet, its checksum not included.
+    const FRAME_BYTES: usize = 60;
+    let mut frame = Vec::with_capacity(FRAME_BYTES);
+    frame.extend([0xff; 6]);
+    frame.extend(mac);
+    // Reverse ARP: Ethernet, IPv4, lengths of both addresses, a request.
+    frame.extend([0x80, 0x35, 0, 1, 8, 0, 6, 4, 0, 3]);
+    for _ in 0..2 {
+        frame.extend(mac);
+        frame.extend([0; 4]);
+    }
+    frame.resize(FRAME_BYTES, 0);
+    frame
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_announcement_is_a_reverse_arp_request() {
+        let frame = reverse_arp([2, 0, 0, 0, 0, 9]);
+        let text: String = frame.iter().map(|byte| format!("{byte:02x}")).collect();
+        let expect = "ffffffffffff 020000000009 8035 0001 0800 06 04 0003 \
+            020000000009 00000000 020000000009 00000000"
+            .replace(' ', "");
+        assert_eq!(text, format!("{expect:0<120}"));
+    }
+}
