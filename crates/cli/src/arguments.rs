@@ -5,11 +5,11 @@ mod devices;
 use crate::{cert, demo, lab};
 use clap::{Args, Parser, Subcommand};
 use clap_complete::Shell;
+pub(crate) use devices::{Disk, Net};
 use limosa_engine::policy::Mode;
 use limosa_engine::streams::Streams;
 use limosa_host::api::{Compression, Deferral, PushOrder, Throttling, TrackerKind};
 use limosa_lab::values::{Milliseconds, OrNone, Rate, Size, compression, mode};
-pub(crate) use devices::{Disk, Net};
 use std::net::SocketAddr;
 use std::path::PathBuf;
 

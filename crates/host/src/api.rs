@@ -16,8 +16,8 @@ pub use limosa_engine::deferral::Deferral;
 pub use limosa_engine::throttle::Throttling;
 pub use limosa_os::dirty::TrackerKind;
 pub use machine::{
-    CommandBody, CommandKind, DiskSpec, FirstError, GuestReport, LinuxSpec, NetworkSpec, SectionInfo, Stall, StallGroup,
-    VcpuReport, VmInfo, VmSpec, VmState,
+    CommandBody, CommandKind, DiskSpec, FirstError, GuestReport, LinuxSpec, NetworkSpec,
+    SectionInfo, Stall, StallGroup, VcpuReport, VmInfo, VmSpec, VmState,
 };
 pub use migration::{
     Downtime, FaultLatency, IncomingInfo, LimitsInfo, LimitsPatch, MigrateAnswer, MigrateBody,

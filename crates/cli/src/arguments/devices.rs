@@ -60,17 +60,26 @@ mod tests {
     fn devices_are_read() {
         let disk = |text: &str| {
             let disk: Result<Disk, _> = text.parse();
-            disk.map_or_else(|why| why, |Disk(disk)| format!("{} {}", disk.path, disk.read_only))
+            disk.map_or_else(
+                |why| why,
+                |Disk(disk)| format!("{} {}", disk.path, disk.read_only),
+            )
         };
         assert_eq!(disk("/a/b.raw"), "/a/b.raw false");
         assert_eq!(disk("/a,b,ro"), "/a,b true");
-        assert_eq!(disk(",ro"), "give the path of a raw file or of a block device");
+        assert_eq!(
+            disk(",ro"),
+            "give the path of a raw file or of a block device"
+        );
         let net = |text: &str| {
             let net: Result<Net, _> = text.parse();
             net.map_or_else(|why| why, |Net(net)| format!("{} {:?}", net.tap, net.mac))
         };
         assert_eq!(net("tap0"), "tap0 None");
-        assert_eq!(net("tap0,mac=52:54:00:12:34:56"), "tap0 Some(\"52:54:00:12:34:56\")");
+        assert_eq!(
+            net("tap0,mac=52:54:00:12:34:56"),
+            "tap0 Some(\"52:54:00:12:34:56\")"
+        );
         assert_eq!(net("tap0,52:54"), "'52:54' is not mac=ADDRESS");
         assert_eq!(net(""), "give the name of a tap device of this host");
     }
