@@ -118,8 +118,13 @@ fn moves(series: &str, vcpus: u8, modes: &[&str]) {
     let output = &ended.output;
     let clients = output.matches("| CLIENT-GOOD").count();
     assert_eq!(clients, 2, "clients: no answer was lost");
-    assert!(!output.contains("DISK-BAD"), "the file is as it was written");
-    let safe = numbers(said.iter().copied(), "SAFE ").max().expect("something is safe");
+    assert!(
+        !output.contains("DISK-BAD"),
+        "the file is as it was written"
+    );
+    let safe = numbers(said.iter().copied(), "SAFE ")
+        .max()
+        .expect("something is safe");
     let on_disk = output.lines().filter_map(|line| line.split_once("| "));
     let on_disk = numbers(on_disk.map(|line| line.1), "ON-DISK ").max();
     assert!(
@@ -135,10 +140,7 @@ fn moves(series: &str, vcpus: u8, modes: &[&str]) {
 }
 
 /// The numbers of the lines that begin so.
-fn numbers<'a>(
-    lines: impl Iterator<Item = &'a str>,
-    word: &'a str,
-) -> impl Iterator<Item = u32> {
+fn numbers<'a>(lines: impl Iterator<Item = &'a str>, word: &'a str) -> impl Iterator<Item = u32> {
     lines.filter_map(move |line| line.strip_prefix(word)?.parse().ok())
 }
 
