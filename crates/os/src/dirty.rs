@@ -19,6 +19,7 @@
 pub mod device;
 mod log;
 mod ring;
+pub mod scan;
 mod seen;
 mod write_protect;
 

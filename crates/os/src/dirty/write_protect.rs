@@ -11,54 +11,16 @@
 //! this tracker is refused on hosts that swap.
 
 use super::DirtyTracker;
+use super::scan::{self, Which};
 use super::seen::Seen;
 use crate::bitmap::SharedBitmap;
 use crate::kvm::KvmError;
 use crate::kvm::slots::Slots;
 use crate::userfault::request::{Userfault, feature, mode};
-use limosa_pages::{PAGE_SIZE, PageCount, PageRange, Pfn};
+use limosa_pages::{PageRange, Pfn};
 use std::fs::{self, File};
 use std::io;
-use std::os::fd::AsRawFd;
 use std::sync::{Mutex, OnceLock, PoisonError};
-
-/// Runs of pages that one call tells.
-const RUNS: usize = 2048;
-
-/// `PAGEMAP_SCAN`: 'f', 16, both ways.
-const PAGEMAP_SCAN: libc::Ioctl =
-    (3 << 30 | (size_of::<Scan>() as u64) << 16 | (b'f' as u64) << 8 | 16) as libc::Ioctl;
-/// Protect what matches.
-const SCAN_PROTECTS: u64 = 1;
-/// Refuse memory that is not registered.
-const SCAN_CHECKS: u64 = 2;
-const IS_WRITTEN: u64 = 1 << 1;
-const IS_PRESENT: u64 = 1 << 3;
-
-#[derive(Default)]
-#[repr(C)]
-struct Scan {
-    size: u64,
-    flags: u64,
-    start: u64,
-    end: u64,
-    walk_end: u64,
-    runs: u64,
-    runs_max: u64,
-    pages_max: u64,
-    inverted: u64,
-    all_of: u64,
-    any_of: u64,
-    told: u64,
-}
-
-#[derive(Clone, Copy, Default)]
-#[repr(C)]
-struct Run {
-    start: u64,
-    end: u64,
-    categories: u64,
-}
 
 /// Tracks by write protection.
 #[derive(Debug)]
@@ -98,45 +60,16 @@ impl WriteProtect {
     }
 
     /// Protects the pages that match, and notes those that were written.
-    fn scan(&self, slots: &Slots, category: u64) -> Result<(), KvmError> {
+    fn scan(&self, slots: &Slots, which: Which) -> Result<(), KvmError> {
         let seen = self.seen(slots);
         let (base, bytes) = slots.place();
-        let mut runs = [Run::default(); RUNS];
-        let mut start = base;
-        while start < base + bytes {
-            let mut scan = Scan {
-                size: size_of::<Scan>() as u64,
-                flags: SCAN_PROTECTS | SCAN_CHECKS,
-                start,
-                end: base + bytes,
-                runs: runs.as_mut_ptr().addr() as u64,
-                runs_max: RUNS as u64,
-                all_of: category,
-                told: category,
-                ..Scan::default()
-            };
-            // SAFETY: the structure is the one of this request, the kernel writes at most as many
-            // runs as there is room for, and protection changes no content.
-            let told =
-                unsafe { libc::ioctl(self.pagemap.as_raw_fd(), PAGEMAP_SCAN, &raw mut scan) };
-            let Ok(told) = usize::try_from(told) else {
-                let error = io::Error::last_os_error();
-                if error.kind() == io::ErrorKind::Interrupted {
-                    continue;
-                }
-                return Err(KvmError::Call {
-                    what: "find out which pages were written",
-                    source: error,
-                });
-            };
-            for run in &runs[..told] {
-                let first = Pfn::new((run.start - base) / PAGE_SIZE);
-                let count = PageCount::new((run.end - run.start) / PAGE_SIZE);
-                seen.add(PageRange::new(first, count));
-            }
-            start = scan.walk_end;
-        }
-        Ok(())
+        scan::protect(&self.pagemap, base..base + bytes, which, |pages| {
+            seen.add(pages)
+        })
+        .map_err(|source| KvmError::Call {
+            what: "find out which pages were written",
+            source,
+        })
     }
 }
 
@@ -152,7 +85,7 @@ impl DirtyTracker for WriteProtect {
             .protection
             .lock()
             .unwrap_or_else(PoisonError::into_inner) = Some(protection);
-        self.scan(slots, IS_PRESENT)?;
+        self.scan(slots, Which::Present)?;
         self.seen(slots)
             .add(PageRange::new(Pfn::new(0), slots.page_count()));
         Ok(())
@@ -172,7 +105,7 @@ impl DirtyTracker for WriteProtect {
     }
 
     fn harvest(&self, slots: &Slots, into: &SharedBitmap) -> Result<(), KvmError> {
-        self.scan(slots, IS_WRITTEN)?;
+        self.scan(slots, Which::Written)?;
         self.seen(slots).copy_to(into);
         Ok(())
     }
