@@ -11,7 +11,7 @@ use crate::state::{Kind, Section, StateError, Writer};
 use crate::virtio::DeviceError;
 use limosa_micro_abi::CommandKind;
 use micro::{MicroDevice, MicroPorts};
-use pc::Pc;
+use pc::{Pc, Terminal};
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
@@ -56,6 +56,14 @@ impl Board {
         }
     }
 
+    /// Where somebody can watch it and type; a micro guest has no such thing.
+    pub(crate) fn terminal(&self) -> Option<Terminal> {
+        match self {
+            Self::Micro(_) => None,
+            Self::Pc(pc) => Some(Terminal::new(Arc::clone(pc))),
+        }
+    }
+
     /// Sends heartbeats to somebody else, or to nobody. A PC has none.
     pub(crate) fn set_observer(&self, address: Option<SocketAddr>) -> std::io::Result<()> {
         match self {
@@ -88,10 +96,26 @@ impl Board {
         }
     }
 
-    /// Lets devices work; `has_arrived` if the guest ran on another host before.
-    pub(crate) fn resume(&self, has_arrived: bool) {
+    /// The guest is about to run here and ran on another host before.
+    pub(crate) fn arrive(&self) -> Result<(), DeviceError> {
+        match self {
+            Self::Micro(_) => Ok(()),
+            Self::Pc(pc) => pc.devices().arrive(),
+        }
+    }
+
+    /// Lets devices work.
+    pub(crate) fn resume(&self) {
         if let Self::Pc(pc) = self {
-            pc.devices().resume(has_arrived);
+            pc.set_resting(false);
+            pc.devices().resume();
+        }
+    }
+
+    /// Has devices begin nothing more, before the vCPUs stop.
+    pub(crate) fn begin_rest(&self) {
+        if let Self::Pc(pc) = self {
+            pc.devices().begin_rest();
         }
     }
 
@@ -99,7 +123,10 @@ impl Board {
     pub(crate) fn pause(&self) -> Result<(), DeviceError> {
         match self {
             Self::Micro(_) => Ok(()),
-            Self::Pc(pc) => pc.devices().pause(),
+            Self::Pc(pc) => {
+                pc.set_resting(true);
+                pc.devices().pause()
+            }
         }
     }
 

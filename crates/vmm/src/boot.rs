@@ -1,9 +1,10 @@
 //! Puts a guest into empty memory and says with which registers it starts: a micro guest
-//! ([`micro`]), or a stock Linux kernel ([`linux`]).
+//! ([`micro`]), or a stock Linux kernel ([`linux`], [`pvh`]).
 
 pub(crate) mod elf;
 pub(crate) mod linux;
 pub(crate) mod micro;
+pub(crate) mod pvh;
 
 use elf::ElfError;
 use limosa_micro_abi::ArgsError;
@@ -35,8 +36,13 @@ pub(crate) enum Start {
         /// Its address.
         entry: u64,
     },
-    /// The first one at that of a kernel, which starts the others.
+    /// The first one at the 64-bit entry of a kernel, which starts the others.
     Linux {
+        /// Its address.
+        entry: u64,
+    },
+    /// The same at a PVH entry, in 32-bit mode.
+    Pvh {
         /// Its address.
         entry: u64,
     },

@@ -23,6 +23,8 @@ pub const MEMORY_STEP: ByteCount = ByteCount::new(2 << 20);
 pub const MEMORY_MIN: ByteCount = ByteCount::new(4 << 20);
 /// Most memory: what the monitor's area has page tables for, rounded down.
 pub const MEMORY_MAX: ByteCount = ByteCount::new(128 << 30);
+/// Most vCPUs of a PC; of a micro guest [`VCPUS_MAX`].
+pub const PC_VCPUS_MAX: u8 = 16;
 /// Longest name of a machine.
 pub const NAME_BYTES_MAX: usize = 64;
 /// Longest description: a table of 256 leaves takes at most 9 KiB.
@@ -91,10 +93,12 @@ pub enum ConfigError {
         memory: ByteCount,
     },
     /// Too few or too many vCPUs.
-    #[error("{vcpus} vCPUs are not possible: a machine has 1 to {VCPUS_MAX}")]
+    #[error("{vcpus} vCPUs are not possible: such a machine has 1 to {most}")]
     Vcpus {
         /// How many.
         vcpus: u8,
+        /// How many there may be.
+        most: u32,
     },
     /// The arguments do not fit.
     #[error("guest arguments have {bytes} bytes, at most {ARGS_BYTES_MAX} fit")]
@@ -206,8 +210,13 @@ impl VmConfig {
         {
             return Err(ConfigError::Memory { memory });
         }
-        if !(1..=VCPUS_MAX).contains(&u32::from(self.vcpus)) {
-            return Err(ConfigError::Vcpus { vcpus: self.vcpus });
+        let most = match self.platform {
+            Platform::Micro => VCPUS_MAX,
+            Platform::Pc => u32::from(PC_VCPUS_MAX),
+        };
+        let vcpus = self.vcpus;
+        if !(1..=most).contains(&u32::from(vcpus)) {
+            return Err(ConfigError::Vcpus { vcpus, most });
         }
         if self.args.len() > ARGS_BYTES_MAX {
             return Err(ConfigError::Args {
@@ -373,11 +382,15 @@ mod tests {
         }
         check(
             |config| config.vcpus = 0,
-            "0 vCPUs are not possible: a machine has 1 to 8",
+            "0 vCPUs are not possible: such a machine has 1 to 8",
         );
         check(
             |config| config.vcpus = 9,
-            "9 vCPUs are not possible: a machine has 1 to 8",
+            "9 vCPUs are not possible: such a machine has 1 to 8",
+        );
+        check(
+            |config| (config.vcpus, config.platform) = (17, Platform::Pc),
+            "17 vCPUs are not possible: such a machine has 1 to 16",
         );
         check(
             |config| config.args = "x".repeat(2049),

@@ -29,6 +29,7 @@ pub mod state;
 mod throttle;
 mod virtio;
 
+pub use board::pc::Terminal;
 pub use boot::elf::ElfError;
 pub use boot::linux::{CMDLINE_BYTES_MAX, LinuxError, LinuxImage};
 pub use virtio::DeviceError;

@@ -33,7 +33,7 @@ use crate::acpi;
 use crate::answer::{ExitReason, Loaded, RunState, Running, SaveTimes};
 use crate::board::Board;
 use crate::board::micro::MicroDevice;
-use crate::board::pc::{self, Pc};
+use crate::board::pc::{self, Pc, Terminal};
 use crate::boot::linux::{self, LinuxImage};
 use crate::boot::{BootError, Start, micro};
 use crate::config::{ConfigError, Platform, VmConfig, is_same_rate};
@@ -219,7 +219,8 @@ impl Machine {
             Platform::Pc => {
                 let line = vm.interrupt_line(pc::SERIAL_LINE)?;
                 let devices = Devices::make(&mut config, &vm)?;
-                Board::Pc(Arc::new(Pc::new(&config.name, line, devices)))
+                let pc = Pc::new(&config.name, line, devices).map_err(DeviceError::Start)?;
+                Board::Pc(Arc::new(pc))
             }
         };
         let no_observer = |source| MachineError::Io {
@@ -264,9 +265,8 @@ impl Machine {
         self.need(Life::Empty, "empty")?;
         let view = self.vm.view();
         let tables = acpi::tables(self.config.vcpus, Devices::count(&self.config));
-        let entry = linux::fill_memory(&view, self.config.memory, image, &tables);
-        let entry = entry.map_err(BootError::from)?;
-        self.begin(Start::Linux { entry })
+        let start = linux::fill_memory(&view, self.config.memory, image, &tables);
+        self.begin(start.map_err(BootError::from)?)
     }
 
     fn begin(&mut self, start: Start) -> Result<(), MachineError> {
@@ -310,7 +310,7 @@ impl Machine {
         self.need(Life::Paused, "paused")?;
         self.board.claim()?;
         self.life = Life::Running;
-        self.board.resume(false);
+        self.board.resume();
         self.seats.run(None)
     }
 
@@ -322,6 +322,7 @@ impl Machine {
     pub fn get_ready(&mut self, stopped_at: Timestamp) -> Result<Ready, MachineError> {
         self.need(Life::Paused, "paused")?;
         self.board.claim()?;
+        self.board.arrive()?;
         let pair = ClockPair::sample();
         let elapsed = Timestamp::from_nanos(pair.nanos).since(stopped_at);
         if let Some(clock) = self.shared.clock() {
@@ -341,7 +342,7 @@ impl Machine {
     /// It is not known whether it runs: a vCPU does not say that it does.
     pub fn start(&mut self, ready: Ready) -> Result<Running, MachineError> {
         self.life = Life::Running;
-        self.board.resume(true);
+        self.board.resume();
         self.seats.run(Some(ready.0))
     }
 
@@ -353,6 +354,8 @@ impl Machine {
         if self.life == Life::Empty {
             return Err(self.wrong_state("running or paused"));
         }
+        // Before the vCPUs: one of them may wait for a device that is busy.
+        self.board.begin_rest();
         let vcpus = self.seats.pause(|| Order::Save);
         // Even if one does not come out: it will stop when it does, and can be run on.
         self.life = Life::Paused;
@@ -538,6 +541,11 @@ impl Machine {
         Ok(self.vm.clear_dirty_pages(&self.bitmap, range, kept)?)
     }
 
+    /// Where somebody can watch the guest and type; `None` for a micro guest.
+    pub fn terminal(&self) -> Option<Terminal> {
+        self.board.terminal()
+    }
+
     /// Sends heartbeats to somebody else, or to nobody.
     ///
     /// # Errors
@@ -555,6 +563,15 @@ impl Machine {
     /// Tells the micro guest to do something; the command's number, `None` if it is none.
     pub fn command(&self, kind: CommandKind) -> Option<u32> {
         self.board.command(kind)
+    }
+
+    /// Ends the machine, whose process is about to end. Who waits for a page that never comes is not waited
+    /// for, and sees none: what holds such accesses back stays until the process is gone.
+    pub fn end(self) {
+        self.board.begin_rest();
+        let Self { seats, faults, .. } = self;
+        drop(seats);
+        std::mem::forget(faults);
     }
 
     fn guest_khz(&self) -> u32 {

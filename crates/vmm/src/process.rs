@@ -8,6 +8,8 @@
 //! Invariants: the guest runs only in a phase that permits it; the phase changes only along legal
 //! steps; a commit is recorded before the first instruction; the socket is gone when the process is.
 
+mod console;
+
 use crate::answer::{RunState, Running};
 use crate::arrival_note;
 use crate::boot::linux::LinuxImage;
@@ -17,6 +19,7 @@ use crate::protocol::{
     self, Boot, Faults, Frame, FrameError, PROTOCOL_VERSION, Refusal, Reply, Request, in_one_line,
 };
 use crate::state;
+pub use console::console_socket;
 use limosa_engine::Timestamp;
 use limosa_engine::handover::{IllegalTransition, MigrationId, OnDaemonLost, Phase};
 use limosa_engine::source::Writers;
@@ -308,7 +311,9 @@ impl Process<'_> {
             Outcome::End => {
                 // Before the reply, so that the name is free when the daemon hears it.
                 self.remove_socket();
-                self.machine = None;
+                if let Some(machine) = self.machine.take() {
+                    machine.end();
+                }
                 protocol::send(daemon, &Reply::Done, &[], &[])?;
                 return Ok(false);
             }
@@ -452,6 +457,11 @@ impl Process<'_> {
             Image::Micro(elf) => machine.boot(&elf)?,
             Image::Linux(mut image) => machine.boot_linux(&mut image)?,
             Image::Nothing => machine.arm(),
+        }
+        if let Some(terminal) = machine.terminal()
+            && let Err(error) = console::start(&self.options.socket, terminal)
+        {
+            tracing::warn!(%error, "nobody can watch the console");
         }
         self.has_guest = phase == Phase::Running;
         let config = machine.config();
@@ -610,11 +620,14 @@ impl Process<'_> {
     }
 
     fn remove_socket(&self) {
-        match fs::remove_file(&self.options.socket) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                tracing::warn!(%error, "the socket stays behind");
+        let socket = &self.options.socket;
+        for path in [socket, &console_socket(socket)] {
+            match fs::remove_file(path) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                    tracing::warn!(%error, path = %path.display(), "a socket stays behind");
+                }
+                _ => {}
             }
-            _ => {}
         }
     }
 }

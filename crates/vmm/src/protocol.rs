@@ -25,7 +25,8 @@ use std::os::unix::net::UnixStream;
 pub(crate) const PROTOCOL_VERSION: u32 = 6;
 /// Largest message: the list of all sections of the largest state.
 const MESSAGE_BYTES_MAX: usize = 128 << 10;
-/// Most pages that a save names as needed first: the page tables of eight vCPUs and what they point at.
+/// Most pages that a save names as needed first: the page tables of some vCPUs and what they point at;
+/// what of more vCPUs does not fit is asked for when it is needed.
 pub(crate) const FIRST_NEEDED_MAX: usize = 256;
 /// Most bytes beside a message: an image with its debug information.
 pub(crate) const BYTES_MAX: usize = 64 << 20;

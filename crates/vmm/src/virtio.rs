@@ -38,6 +38,7 @@ use network::Network;
 use std::io;
 use std::path::Path;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 use transport::Transport;
 use worker::Worker;
 
@@ -47,6 +48,9 @@ const FIRST_ADDRESS: u64 = 0xd000_0000;
 pub(crate) const WINDOW_BYTES: u32 = 0x1000;
 /// The interrupt line of the first device: the first one that no device of a PC has.
 const FIRST_LINE: u32 = 16;
+
+/// How long devices may take to finish what they are at before the guest's owner gives up waiting.
+const REST_MAX: Duration = Duration::from_secs(5);
 
 /// Where a guest finds a device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -104,6 +108,13 @@ pub enum DeviceError {
     /// There are no random numbers.
     #[error("random numbers cannot be read")]
     Entropy(#[source] io::Error),
+    /// A device does not finish what it is at: its disk does not answer, or a page of the guest that it
+    /// needs does not come.
+    #[error("device {index} does not come to rest within {} s", REST_MAX.as_secs())]
+    Stuck {
+        /// Its place among the devices.
+        index: u16,
+    },
     /// KVM cannot connect a device.
     #[error(transparent)]
     Kvm(#[from] KvmError),
@@ -184,17 +195,16 @@ impl Devices {
         Some((transport, u32::try_from(within).ok()?))
     }
 
-    /// Takes what only one machine may have: the locks of disks. Done before the guest runs; may be
-    /// repeated.
+    /// Takes what only one machine may have: the locks of disks. Done before the guest runs; what it has
+    /// already it keeps.
     pub(crate) fn claim(&self) -> Result<(), DeviceError> {
-        self.transports.iter().try_for_each(|device| device.claim())
-    }
-
-    /// Lets all work; `has_arrived` if the guest ran on another host before.
-    pub(crate) fn resume(&self, has_arrived: bool) {
-        for transport in &self.transports {
-            transport.resume(has_arrived);
+        let claimed = self.transports.iter().try_for_each(|device| device.claim());
+        if claimed.is_err()
+            && let Err(error) = self.release()
+        {
+            tracing::warn!(%error, "a disk stays locked although its guest does not run");
         }
+        claimed
     }
 
     /// Gives up what [`Devices::claim`] took. The guest does not run.
@@ -204,12 +214,33 @@ impl Devices {
             .try_for_each(|device| device.release())
     }
 
+    /// The guest is about to run here and ran on another host before.
+    pub(crate) fn arrive(&self) -> Result<(), DeviceError> {
+        self.transports
+            .iter()
+            .try_for_each(|device| device.arrive())
+    }
+
+    /// Lets all work.
+    pub(crate) fn resume(&self) {
+        self.transports.iter().for_each(|device| device.resume());
+    }
+
+    /// Has none begin anything more.
+    pub(crate) fn begin_rest(&self) {
+        self.transports
+            .iter()
+            .for_each(|device| device.begin_rest());
+    }
+
     /// Brings all to rest: nothing is in flight afterwards, and what was written to disks stays there. No
     /// vCPU runs.
     pub(crate) fn pause(&self) -> Result<(), DeviceError> {
+        self.begin_rest();
+        let end = Instant::now() + REST_MAX;
         let mut first_failed = Ok(());
         for transport in &self.transports {
-            first_failed = first_failed.and(transport.pause());
+            first_failed = first_failed.and(transport.finish_rest(end));
         }
         first_failed
     }

@@ -1,4 +1,14 @@
-//! What a guest prints, line by line into the log of the VM process.
+//! What a guest prints: line by line into the log of the VM process, and as it comes for whoever watches.
+
+use limosa_os::kvm::Doorbell;
+use std::collections::VecDeque;
+use std::io;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+/// What somebody sees who begins to watch: the last bytes, some screens full.
+const RECENT_BYTES_MAX: usize = 16 << 10;
+/// How far somebody may lag behind who watches.
+const UNSEEN_BYTES_MAX: usize = 256 << 10;
 
 /// The console of one guest.
 #[derive(Debug)]
@@ -8,6 +18,85 @@ pub(super) struct Console {
     line_bytes_max: usize,
     /// What was printed since the last line ended.
     pub(super) line: Vec<u8>,
+    /// Where it can be watched, if anywhere.
+    screen: Option<Arc<Screen>>,
+}
+
+/// What is there for the one who watches. The guest never waits for him.
+#[derive(Debug)]
+pub(super) struct Screen {
+    shown: Mutex<Shown>,
+    bell: Arc<Doorbell>,
+}
+
+#[derive(Debug, Default)]
+struct Shown {
+    recent: VecDeque<u8>,
+    unseen: VecDeque<u8>,
+    is_watched: bool,
+}
+
+impl Screen {
+    pub(super) fn new() -> io::Result<Self> {
+        Ok(Self {
+            shown: Mutex::default(),
+            bell: Arc::new(Doorbell::new()?),
+        })
+    }
+
+    fn shown(&self) -> MutexGuard<'_, Shown> {
+        self.shown.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(super) const fn bell(&self) -> &Arc<Doorbell> {
+        &self.bell
+    }
+
+    pub(super) fn watch(&self) {
+        let mut shown = self.shown();
+        shown.is_watched = true;
+        shown.unseen = shown.recent.clone();
+        drop(shown);
+        self.ring();
+    }
+
+    pub(super) fn leave(&self) {
+        let mut shown = self.shown();
+        shown.is_watched = false;
+        shown.unseen = VecDeque::new();
+    }
+
+    pub(super) fn unseen(&self) -> Vec<u8> {
+        std::mem::take(&mut self.shown().unseen).into()
+    }
+
+    /// Takes bytes as the guest printed them.
+    fn show(&self, bytes: &[u8]) {
+        let mut shown = self.shown();
+        append(&mut shown.recent, bytes, RECENT_BYTES_MAX);
+        if !shown.is_watched {
+            return;
+        }
+        let was_seen = shown.unseen.is_empty();
+        append(&mut shown.unseen, bytes, UNSEEN_BYTES_MAX);
+        drop(shown);
+        if was_seen {
+            self.ring();
+        }
+    }
+
+    fn ring(&self) {
+        if let Err(error) = self.bell.ring() {
+            tracing::warn!(%error, "who watches the console is not told of more");
+        }
+    }
+}
+
+/// Appends bytes and keeps as many as there is room for, the last ones.
+fn append(to: &mut VecDeque<u8>, bytes: &[u8], most: usize) {
+    to.extend(bytes);
+    let surplus = to.len().saturating_sub(most);
+    to.drain(..surplus);
 }
 
 impl Console {
@@ -16,6 +105,22 @@ impl Console {
             name: name.to_owned(),
             line_bytes_max,
             line: Vec::new(),
+            screen: None,
+        }
+    }
+
+    /// The same, and it can be watched there.
+    pub(super) fn shown_on(self, screen: Arc<Screen>) -> Self {
+        Self {
+            screen: Some(screen),
+            ..self
+        }
+    }
+
+    /// Shows bytes as they are to whoever watches. The log gets them by [`Console::print`].
+    pub(super) fn show(&self, bytes: &[u8]) {
+        if let Some(screen) = &self.screen {
+            screen.show(bytes);
         }
     }
 
@@ -35,8 +140,50 @@ impl Console {
     /// The same console, as it goes on behind what was printed elsewhere.
     pub(super) fn behind(&self, line: Vec<u8>) -> Self {
         Self {
+            name: self.name.clone(),
+            line_bytes_max: self.line_bytes_max,
             line,
-            ..Self::new(&self.name, self.line_bytes_max)
+            screen: self.screen.clone(),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn who_watches_sees_the_last_of_it_and_all_that_follows() {
+        let screen = Screen::new().unwrap();
+        screen.show(&[b'x'; RECENT_BYTES_MAX]);
+        screen.show(b"login: ");
+        assert!(!screen.bell().hear() && screen.unseen().is_empty());
+        screen.watch();
+        for byte in b"root" {
+            screen.show(&[*byte]);
+        }
+        assert!(screen.bell().hear());
+        let seen = screen.unseen();
+        assert_eq!(seen.len(), RECENT_BYTES_MAX + 4);
+        assert!(seen.ends_with(b"xxlogin: root"));
+        assert!(!screen.bell().hear());
+        screen.show(b"!");
+        assert!(screen.bell().hear());
+        screen.leave();
+        screen.show(b"unseen");
+        assert!(screen.unseen().is_empty());
+    }
+
+    #[test]
+    fn who_lags_behind_loses_the_oldest() {
+        let screen = Screen::new().unwrap();
+        screen.watch();
+        for _ in 0..100 {
+            screen.show(&[b'x'; 4096]);
+        }
+        screen.show(b"end");
+        let seen = screen.unseen();
+        assert_eq!(seen.len(), UNSEEN_BYTES_MAX);
+        assert!(seen.ends_with(b"end"));
     }
 }

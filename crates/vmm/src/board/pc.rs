@@ -7,13 +7,14 @@
 
 use super::AfterOut;
 use super::clock::RealTimeClock;
-use super::console::Console;
+use super::console::{Console, Screen};
 use crate::answer::ExitReason;
 use crate::state::{Kind, Section, StateError, Writer};
 use crate::virtio::Devices;
-use limosa_os::kvm::InterruptLine;
+use limosa_os::kvm::{Doorbell, InterruptLine};
 use std::io::{self, Write};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::SystemTime;
 use vm_superio::serial::{NoEvents, SerialState};
 use vm_superio::{Serial, Trigger};
@@ -55,6 +56,44 @@ pub(crate) struct Pc {
     serial: Mutex<SerialPort>,
     clock: Mutex<RealTimeClock>,
     devices: Devices,
+    screen: Arc<Screen>,
+    /// The guest is paused.
+    rests: AtomicBool,
+}
+
+/// The keyboard and the screen of a PC: its serial line.
+#[derive(Clone, Debug)]
+pub struct Terminal(Arc<Pc>);
+
+impl Terminal {
+    pub(crate) const fn new(pc: Arc<Pc>) -> Self {
+        Self(pc)
+    }
+
+    /// Somebody begins to watch: what the guest printed of late is unseen, and all that it prints from now on.
+    pub fn watch(&self) {
+        self.0.screen.watch();
+    }
+
+    /// Nobody watches any more.
+    pub fn leave(&self) {
+        self.0.screen.leave();
+    }
+
+    /// Takes what is unseen. While nobody does for long, the oldest of it is lost.
+    pub fn unseen(&self) -> Vec<u8> {
+        self.0.screen.unseen()
+    }
+
+    /// Rings when something is unseen.
+    pub fn bell(&self) -> Arc<Doorbell> {
+        Arc::clone(self.0.screen.bell())
+    }
+
+    /// Types; how many bytes the line has taken: it holds some only, and none while the guest is paused.
+    pub fn type_in(&self, bytes: &[u8]) -> usize {
+        self.0.type_in(bytes)
+    }
 }
 
 type SerialPort = Serial<SerialLine, NoEvents, Console>;
@@ -73,6 +112,7 @@ impl Trigger for SerialLine {
 
 impl Write for Console {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.show(bytes);
         // Terminals want both ends of a line, logs one.
         self.print(bytes.iter().copied().filter(|&byte| byte != b'\r'));
         Ok(bytes.len())
@@ -85,13 +125,36 @@ impl Write for Console {
 
 impl Pc {
     /// The board of a machine with that name; the serial port interrupts by that line.
-    pub(crate) fn new(name: &str, line: InterruptLine, devices: Devices) -> Self {
-        let console = Console::new(name, LINE_BYTES_MAX);
-        Self {
+    ///
+    /// # Errors
+    /// There is no descriptor for its console.
+    pub(crate) fn new(name: &str, line: InterruptLine, devices: Devices) -> io::Result<Self> {
+        let screen = Arc::new(Screen::new()?);
+        let console = Console::new(name, LINE_BYTES_MAX).shown_on(Arc::clone(&screen));
+        Ok(Self {
             serial: Mutex::new(Serial::new(SerialLine(line), console)),
             clock: Mutex::new(RealTimeClock::new()),
             devices,
+            screen,
+            rests: AtomicBool::new(true),
+        })
+    }
+
+    /// See [`Terminal::type_in`].
+    fn type_in(&self, bytes: &[u8]) -> usize {
+        let mut serial = self.serial();
+        if self.rests.load(Ordering::SeqCst) {
+            return 0;
         }
+        // Nothing is taken while there is no room, or while the guest talks to itself.
+        serial.enqueue_raw_bytes(bytes).unwrap_or(0)
+    }
+
+    /// Whether the guest is paused, and so takes no input that its saved state would lack.
+    pub(crate) fn set_resting(&self, rests: bool) {
+        // Under the lock, so that whoever types has either done so or will see it.
+        let _serial = self.serial();
+        self.rests.store(rests, Ordering::SeqCst);
     }
 
     pub(crate) const fn devices(&self) -> &Devices {

@@ -1,6 +1,6 @@
 //! Puts a stock Linux kernel into empty memory, as a boot loader would.
 //!
-//! The kernel is a bzImage, entered in 64-bit mode (`Documentation/arch/x86/boot.rst` of Linux,
+//! The kernel is a bzImage (for ELF files see [`super::pvh`]), entered in 64-bit mode (`Documentation/arch/x86/boot.rst` of Linux,
 //! *64-bit boot protocol*): flat segments, the first 4 GiB mapped as they are, `rsi` at the zero page,
 //! which says what memory there is and where command line, initial file system and ACPI tables lie.
 //!
@@ -10,6 +10,7 @@
 //!  the initial file system lies as high as the kernel and the memory below the hole permit
 //! ```
 
+use super::{Start, pvh};
 use crate::acpi;
 use crate::layout;
 use limosa_os::kvm::{kvm_regs, kvm_segment, kvm_sregs};
@@ -20,18 +21,20 @@ use linux_loader::loader::bzimage::BzImage;
 use linux_loader::loader::{self, KernelLoader};
 use std::fs::File;
 use std::io::{self, Seek, SeekFrom};
+use std::ops::Range;
 use vm_memory::{Bytes, GuestAddress};
 
 /// Longest command line, the zero at its end included: what kernels for x86 take.
 pub const CMDLINE_BYTES_MAX: usize = 2048;
 
 const GDT: u64 = 0x500;
-const ZERO_PAGE: u64 = 0x7000;
+/// What the kernel is told lies here.
+pub(super) const ZERO_PAGE: u64 = 0x7000;
 const STACK_TOP: u64 = 0x8ff0;
 const ROOT_TABLE: u64 = 0x9000;
 const UPPER_TABLE: u64 = 0xa000;
 const FIRST_TABLE: u64 = 0xb000;
-const CMDLINE: u64 = 0x2_0000;
+pub(super) const CMDLINE: u64 = 0x2_0000;
 /// Where the memory ends that a kernel may use as it likes below 640 KiB.
 const LOW_END: u64 = 0x9_fc00;
 const KERNEL: u64 = 0x10_0000;
@@ -49,8 +52,8 @@ const TABLE_ENTRY: u64 = 0b11;
 /// The same, and large.
 const PAGE_ENTRY: u64 = TABLE_ENTRY | 1 << 7;
 
-const CR0_PROTECTED: u64 = 1;
-const CR0_EXTENSION_TYPE: u64 = 1 << 4;
+pub(super) const CR0_PROTECTED: u64 = 1;
+pub(super) const CR0_EXTENSION_TYPE: u64 = 1 << 4;
 const CR0_PAGING: u64 = 1 << 31;
 const CR4_LARGE_ADDRESSES: u64 = 1 << 5;
 const EFER_LONG_MODE: u64 = 1 << 8 | 1 << 10;
@@ -72,7 +75,9 @@ pub(crate) const MSRS: [(u32, u64); 2] = [(0x1a0, 1), (0x2ff, 1 << 11 | 6)];
 #[derive(Debug, thiserror::Error)]
 pub enum LinuxError {
     /// It is no bzImage that can be entered in 64-bit mode.
-    #[error("the kernel {0}: give a bzImage, such as /boot/vmlinuz of a distribution for x86-64")]
+    #[error(
+        "the kernel {0}: give a bzImage, such as /boot/vmlinuz of a distribution for x86-64, or a vmlinux"
+    )]
     Kernel(String),
     /// It does not fit.
     #[error("the kernel needs memory up to {needed}, the guest has {memory}: give it more memory")]
@@ -114,7 +119,7 @@ impl From<vm_memory::GuestMemoryError> for LinuxError {
 /// What is booted.
 #[derive(Debug)]
 pub struct LinuxImage {
-    /// The bzImage.
+    /// The bzImage, or an ELF file with a PVH entry.
     pub kernel: File,
     /// The initial file system.
     pub initrd: Option<File>,
@@ -134,33 +139,48 @@ fn check_cmdline(cmdline: &str) -> Result<(), LinuxError> {
     Ok(())
 }
 
-/// Writes everything that a kernel finds in its memory; the address of its first instruction.
+/// Writes everything that a kernel finds in its memory; how it is entered.
 pub(crate) fn fill_memory(
     view: &GuestView,
     memory: ByteCount,
     image: &mut LinuxImage,
     tables: &[u8],
-) -> Result<u64, LinuxError> {
+) -> Result<Start, LinuxError> {
     check_cmdline(&image.cmdline)?;
+    let start = if pvh::is_elf(&image.kernel)? {
+        let entry = pvh::fill_memory(view, memory, image)?;
+        Start::Pvh { entry }
+    } else {
+        let entry = fill_for_bzimage(view, memory, image)?;
+        Start::Linux { entry }
+    };
+    view.write_slice(tables, GuestAddress(acpi::START))?;
+    Ok(start)
+}
+
+/// The same for a bzImage, but for the tables; the address of its first instruction.
+fn fill_for_bzimage(
+    view: &GuestView,
+    memory: ByteCount,
+    image: &mut LinuxImage,
+) -> Result<u64, LinuxError> {
     let header = load_kernel(view, memory, &mut image.kernel)?;
     let mut zero_page = boot_params {
         hdr: header,
         ..Default::default()
     };
     if let Some(initrd) = &mut image.initrd {
-        let (start, bytes) = load_initrd(view, memory, &header, initrd)?;
+        let within = unpacked_end(&header)..u64::from(header.initrd_addr_max) + 1;
+        let (start, bytes) = load_initrd(view, memory, within, initrd)?;
         (zero_page.hdr.ramdisk_image, zero_page.hdr.ramdisk_size) = (start, bytes);
     }
-    let mut cmdline = image.cmdline.clone().into_bytes();
-    cmdline.push(0);
-    view.write_slice(&cmdline, GuestAddress(CMDLINE))?;
+    let bytes = write_cmdline(view, &image.cmdline)?;
     zero_page.hdr.type_of_loader = LOADER_UNDEFINED;
     zero_page.hdr.cmd_line_ptr = u32::try_from(CMDLINE).expect("a low address");
-    zero_page.hdr.cmdline_size = u32::try_from(cmdline.len()).expect("checked above");
+    zero_page.hdr.cmdline_size = bytes;
     zero_page.acpi_rsdp_addr = acpi::START;
     write_map(&mut zero_page, memory);
     view.write_obj(zero_page, GuestAddress(ZERO_PAGE))?;
-    view.write_slice(tables, GuestAddress(acpi::START))?;
     write_page_tables(view)?;
     for (selector, descriptor) in [
         (CODE_SELECTOR, 0x00af_9b00_0000_ffff_u64),
@@ -172,8 +192,16 @@ pub(crate) fn fill_memory(
     Ok(KERNEL + ENTRY_64)
 }
 
+/// Writes the command line to [`CMDLINE`]; its size with the zero at its end.
+pub(super) fn write_cmdline(view: &GuestView, cmdline: &str) -> Result<u32, LinuxError> {
+    let mut bytes = cmdline.as_bytes().to_vec();
+    bytes.push(0);
+    view.write_slice(&bytes, GuestAddress(CMDLINE))?;
+    Ok(u32::try_from(bytes.len()).expect("checked before"))
+}
+
 /// Where the memory below the hole ends.
-fn low_memory(memory: ByteCount) -> u64 {
+pub(super) fn low_memory(memory: ByteCount) -> u64 {
     memory.get().min(layout::HOLE_START)
 }
 
@@ -218,11 +246,11 @@ fn unpacked_end(header: &setup_header) -> u64 {
     u64::max(header.pref_address, KERNEL).saturating_add(u64::from(header.init_size))
 }
 
-/// Start and size of the initial file system.
-fn load_initrd(
+/// Start and size of the initial file system, which lies as high as may be within these addresses.
+pub(super) fn load_initrd(
     view: &GuestView,
     memory: ByteCount,
-    header: &setup_header,
+    within: Range<u64>,
     initrd: &mut File,
 ) -> Result<(u32, u32), LinuxError> {
     let unreadable = |error: io::Error| LinuxError::Initrd(error.to_string());
@@ -234,12 +262,10 @@ fn load_initrd(
     let too_large = || LinuxError::InitrdMemory {
         bytes: ByteCount::new(bytes),
     };
-    let highest = u64::from(header.initrd_addr_max) + 1;
-    let end = low_memory(memory).min(highest);
-    let kernel_end = unpacked_end(header);
+    let end = low_memory(memory).min(within.end);
     let start = end.checked_sub(bytes).map(|start| start & !0xfff);
     let start = start
-        .filter(|&start| start >= kernel_end)
+        .filter(|&start| start >= within.start)
         .ok_or_else(too_large)?;
     let count = usize::try_from(bytes).map_err(|_| too_large())?;
     view.read_exact_volatile_from(GuestAddress(start), initrd, count)
@@ -248,8 +274,8 @@ fn load_initrd(
     both.ok_or_else(too_large)
 }
 
-/// What memory there is.
-fn write_map(zero_page: &mut boot_params, memory: ByteCount) {
+/// What memory there is: start, size, and what may be done with it.
+pub(super) fn memory_map(memory: ByteCount) -> Vec<(u64, u64, u32)> {
     let mut entries = vec![
         (0, LOW_END, E820_RAM),
         (LOW_END, KERNEL - LOW_END, E820_RESERVED),
@@ -263,6 +289,11 @@ fn write_map(zero_page: &mut boot_params, memory: ByteCount) {
         let start: Gpa = layout::physical_address(layout::HOLE_START);
         entries.push((start.get(), above, E820_RAM));
     }
+    entries
+}
+
+fn write_map(zero_page: &mut boot_params, memory: ByteCount) {
+    let entries = memory_map(memory);
     zero_page.e820_entries = u8::try_from(entries.len()).expect("a few");
     for (place, (addr, size, kind)) in zero_page.e820_table.iter_mut().zip(entries) {
         *place = boot_e820_entry {
@@ -373,12 +404,12 @@ mod tests {
         file(&image)
     }
 
-    fn fill(memory: ByteCount, image: &mut LinuxImage) -> Result<(GuestView, u64), LinuxError> {
+    fn fill(memory: ByteCount, image: &mut LinuxImage) -> Result<(GuestView, Start), LinuxError> {
         let shared = Arc::new(SharedMemory::create(memory, PageKind::Small).unwrap());
         let writes = Arc::new(DeviceWrites::nothing(shared.page_count()));
         let view = limosa_os::memory::view(&shared, &layout::regions(memory), &writes);
-        let entry = fill_memory(&view, memory, image, &acpi::tables(1, 0))?;
-        Ok((view, entry))
+        let start = fill_memory(&view, memory, image, &acpi::tables(1, 0))?;
+        Ok((view, start))
     }
 
     #[test]
@@ -389,7 +420,10 @@ mod tests {
             initrd: Some(file(&[7; 5000])),
             cmdline: "console=ttyS0 quiet".to_owned(),
         };
-        let (view, entry) = fill(memory, &mut image).unwrap();
+        let (view, start) = fill(memory, &mut image).unwrap();
+        let Start::Linux { entry } = start else {
+            panic!("{start:?}");
+        };
         assert_eq!(
             view.read_obj::<[u8; 4]>(GuestAddress(entry)).unwrap(),
             *b"code"

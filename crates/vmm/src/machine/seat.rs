@@ -277,8 +277,15 @@ impl Drop for Seats {
         for seat in &self.seats {
             let _is_alive = seat.orders.send((0, Order::End)).is_ok();
         }
+        let end = Instant::now() + LIMIT;
         for thread in self.seats.iter_mut().filter_map(|seat| seat.thread.take()) {
-            if thread.join().is_err() {
+            // A thread that waits for a page that never comes ends with the process.
+            while !thread.is_finished() && Instant::now() < end {
+                thread::sleep(Duration::from_micros(100));
+            }
+            if !thread.is_finished() {
+                tracing::error!("a vCPU's thread does not end");
+            } else if thread.join().is_err() {
                 tracing::error!("a vCPU's thread had panicked");
             }
         }

@@ -11,10 +11,10 @@ use super::time::ClockPair;
 use super::vcpu_state::{self, Fixed, Resume, SavedVcpu, VcpuState};
 use crate::answer::{ExitReason, RefusedMsr};
 use crate::board::{AfterOut, Answer, Ports};
-use crate::boot::{Start, linux, micro};
+use crate::boot::{Start, linux, micro, pvh};
 use crate::protocol::in_one_line;
 use limosa_micro_abi::port::{WAIT_LOOK_AGAIN, WAIT_TIME_OVER};
-use limosa_os::kvm::{Exit, KvmError, Vcpu, VcpuPart};
+use limosa_os::kvm::{Exit, KvmError, Vcpu, VcpuPart, kvm_regs, kvm_sregs};
 use limosa_os::thread::{self as os_thread, ThreadId};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -158,15 +158,24 @@ impl VcpuThread {
     fn boot(&self, start: Start) -> Result<(), KvmError> {
         match start {
             Start::Micro { entry } => self.boot_micro(entry),
-            Start::Linux { entry } if self.index == 0 => self.boot_linux(entry),
-            // KVM lets it wait for the start signal of the first one.
-            Start::Linux { .. } => Ok(()),
+            // KVM lets the others wait for the start signal of the first one.
+            Start::Linux { .. } | Start::Pvh { .. } if self.index > 0 => Ok(()),
+            Start::Linux { entry } => {
+                self.boot_kernel(linux::set_special_registers, &linux::registers(entry))
+            }
+            Start::Pvh { entry } => {
+                self.boot_kernel(pvh::set_special_registers, &pvh::registers(entry))
+            }
         }
     }
 
-    fn boot_linux(&self, entry: u64) -> Result<(), KvmError> {
+    fn boot_kernel(
+        &self,
+        set_special: fn(&mut kvm_sregs),
+        registers: &kvm_regs,
+    ) -> Result<(), KvmError> {
         let mut special = self.vcpu.special_registers()?;
-        linux::set_special_registers(&mut special);
+        set_special(&mut special);
         self.vcpu.set_special_registers(&special)?;
         let part = VcpuPart::InterruptController;
         let mut controller = vec![0; self.vcpu.part_bytes(part)];
@@ -174,7 +183,7 @@ impl VcpuThread {
         linux::set_local_lines(&mut controller);
         self.vcpu.write_part(part, &controller)?;
         self.vcpu.write_msrs(&linux::MSRS)?;
-        self.vcpu.set_registers(&linux::registers(entry))
+        self.vcpu.set_registers(registers)
     }
 
     fn boot_micro(&self, entry: u64) -> Result<(), KvmError> {

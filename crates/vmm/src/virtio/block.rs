@@ -13,9 +13,9 @@ use limosa_os::disk::{Disk, DiskBuffer, SECTOR_BYTES};
 use std::io::{self, Read, Write};
 use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX,
-    VIRTIO_BLK_F_WRITE_ZEROES, VIRTIO_BLK_ID_BYTES, VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK,
-    VIRTIO_BLK_S_UNSUPP, VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID,
-    VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT, VIRTIO_BLK_T_WRITE_ZEROES,
+    VIRTIO_BLK_F_SIZE_MAX, VIRTIO_BLK_F_WRITE_ZEROES, VIRTIO_BLK_ID_BYTES, VIRTIO_BLK_S_IOERR,
+    VIRTIO_BLK_S_OK, VIRTIO_BLK_S_UNSUPP, VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_FLUSH,
+    VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT, VIRTIO_BLK_T_WRITE_ZEROES,
 };
 use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
 use virtio_queue::Error as QueueError;
@@ -24,11 +24,17 @@ use vm_memory::bitmap::BitmapSlice;
 const QUEUE_SIZE: u16 = 128;
 /// Most pieces of memory in a request: all of the queue but what frames it.
 const SEGMENTS_MAX: u32 = QUEUE_SIZE as u32 - 2;
+/// Most bytes in a piece, so that no request takes long: a pause waits for it.
+const SEGMENT_BYTES_MAX: u32 = 64 << 10;
+const REQUEST_BYTES_MAX: u64 = SEGMENTS_MAX as u64 * SEGMENT_BYTES_MAX as u64;
 /// What is read or written by one call.
 const BUFFER_BYTES: usize = 256 << 10;
-/// Most sectors in one discarded or zeroed range, and most ranges in a request.
-const RANGE_SECTORS_MAX: u32 = 1 << 22;
-const RANGES_MAX: u32 = 16;
+/// Most sectors in one discarded range, and most such ranges in a request.
+const DISCARDED_SECTORS_MAX: u32 = 1 << 18;
+const DISCARDED_RANGES_MAX: u32 = 16;
+/// The same for zeroed ones, which may have to be written.
+const ZEROED_SECTORS_MAX: u32 = 8 << 11;
+const ZEROED_RANGES_MAX: u32 = 1;
 /// Of a range to be zeroed: its room may be given back.
 const UNMAP: u32 = 1;
 
@@ -85,7 +91,7 @@ impl Block {
         let sector = u64::from(high) << 32 | u64::from(low);
         match kind {
             VIRTIO_BLK_T_IN => {
-                let offset = self.within(sector, into.available_bytes() as u64)?;
+                let offset = self.place(sector, into.available_bytes())?;
                 Ok(self.read(offset, into)?)
             }
             VIRTIO_BLK_T_FLUSH => Ok(self.disk.flush()?),
@@ -99,21 +105,28 @@ impl Block {
                 Err(io::Error::from(io::ErrorKind::ReadOnlyFilesystem).into())
             }
             VIRTIO_BLK_T_OUT => {
-                let offset = self.within(sector, from.available_bytes() as u64)?;
+                let offset = self.place(sector, from.available_bytes())?;
                 Ok(self.write(offset, from)?)
             }
             VIRTIO_BLK_T_DISCARD => {
-                self.each_range(from, |disk, offset, bytes, _| {
-                    match disk.disk.punch(offset, bytes) {
-                        // It is a wish: what was there may as well stay.
-                        Err(error) if error.kind() == io::ErrorKind::Unsupported => Ok(()),
-                        other => other,
-                    }
-                })
+                let limits = (DISCARDED_RANGES_MAX, DISCARDED_SECTORS_MAX);
+                self.each_range(from, limits, Self::discard)
             }
-            VIRTIO_BLK_T_WRITE_ZEROES => self.each_range(from, Self::zero),
+            VIRTIO_BLK_T_WRITE_ZEROES => {
+                let limits = (ZEROED_RANGES_MAX, ZEROED_SECTORS_MAX);
+                self.each_range(from, limits, Self::zero)
+            }
             _ => Err(Failure::Unsupported),
         }
+    }
+
+    /// The same of what is read or written at once.
+    fn place(&self, sector: u64, bytes: usize) -> Result<u64, Failure> {
+        let bytes = bytes as u64;
+        if bytes > REQUEST_BYTES_MAX {
+            return Err(Failure::Unsupported);
+        }
+        Ok(self.within(sector, bytes)?)
     }
 
     /// Where these bytes begin on the disk, if they are on it.
@@ -171,16 +184,17 @@ impl Block {
     fn each_range<B: BitmapSlice>(
         &mut self,
         from: &mut Reader<'_, B>,
+        (ranges_max, sectors_max): (u32, u32),
         mut act: impl FnMut(&mut Self, u64, u64, u32) -> io::Result<()>,
     ) -> Result<(), Failure> {
-        for _ in 0..RANGES_MAX {
+        for _ in 0..ranges_max {
             if from.available_bytes() == 0 {
                 return Ok(());
             }
             let mut range = [0; 16];
             from.read_exact(&mut range)?;
             let [low, high, sectors, flags] = words(range);
-            if sectors > RANGE_SECTORS_MAX || flags & !UNMAP != 0 {
+            if sectors > sectors_max || flags & !UNMAP != 0 {
                 return Err(Failure::Unsupported);
             }
             let bytes = u64::from(sectors) * SECTOR_BYTES;
@@ -192,6 +206,14 @@ impl Block {
         match from.available_bytes() {
             0 => Ok(()),
             _ => Err(Failure::Unsupported),
+        }
+    }
+
+    /// Gives a range's room back. That is a wish: what was there may as well stay.
+    fn discard(&mut self, offset: u64, bytes: u64, _flags: u32) -> io::Result<()> {
+        match self.disk.punch(offset, bytes) {
+            Err(error) if error.kind() == io::ErrorKind::Unsupported => Ok(()),
+            other => other,
         }
     }
 
@@ -230,11 +252,12 @@ impl Device for Block {
     }
 
     fn features(&self) -> u64 {
-        let both = 1 << VIRTIO_BLK_F_SEG_MAX | 1 << VIRTIO_BLK_F_FLUSH;
+        let always =
+            1 << VIRTIO_BLK_F_SIZE_MAX | 1 << VIRTIO_BLK_F_SEG_MAX | 1 << VIRTIO_BLK_F_FLUSH;
         if self.disk.is_read_only() {
-            both | 1 << VIRTIO_BLK_F_RO
+            always | 1 << VIRTIO_BLK_F_RO
         } else {
-            both | 1 << VIRTIO_BLK_F_DISCARD | 1 << VIRTIO_BLK_F_WRITE_ZEROES
+            always | 1 << VIRTIO_BLK_F_DISCARD | 1 << VIRTIO_BLK_F_WRITE_ZEROES
         }
     }
 
@@ -246,14 +269,15 @@ impl Device for Block {
     fn configuration(&self) -> Vec<u8> {
         let mut bytes = vec![0; 60];
         let mut put = |at: usize, word: u32| bytes[at..at + 4].copy_from_slice(&word.to_le_bytes());
+        put(8, SEGMENT_BYTES_MAX);
         put(12, SEGMENTS_MAX);
         // Discarded: sectors, ranges, alignment in sectors.
-        put(36, RANGE_SECTORS_MAX);
-        put(40, RANGES_MAX);
+        put(36, DISCARDED_SECTORS_MAX);
+        put(40, DISCARDED_RANGES_MAX);
         put(44, 8);
         // Zeroed: sectors, ranges, whether room is given back.
-        put(48, RANGE_SECTORS_MAX);
-        put(52, RANGES_MAX);
+        put(48, ZEROED_SECTORS_MAX);
+        put(52, ZEROED_RANGES_MAX);
         bytes[56] = 1;
         let sectors = self.disk.bytes() / SECTOR_BYTES;
         bytes[..8].copy_from_slice(&sectors.to_le_bytes());

@@ -93,7 +93,7 @@ pub(super) enum Served {
     Request,
     /// The guest has queued nothing that could be done.
     RingEmpty,
-    /// The guest has queued something, but the device has nothing for it.
+    /// The device has nothing for what the guest has queued, or waits to be told of more.
     NoInput,
 }
 

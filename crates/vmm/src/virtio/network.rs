@@ -22,7 +22,7 @@ use virtio_bindings::virtio_net::{
     VIRTIO_NET_F_HOST_TSO6, VIRTIO_NET_F_MAC, VIRTIO_NET_F_MRG_RXBUF, VIRTIO_NET_F_STATUS,
     VIRTIO_NET_S_ANNOUNCE, VIRTIO_NET_S_LINK_UP,
 };
-use virtio_queue::Error as QueueError;
+use virtio_queue::{Error as QueueError, QueueT};
 
 const RECEIVE: usize = 0;
 const SEND: usize = 1;
@@ -55,6 +55,8 @@ pub(super) struct Network {
     incoming_bytes: usize,
     /// The guest had no room for it.
     is_waiting: bool,
+    /// The tap device is gone.
+    is_broken: bool,
     outgoing: Box<[u8]>,
     announcement: Option<Announcement>,
 }
@@ -84,6 +86,7 @@ impl Network {
             incoming: buffer(),
             incoming_bytes: 0,
             is_waiting: false,
+            is_broken: false,
             outgoing: buffer(),
             announcement: None,
         }
@@ -100,13 +103,15 @@ impl Network {
                 Ok(Some(bytes)) if bytes > HEADER_BYTES => self.incoming_bytes = bytes,
                 Ok(_) => return Ok(Served::NoInput),
                 Err(error) => {
-                    tracing::debug!(%error, "no packet comes from the host");
+                    tracing::warn!(%error, "no packet comes from the host any more");
+                    self.is_broken = true;
                     return Ok(Served::NoInput);
                 }
             }
         }
+        // A driver that has given all its buffers gives no more before it gets some back.
         let buffers_max = if self.has(VIRTIO_NET_F_MRG_RXBUF) {
-            u16::MAX
+            ring.queue.size()
         } else {
             1
         };
@@ -115,9 +120,13 @@ impl Network {
         let mut filled: Vec<(u16, usize)> = Vec::new();
         while !left.is_empty() && filled.len() < usize::from(buffers_max) {
             let Some(chain) = ring.next()? else {
+                // To be told of the next buffer, not of those that are put back.
+                if ring.queue.enable_notification(ring.memory)? {
+                    continue;
+                }
                 ring.put_back(u16::try_from(filled.len()).expect("no more than the queue has"));
                 self.is_waiting = true;
-                return Ok(Served::RingEmpty);
+                return Ok(Served::NoInput);
             };
             let head = chain.head_index();
             first.get_or_insert_with(|| chain.clone());
@@ -130,9 +139,8 @@ impl Network {
         self.is_waiting = false;
         self.incoming_bytes = 0;
         if !left.is_empty() {
-            // The driver has not said that a packet may lie in several buffers, and this one does not
-            // fit. The network loses packets, too.
-            ring.put_back(u16::try_from(filled.len()).expect("one"));
+            // It does not fit into all that the driver gives for a packet. The network loses packets, too.
+            ring.put_back(u16::try_from(filled.len()).expect("no more than the queue has"));
             return Ok(Served::Request);
         }
         if let Some(first) = first {
@@ -263,7 +271,8 @@ impl Device for Network {
     }
 
     fn input(&self) -> Option<Input> {
-        (!self.is_waiting).then(|| Arc::clone(&self.tap) as Input)
+        let takes = !self.is_waiting && !self.is_broken;
+        takes.then(|| Arc::clone(&self.tap) as Input)
     }
 
     fn due(&self) -> Option<Instant> {
@@ -304,6 +313,7 @@ impl Device for Network {
             incoming: _,
             incoming_bytes: _,
             is_waiting: _,
+            is_broken: _,
             outgoing: _,
             // Those of an earlier arrival are over.
             announcement: _,

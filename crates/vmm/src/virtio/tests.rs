@@ -213,7 +213,7 @@ impl Bed {
 
     fn run(&self) {
         self.devices.claim().unwrap();
-        self.devices.resume(false);
+        self.devices.resume();
     }
 }
 
@@ -378,7 +378,8 @@ fn a_request_is_carried_out_once_on_either_side_of_a_move() {
     source.devices.release().unwrap();
     target.devices.claim().unwrap();
     assert!(source.devices.claim().is_err());
-    target.devices.resume(true);
+    target.devices.arrive().unwrap();
+    target.devices.resume();
     target.wait_for_used(2);
     assert_eq!((target.status(), source.status()), (0, 0xff));
     assert_eq!(target.read(0, VIRTIO_MMIO_INTERRUPT_STATUS), 1);

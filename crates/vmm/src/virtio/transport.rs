@@ -7,19 +7,20 @@
 //! ```
 //!
 //! Everything is under one lock but what a driver reaches for with each interrupt. Only a live device
-//! that does not rest is served.
+//! that does not rest is served. To let a device work needs no lock, so a guest that ran can always run on.
 //!
 //! A state may be loaded while pages of the guest are missing still: nothing here reads memory then.
 
 use super::device::{Device, Input, Ring, Served};
-use super::{DeviceError, Place};
+use super::{DeviceError, Place, REST_MAX};
 use crate::state::{Section, StateError};
 use limosa_os::kvm::{Doorbell, InterruptLine, Vm};
 use limosa_os::memory::GuestView;
 use serde::{Deserialize, Serialize};
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Instant;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
+use std::thread;
+use std::time::{Duration, Instant};
 use virtio_bindings::virtio_config::{
     VIRTIO_CONFIG_S_DRIVER_OK as DRIVER_OK, VIRTIO_CONFIG_S_FAILED as FAILED,
     VIRTIO_CONFIG_S_FEATURES_OK as FEATURES_OK, VIRTIO_CONFIG_S_NEEDS_RESET as NEEDS_RESET,
@@ -46,6 +47,10 @@ use virtio_bindings::virtio_mmio::{
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 use virtio_queue::{Error as QueueError, Queue, QueueState, QueueT};
 
+/// How soon the guest's owner looks again whether a device has finished a request.
+const LOOK_AGAIN: Duration = Duration::from_micros(50);
+/// Most requests of a queue that are served before others get their turn.
+const AT_ONCE_MAX: u32 = 64;
 /// "virt".
 const MAGIC: u32 = 0x7472_6976;
 /// Registers of virtio 1; the older ones are 1.
@@ -66,8 +71,12 @@ pub(super) struct Transport {
     bells: Vec<Doorbell>,
     /// Why the driver was interrupted, until it says that it knows.
     interrupt: AtomicU32,
-    /// Somebody waits for the lock to bring the device to rest.
-    is_pausing: AtomicBool,
+    /// Nothing is served. Who wants the device to rest sets this, and has the lock once after.
+    rests: AtomicBool,
+    /// What only one machine may have is ours.
+    is_claimed: AtomicBool,
+    /// How many vCPUs wait for the lock, which is not given in turn.
+    waiting: AtomicU32,
     core: Mutex<Core>,
 }
 
@@ -77,7 +86,6 @@ struct Core {
     device: Box<dyn Device>,
     registers: Registers,
     queues: Vec<Queue>,
-    rests: bool,
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -123,7 +131,8 @@ enum Next {
 
 impl Core {
     fn is_live(&self) -> bool {
-        self.registers.status & (DRIVER_OK | FAILED | NEEDS_RESET) == DRIVER_OK
+        const WANTED: u32 = DRIVER_OK | FEATURES_OK;
+        self.registers.status & (WANTED | FAILED | NEEDS_RESET) == WANTED
     }
 
     fn offered(&self) -> u64 {
@@ -195,12 +204,13 @@ impl Transport {
             line: vm.interrupt_line(place.line)?,
             bells,
             interrupt: AtomicU32::new(0),
-            is_pausing: AtomicBool::new(true),
+            rests: AtomicBool::new(true),
+            is_claimed: AtomicBool::new(false),
+            waiting: AtomicU32::new(0),
             core: Mutex::new(Core {
                 queues: sizes.iter().map(queue).collect(),
                 device,
                 registers: Registers::default(),
-                rests: true,
             }),
         })
     }
@@ -218,6 +228,28 @@ impl Transport {
         self.core.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// The same for a vCPU, which goes before further requests.
+    fn core_for_driver(&self) -> MutexGuard<'_, Core> {
+        self.waiting.fetch_add(1, Ordering::SeqCst);
+        let core = self.core();
+        self.waiting.fetch_sub(1, Ordering::SeqCst);
+        core
+    }
+
+    /// The same for the guest's owner, who cannot wait for a page that may never come.
+    fn core_until(&self, end: Instant) -> Result<MutexGuard<'_, Core>, DeviceError> {
+        loop {
+            match self.core.try_lock() {
+                Ok(core) => return Ok(core),
+                Err(TryLockError::Poisoned(core)) => return Ok(core.into_inner()),
+                Err(TryLockError::WouldBlock) if Instant::now() > end => {
+                    return Err(DeviceError::Stuck { index: self.index });
+                }
+                Err(TryLockError::WouldBlock) => thread::sleep(LOOK_AGAIN),
+            }
+        }
+    }
+
     /// Interrupts the driver and says why.
     fn interrupt(&self, why: u32) {
         self.interrupt.fetch_or(why, Ordering::SeqCst);
@@ -229,17 +261,28 @@ impl Transport {
     /// What its thread waits for beside its bells, and until when.
     pub(super) fn waits_for(&self) -> (Option<Input>, Option<Instant>) {
         let core = self.core();
-        if core.rests || self.is_pausing.load(Ordering::SeqCst) || !core.is_live() {
+        if self.rests() || !core.is_live() {
             return (None, None);
         }
-        (core.device.input(), core.device.due())
+        let takes = core.queues.first().is_some_and(Queue::ready);
+        let input = core.device.input().filter(|_| takes);
+        (input, core.device.due())
     }
 
-    /// Serves a queue until there is nothing to do, or it is to rest.
+    fn rests(&self) -> bool {
+        self.rests.load(Ordering::SeqCst)
+    }
+
+    /// Serves a queue until there is nothing to do, or it is to rest, or others have waited for long enough:
+    /// then the rest is called for again.
     pub(super) fn serve(&self, queue: usize) {
-        while !self.is_pausing.load(Ordering::SeqCst) {
+        for _ in 0..AT_ONCE_MAX {
+            while self.waiting.load(Ordering::SeqCst) > 0 {
+                thread::yield_now();
+            }
             let mut core = self.core();
-            if core.rests || !core.is_live() {
+            // Under the lock: whoever wants it to rest has the lock afterwards.
+            if self.rests() || !core.is_live() {
                 return;
             }
             match core.step(queue, &self.memory) {
@@ -253,16 +296,21 @@ impl Transport {
                 }
             }
         }
+        self.ring(queue);
+    }
+
+    /// Calls the device's thread to a queue.
+    fn ring(&self, queue: usize) {
+        if let Some(Err(error)) = self.bells.get(queue).map(Doorbell::ring) {
+            tracing::warn!(%error, device = self.index, queue, "a device does not wake up");
+        }
     }
 
     /// Lets the device do what is due.
     pub(super) fn tick(&self) {
-        if self.is_pausing.load(Ordering::SeqCst) {
-            return;
-        }
         let mut core = self.core();
         let is_due = core.device.due().is_some_and(|due| due <= Instant::now());
-        if is_due && !core.rests && core.is_live() {
+        if is_due && !self.rests() && core.is_live() {
             core.device.tick();
         }
     }
@@ -274,43 +322,54 @@ impl Transport {
 
     /// See [`super::Devices::claim`].
     pub(super) fn claim(&self) -> Result<(), DeviceError> {
-        self.core().device.claim()
+        if self.is_claimed.load(Ordering::SeqCst) {
+            return Ok(());
+        }
+        let end = Instant::now() + REST_MAX;
+        self.core_until(end)?.device.claim()?;
+        self.is_claimed.store(true, Ordering::SeqCst);
+        Ok(())
     }
 
     /// See [`super::Devices::release`].
     pub(super) fn release(&self) -> Result<(), DeviceError> {
-        self.core().device.release()
+        let end = Instant::now() + REST_MAX;
+        self.core_until(end)?.device.release()?;
+        self.is_claimed.store(false, Ordering::SeqCst);
+        Ok(())
     }
 
-    /// See [`super::Devices::pause`].
-    pub(super) fn pause(&self) -> Result<(), DeviceError> {
-        // The thread looks at this after each request; a lock alone is not given in turn.
-        self.is_pausing.store(true, Ordering::SeqCst);
-        let mut core = self.core();
-        core.rests = true;
-        core.device.rest()
+    /// Nothing more is begun.
+    pub(super) fn begin_rest(&self) {
+        self.rests.store(true, Ordering::SeqCst);
     }
 
-    /// See [`super::Devices::resume`].
-    pub(super) fn resume(&self, has_arrived: bool) {
-        let mut core = self.core();
-        core.rests = false;
-        self.is_pausing.store(false, Ordering::SeqCst);
-        if has_arrived && core.is_live() && core.device.arrive() {
+    /// What was begun is finished, or it takes longer than until then.
+    pub(super) fn finish_rest(&self, end: Instant) -> Result<(), DeviceError> {
+        self.core_until(end)?.device.rest()
+    }
+
+    /// The guest is about to run here and ran elsewhere before.
+    pub(super) fn arrive(&self) -> Result<(), DeviceError> {
+        let mut core = self.core_until(Instant::now() + REST_MAX)?;
+        if core.is_live() && core.device.arrive() {
             core.registers.generation = core.registers.generation.wrapping_add(1);
             self.interrupt.fetch_or(INT_CONFIG, Ordering::SeqCst);
         }
-        drop(core);
+        Ok(())
+    }
+
+    /// Requests are served again.
+    pub(super) fn resume(&self) {
+        self.rests.store(false, Ordering::SeqCst);
         // A vCPU may have been saved between the interrupt and its arrival there; one too many does no
         // harm, since the driver looks why.
         if self.interrupt.load(Ordering::SeqCst) != 0 {
             self.interrupt(0);
         }
         // The guest has rung for what it queued while nobody listened.
-        for bell in &self.bells {
-            if let Err(error) = bell.ring() {
-                tracing::warn!(%error, device = self.index, "a device does not wake up");
-            }
+        for queue in 0..self.bells.len() {
+            self.ring(queue);
         }
     }
 
@@ -318,7 +377,7 @@ impl Transport {
     pub(super) fn read(&self, offset: u32, bytes: &mut [u8]) {
         bytes.fill(0);
         if let Some(within) = offset.checked_sub(CONFIG) {
-            let configuration = self.core().device.configuration();
+            let configuration = self.core_for_driver().device.configuration();
             let from = configuration.get(within as usize..).unwrap_or_default();
             for (place, byte) in bytes.iter_mut().zip(from) {
                 *place = *byte;
@@ -332,7 +391,7 @@ impl Transport {
         if register == INTERRUPT_STATUS {
             return self.interrupt.load(Ordering::SeqCst);
         }
-        let core = self.core();
+        let core = self.core_for_driver();
         let queue = |value: fn(&Queue) -> u32| core.queue().map_or(0, value);
         match register {
             MAGIC_VALUE => MAGIC,
@@ -374,7 +433,7 @@ impl Transport {
     }
 
     fn write_register(&self, register: u32, value: u32) {
-        let mut core = self.core();
+        let mut core = self.core_for_driver();
         match register {
             DEVICE_FEATURES_SEL => core.registers.device_features_half = value,
             DRIVER_FEATURES_SEL => core.registers.driver_features_half = value,
@@ -408,7 +467,7 @@ impl Transport {
     }
 
     fn write_status(&self, status: u32) {
-        let mut core = self.core();
+        let mut core = self.core_for_driver();
         if status == 0 {
             core.reset();
             self.interrupt.store(0, Ordering::SeqCst);
@@ -428,7 +487,10 @@ impl Transport {
             for queue in &mut core.queues {
                 queue.set_event_idx(features & 1 << VIRTIO_RING_F_EVENT_IDX != 0);
             }
-            if core.has_sound_queues(&self.memory) {
+            if core.registers.status & FEATURES_OK == 0 {
+                tracing::warn!(device = self.index, "the guest has not agreed on features");
+                self.fail(&mut core);
+            } else if core.has_sound_queues(&self.memory) {
                 core.device.begin(features);
             } else {
                 tracing::warn!(
@@ -439,9 +501,7 @@ impl Transport {
             }
             drop(core);
             // Its thread has more to wait for now.
-            if let Some(Err(error)) = self.bells.first().map(Doorbell::ring) {
-                tracing::warn!(%error, device = self.index, "a device does not wake up");
-            }
+            self.ring(0);
         }
     }
 
@@ -467,7 +527,8 @@ impl Transport {
         if !rest.is_empty() || saved.device_id != core.device.id() {
             return Err(cannot("it is of another kind of device"));
         }
-        if saved.registers.driver_features & !core.offered() != 0 {
+        let has_agreed = saved.registers.status & FEATURES_OK != 0;
+        if has_agreed && saved.registers.driver_features & !core.offered() != 0 {
             return Err(cannot("its driver uses what this version does not offer"));
         }
         if saved.queues.len() != core.queues.len() {

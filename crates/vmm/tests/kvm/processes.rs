@@ -116,7 +116,7 @@ fn bad_machines_are_refused_in_words() {
     );
     assert_eq!(
         create(|config| config.vcpus = 9, Some(&elf), Phase::Running),
-        "9 vCPUs are not possible: a machine has 1 to 8"
+        "9 vCPUs are not possible: such a machine has 1 to 8"
     );
     let begins = "a machine begins running with an image, or preparing without one";
     assert_eq!(create(|_| {}, None, Phase::Running), begins);
