@@ -9,6 +9,7 @@ use crate::host::Host;
 use crate::http;
 use crate::ledger::Ledger;
 use crate::machine::process::Processes;
+pub use crate::machine::process::lent::Lent;
 use crate::state_dir::StateDir;
 use anyhow::{Context, Result, bail};
 use limosa_carrier::{Credentials, Listener};
@@ -43,6 +44,8 @@ pub struct Options {
     pub tls: Option<PathBuf>,
     /// Listen beyond the loopback although nothing is encrypted.
     pub insecure: bool,
+    /// What guests that arrive may use of this host.
+    pub lent: Lent,
 }
 
 /// Runs a daemon until it is told to stop.
@@ -56,7 +59,7 @@ pub fn serve(options: &Options) -> Result<()> {
     let state = StateDir::open(&options.state_dir)?;
     let socket = state.host_socket();
     let ledger = Ledger::open(&state.ledger())?;
-    let processes = Processes::new(state.root());
+    let processes = Processes::new(state.root(), options.lent.clone());
     let root = state.root().display().to_string();
     let host = Host::new(state, Box::new(processes), ledger, credentials.clone());
     host.adopt_all()?;

@@ -1,7 +1,9 @@
 //! Virtual machines as the control interface tells them.
 
 use limosa_os::dirty::TrackerKind;
+use limosa_vmm::process::console_socket;
 use serde::{Deserialize, Serialize};
+use std::path::{Path, PathBuf};
 use utoipa::ToSchema;
 
 /// A virtual machine to make and start.
@@ -26,7 +28,7 @@ pub struct VmSpec {
     /// Size of the guest's memory.
     #[schema(example = 1_073_741_824u64)]
     pub memory_bytes: u64,
-    /// 1 to 8.
+    /// 1 to 8, with a Linux kernel to 16.
     pub vcpus: u8,
     /// Back the memory with 2 MiB pages, which the host must have reserved.
     #[serde(default)]
@@ -155,6 +157,13 @@ pub struct VmInfo {
     pub socket: String,
     /// What it printed last is here.
     pub log: String,
+}
+
+impl VmInfo {
+    /// Where the console of its guest is served, if that has one: bytes out and in.
+    pub fn console_socket(&self) -> PathBuf {
+        console_socket(Path::new(&self.socket))
+    }
 }
 
 /// A part of the state that moves with a guest.

@@ -19,7 +19,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 /// Most vCPUs of a virtual machine.
-const VCPUS_MAX: u8 = 8;
+const VCPUS_MAX: u8 = 16;
 /// How long a new guest is watched for a quick death before it counts as started.
 const FIRST_SIGN_MAX: Duration = Duration::from_millis(500);
 

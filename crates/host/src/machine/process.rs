@@ -5,12 +5,14 @@
 //! its end by a process descriptor, which works for children and for those of an earlier daemon,
 //! and cannot mistake a later process of the same number for it.
 
+pub mod lent;
 mod preflight;
 
 use crate::api::{self, CommandKind, GuestReport, SectionInfo, VcpuReport, VmSpec};
 use crate::machine::{Activity, Described, Look, Machine, Machines, OnEnd, Shape};
 use crate::refusal::Refusal;
 use crate::state_dir::{self, VmName};
+use lent::Lent;
 use limosa_carrier::{Guest, GuestError};
 use limosa_engine::handover::{MigrationId, Phase};
 use limosa_engine::wire::Start;
@@ -19,6 +21,7 @@ use limosa_pages::{ByteCount, PAGE_SIZE_USIZE};
 use limosa_vmm::answer::{self, RunState};
 use limosa_vmm::client::{VmError, VmHandle};
 use limosa_vmm::config::{Platform, VmConfig};
+use limosa_vmm::process::console_socket;
 use preflight::{Program, ensure_memory};
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
@@ -47,13 +50,16 @@ const LOG_BYTES_MAX: u64 = 1 << 20;
 #[derive(Debug)]
 pub struct Processes {
     root: PathBuf,
+    lent: Lent,
 }
 
 impl Processes {
-    /// For the state directory `root`, whose path tells the hosts of one machine apart.
-    pub fn new(root: &Path) -> Self {
+    /// For the state directory `root`, whose path tells the hosts of one machine apart; `lent` is for guests
+    /// that arrive.
+    pub fn new(root: &Path, lent: Lent) -> Self {
         Self {
             root: root.to_owned(),
+            lent,
         }
     }
 
@@ -151,6 +157,7 @@ impl Machines for Processes {
             return Err("the source contradicts itself about the size of the memory".to_owned());
         }
         let name = VmName::new(&config.name)?;
+        self.lent.check(&config)?;
         config.check_host().map_err(|error| error.to_string())?;
         ensure_memory(shape(&config))?;
         Ok(Described { name })
@@ -523,11 +530,14 @@ fn describe_exit(status: ExitStatus) -> String {
     }
 }
 
+/// Removes what a process that is gone has listened at.
 fn remove_socket(socket: &Path) {
-    if let Err(error) = fs::remove_file(socket)
-        && error.kind() != io::ErrorKind::NotFound
-    {
-        tracing::warn!(socket = %socket.display(), %error, "a stale socket could not be removed");
+    for path in [socket, &console_socket(socket)] {
+        if let Err(error) = fs::remove_file(path)
+            && error.kind() != io::ErrorKind::NotFound
+        {
+            tracing::warn!(socket = %path.display(), %error, "a stale socket could not be removed");
+        }
     }
 }
 
