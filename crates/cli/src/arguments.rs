@@ -73,6 +73,12 @@ pub(crate) enum Command {
     /// Show every part of the state that moves with a virtual machine
     #[command(after_help = "Examples:\n  limosa inspect web\n  limosa inspect web --json")]
     Inspect(Named),
+    /// Show the console of a virtual machine with a kernel, and type there; Ctrl-] leaves
+    #[command(after_help = "Example:\n  limosa console debian")]
+    Console {
+        /// Name of the virtual machine
+        vm: String,
+    },
     /// Move a running virtual machine to another host
     Migrate(Migrate),
     /// Show migrations, or one of them
@@ -121,6 +127,7 @@ Examples:
   limosa host --state-dir /tmp/a --listen 127.0.0.1:7071
   limosa host --listen 192.0.2.7:7070 --tls /etc/limosa/tls
   limosa host --listen 192.0.2.7:7070 --insecure
+  limosa host --listen 192.0.2.7:7070 --tls /etc/limosa --lend-disk /srv/images --lend-tap 'tap*'
 
 'limosa cert' makes what --tls needs; docs/encryption.md has more.")]
 pub(crate) struct Host {
@@ -133,6 +140,12 @@ pub(crate) struct Host {
     /// Listen beyond this machine although nothing is encrypted
     #[arg(long, conflicts_with = "tls")]
     pub insecure: bool,
+    /// Disk, or directory of disks, that guests from other hosts may use here; may be repeated
+    #[arg(long, value_name = "PATH")]
+    pub lend_disk: Vec<PathBuf>,
+    /// Tap device that guests from other hosts may use here, 'tap*' for all that begin so; may be repeated
+    #[arg(long, value_name = "TAP")]
+    pub lend_tap: Vec<String>,
 }
 
 /// Make a virtual machine and start it
@@ -145,13 +158,21 @@ Examples:
   limosa run debian --kernel vmlinuz --initrd initrd.img --cmdline console=ttyS0 --memory 1G
   limosa run web --kernel vmlinuz --disk web.raw --disk tools.raw,ro --net tap0 \
       --cmdline 'console=ttyS0 root=/dev/vda'
+  limosa run --config web.toml
 
 The programs and their arguments are described in docs/micro-guests.md, guests with a kernel in
 docs/linux-guests.md.")]
-#[command(group(clap::ArgGroup::new("program").required(true).args(["micro", "kernel"])))]
+#[command(group(clap::ArgGroup::new("program").required(true).args(["micro", "kernel", "config"])))]
 pub(crate) struct Run {
     /// Name of the virtual machine: letters, digits, '-', '_', '.'
-    pub name: String,
+    #[arg(required_unless_present = "config")]
+    pub name: Option<String>,
+    /// TOML file with all of this: 'name', and each option by its name; paths are relative to the file
+    #[arg(long, value_name = "FILE", conflicts_with_all = [
+        "name", "initrd", "cmdline", "disk", "net", "args", "memory", "vcpus", "huge_pages",
+        "dirty_tracker", "observer",
+    ])]
+    pub config: Option<PathBuf>,
     /// Program of a guest without a kernel: writer, idle, compute, or an ELF file
     #[arg(long, value_name = "PROGRAM|FILE")]
     pub micro: Option<String>,
@@ -186,8 +207,8 @@ pub(crate) struct Run {
     /// Memory of the guest
     #[arg(long, value_name = "SIZE", default_value = "256M")]
     pub memory: Size,
-    /// Number of vCPUs, 1 to 8
-    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..=8))]
+    /// Number of vCPUs, 1 to 8, of a guest with a kernel to 16
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..=16))]
     pub vcpus: u8,
     /// Back the memory with 2 MiB pages, which the host must have reserved
     #[arg(long)]
@@ -513,7 +534,10 @@ mod tests {
             "limosa run web --micro idle --memory 4X",
             "like 512M or 1.5G",
         );
-        check("limosa run web --micro idle --vcpus 9", "9 is not in 1..=8");
+        check(
+            "limosa run web --micro idle --vcpus 17",
+            "17 is not in 1..=16",
+        );
         check(
             "limosa migrate web --to a:1 --mode fast",
             "known modes are stop-and-copy, demand, post-copy, pre-copy, hybrid, auto",

@@ -9,7 +9,7 @@ pub(crate) use migrations::tests;
 use crate::arguments::{Arguments, Command, Host, Replay};
 use crate::follow::Follower;
 use crate::output::{Output, count, print};
-use crate::{cert, demo, lab};
+use crate::{cert, console, demo, lab};
 use anyhow::{Context, Result};
 use clap::CommandFactory;
 use limosa_host::client::Client;
@@ -34,6 +34,7 @@ pub(crate) fn run(arguments: Arguments) -> Result<()> {
         Command::Inspect(named) => {
             machines::inspect(&place.client()?, &named.vm, output(named.format.json))
         }
+        Command::Console { vm } => console::show(&place.client()?.vm(&vm)?),
         Command::Stop(stop) => machines::stop(&place.client()?, &stop, output(stop.format.json)),
         Command::Migrate(migrate) => {
             let follower = Follower::new(place.client()?, output(migrate.format.json))?;
@@ -96,6 +97,10 @@ fn serve(host: &Host, place: &Place) -> Result<()> {
         listen: host.listen,
         tls: host.tls.clone(),
         insecure: host.insecure,
+        lent: daemon::Lent {
+            disks: host.lend_disk.clone(),
+            taps: host.lend_tap.clone(),
+        },
     })
 }
 

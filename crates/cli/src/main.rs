@@ -8,10 +8,12 @@ mod arguments;
 mod bed;
 mod cert;
 mod commands;
+mod console;
 mod demo;
 mod follow;
 mod lab;
 mod output;
+mod run_file;
 
 use arguments::{Arguments, Command};
 use clap::Parser;

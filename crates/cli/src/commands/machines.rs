@@ -2,7 +2,8 @@
 
 use crate::arguments::{Disk, Net, Run, Stop};
 use crate::output::{Align, Output, count, table};
-use anyhow::Result;
+use crate::run_file;
+use anyhow::{Context, Result};
 use limosa_host::api::{DiskSpec, LinuxSpec, SectionInfo, VmInfo, VmSpec, VmState};
 use limosa_host::client::Client;
 use limosa_pages::ByteCount;
@@ -11,6 +12,8 @@ use std::path::Path;
 
 /// Makes a virtual machine and starts it.
 pub(super) fn run(client: &Client, run: &Run, output: Output) -> Result<()> {
+    let from_file = run.config.as_deref().map(run_file::read).transpose()?;
+    let run = from_file.as_ref().unwrap_or(run);
     let linux = run.kernel.as_ref().map(|kernel| LinuxSpec {
         kernel: absolute(kernel),
         initrd: run.initrd.as_deref().map(absolute),
@@ -19,7 +22,7 @@ pub(super) fn run(client: &Client, run: &Run, output: Output) -> Result<()> {
         networks: run.net.iter().map(|Net(net)| net.clone()).collect(),
     });
     let spec = VmSpec {
-        name: run.name.clone(),
+        name: run.name.clone().context("a name has to be given")?,
         micro: run.micro.as_deref().map(program),
         linux,
         args: run.args.clone(),
