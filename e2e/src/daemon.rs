@@ -176,6 +176,9 @@ impl Daemon {
         let mut command = Command::new(binary::limosa());
         command
             .arg("host")
+            // Disks of tests are where tests have their files.
+            .arg("--lend-disk")
+            .arg(std::env::temp_dir())
             .arg("--state-dir")
             .arg(&self.state_dir)
             .args(["--listen", &self.peer_address])

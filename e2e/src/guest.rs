@@ -2,7 +2,9 @@
 
 use crate::daemon::Daemon;
 use crate::wait::{self, PATIENCE};
-use limosa_host::api::{CommandKind, GuestReport, TrackerKind, VmSpec};
+use limosa_host::api::{CommandKind, DiskSpec, GuestReport, LinuxSpec, TrackerKind, VmSpec};
+use std::fs;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 /// Units of work by which a guest shows that it works: several bursts of a writer.
@@ -22,6 +24,50 @@ pub fn writer(name: &str, args: &str) -> VmSpec {
         huge_pages: false,
         dirty_tracker: TrackerKind::default(),
         observer: None,
+    }
+}
+
+/// What a PC does without a kernel: it prints what is typed. Such a guest runs where KVM interprets kernels.
+const ECHO: [u8; 23] = [
+    0x66, 0xba, 0xfd, 0x03, // again: mov dx,3fdh
+    0xec, 0xa8, 0x01, // in al,dx; test al,1
+    0x74, 0xf7, // je again
+    0x66, 0xba, 0xf8, 0x03, 0xec, // mov dx,3f8h; in al,dx
+    0xee, // out dx,al
+    0xeb, 0xef, // jmp again
+    0xf4, 0xf4, 0xf4, 0xf4, 0xf4, 0xf4, // hlt
+];
+
+/// Writes the least that boots as a kernel does; where it is.
+pub fn write_echo_kernel(directory: &Path) -> PathBuf {
+    let mut bytes = vec![0; 1024 + 0x200];
+    bytes[0x1f1] = 1;
+    bytes[0x202..0x206].copy_from_slice(b"HdrS");
+    bytes[0x206..0x208].copy_from_slice(&0x20f_u16.to_le_bytes());
+    bytes[0x211] = 1;
+    bytes[0x22c..0x230].copy_from_slice(&u32::MAX.to_le_bytes());
+    bytes[0x236] = 1;
+    bytes.extend(ECHO);
+    let path = directory.join("echo");
+    fs::write(&path, bytes).expect("a kernel can be written");
+    path
+}
+
+/// A guest that echoes, with a disk.
+pub fn echo(name: &str, kernel: &Path, disk: &Path, read_only: bool) -> VmSpec {
+    VmSpec {
+        micro: None,
+        linux: Some(LinuxSpec {
+            kernel: kernel.display().to_string(),
+            initrd: None,
+            cmdline: String::new(),
+            disks: vec![DiskSpec {
+                path: disk.display().to_string(),
+                read_only,
+            }],
+            networks: Vec::new(),
+        }),
+        ..writer(name, "")
     }
 }
 
