@@ -1,112 +1,131 @@
 //! Disks and consoles of guests: who may use a disk, and what is typed and shown.
 
 use limosa_e2e::pair::{assert_completed, begin, end};
-use limosa_e2e::{Pair, VM, binary, guest, has_kvm, wait};
+use limosa_e2e::{Daemon, Pair, VM, binary, guest, has_kvm, wait};
 use limosa_engine::policy::Mode;
-use std::fs::{self, File};
+use limosa_host::api::VmSpec;
+use std::fs;
 use std::io::{Read, Write};
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::mpsc;
 use std::thread;
 
-#[test]
-fn a_disk_has_one_writer_and_goes_over_with_its_guest() {
-    if !has_kvm() {
-        return;
+/// Two hosts, and what a guest boots from.
+struct Bed {
+    pair: Pair,
+    kernel: PathBuf,
+    place: tempfile::TempDir,
+}
+
+impl Bed {
+    /// `None` where there is no KVM.
+    fn new() -> Option<Self> {
+        if !has_kvm() {
+            return None;
+        }
+        let place = tempfile::tempdir().expect("a directory");
+        Some(Self {
+            pair: Pair::start(),
+            kernel: guest::write_echo_kernel(place.path()),
+            place,
+        })
     }
-    let place = tempfile::tempdir().expect("a directory");
-    let kernel = guest::write_echo_kernel(place.path());
-    let disk = place.path().join("disk.raw");
-    let file = File::create(&disk).expect("a file can be made");
-    file.set_len(1 << 20).expect("it can grow");
-    let pair = Pair::start();
-    let (a, b) = (pair.a.client(), pair.b.client());
-    let spec = |name: &str, read_only| guest::echo(name, &kernel, &disk, read_only);
-    let refused = |client: &limosa_host::client::Client, read_only| {
-        let error = client
-            .run(&spec("other", read_only))
-            .expect_err("the disk is in use");
-        let text = error.to_string();
-        assert!(text.contains("in use by another guest"), "{text}");
-    };
-    a.run(&spec(VM, false)).expect("it runs");
-    refused(b, false);
-    refused(b, true);
-    for mode in [Mode::PreCopy, Mode::PostCopy] {
-        for (from, to) in [(&pair.a, &pair.b), (&pair.b, &pair.a)] {
-            assert_completed(&end(from, &begin(from, to, mode)));
-            refused(a, false);
+
+    /// A disk where tests have theirs, which all their hosts lend.
+    fn disk(&self) -> PathBuf {
+        write_disk(self.place.path())
+    }
+
+    fn spec(&self, name: &str, disk: &Path, read_only: bool) -> VmSpec {
+        guest::echo(name, &self.kernel, disk, read_only)
+    }
+
+    /// Runs [`VM`] with that disk on the first host.
+    fn run(&self, disk: &Path, read_only: bool) {
+        let spec = self.spec(VM, disk, read_only);
+        self.pair.a.client().run(&spec).expect("it runs");
+    }
+
+    /// The disk is in use on either host.
+    fn check_in_use(&self, disk: &Path, read_only: bool) {
+        for host in [&self.pair.a, &self.pair.b] {
+            let other = self.spec("other", disk, read_only);
+            let error = host.client().run(&other).expect_err("the disk is in use");
+            let text = error.to_string();
+            assert!(text.contains("in use by another guest"), "{text}");
         }
     }
-    a.stop(VM, true).expect("it stops");
+
+    /// The guest cannot move, for that reason, and runs where it was.
+    fn check_refused(&self, why: &str) {
+        let Pair { a, b, .. } = &self.pair;
+        let report = end(a, &begin(a, b, Mode::PreCopy));
+        let text = format!("{report:?}");
+        assert!(text.contains(why), "{text}");
+        let info = a.client().vm(VM).expect("it is there");
+        assert_eq!(info.phase, "running", "{info:?}");
+    }
+}
+
+fn write_disk(place: &Path) -> PathBuf {
+    let disk = place.join("disk.raw");
+    fs::write(&disk, [0; 4096]).expect("a disk can be written");
+    disk
+}
+
+#[test]
+fn a_disk_has_one_writer_and_goes_over_with_its_guest() {
+    let Some(bed) = Bed::new() else { return };
+    let disk = bed.disk();
+    bed.run(&disk, false);
+    bed.check_in_use(&disk, false);
+    bed.check_in_use(&disk, true);
+    let Pair { a, b, .. } = &bed.pair;
+    for mode in [Mode::PreCopy, Mode::PostCopy] {
+        for (from, to) in [(a, b), (b, a)] {
+            assert_completed(&end(from, &begin(from, to, mode)));
+            bed.check_in_use(&disk, false);
+        }
+    }
+    a.client().stop(VM, true).expect("it stops");
     // Of readers there may be two, and no writer beside them.
-    a.run(&spec("one", true)).expect("it reads");
-    b.run(&spec("two", true)).expect("it reads, too");
-    refused(a, false);
+    for (host, name) in [(a, "one"), (b, "two")] {
+        let reader = bed.spec(name, &disk, true);
+        host.client().run(&reader).expect("it reads");
+    }
+    bed.check_in_use(&disk, false);
 }
 
 #[test]
 fn a_disk_that_the_target_lacks_is_an_error_before_the_guest_is_touched() {
-    if !has_kvm() {
-        return;
-    }
-    let place = tempfile::tempdir().expect("a directory");
-    let kernel = guest::write_echo_kernel(place.path());
-    let disk = place.path().join("disk.raw");
-    fs::write(&disk, [0; 4096]).expect("a disk can be written");
-    let pair = Pair::start();
-    let spec = guest::echo(VM, &kernel, &disk, false);
-    pair.a.client().run(&spec).expect("it runs");
-    let moved = place.path().join("moved.raw");
-    fs::rename(&disk, moved).expect("it can be renamed");
-    check_refused(&pair, "disk.raw cannot be used");
+    let Some(bed) = Bed::new() else { return };
+    let disk = bed.disk();
+    bed.run(&disk, false);
+    fs::rename(&disk, bed.place.path().join("moved.raw")).expect("it can be renamed");
+    bed.check_refused("disk.raw cannot be used");
 }
 
 #[test]
 fn a_disk_that_the_target_does_not_lend_stays_where_it_is() {
-    if !has_kvm() {
-        return;
-    }
-    let place = tempfile::tempdir().expect("a directory");
-    let kernel = guest::write_echo_kernel(place.path());
-    // Everything in the directory for temporary files is lent.
+    let Some(bed) = Bed::new() else { return };
     let elsewhere = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).expect("a directory");
-    let disk = elsewhere.path().join("own.raw");
-    fs::write(&disk, [0; 4096]).expect("a disk can be written");
-    let pair = Pair::start();
-    let spec = guest::echo(VM, &kernel, &disk, false);
-    pair.a.client().run(&spec).expect("it runs");
-    check_refused(&pair, "own.raw is not lent to guests that arrive");
-}
-
-/// The guest cannot move, for that reason, and runs where it was.
-fn check_refused(pair: &Pair, why: &str) {
-    let report = end(&pair.a, &begin(&pair.a, &pair.b, Mode::PreCopy));
-    let text = format!("{report:?}");
-    assert!(text.contains(why), "{text}");
-    let info = pair.a.client().vm(VM).expect("it is there");
-    assert_eq!(info.phase, "running", "{info:?}");
+    bed.run(&write_disk(elsewhere.path()), false);
+    bed.check_refused("disk.raw is not lent to guests that arrive");
 }
 
 #[test]
 fn what_is_typed_is_shown_here_and_there() {
-    if !has_kvm() {
-        return;
-    }
-    let place = tempfile::tempdir().expect("a directory");
-    let kernel = guest::write_echo_kernel(place.path());
-    let disk = place.path().join("disk.raw");
-    fs::write(&disk, [0; 4096]).expect("a disk can be written");
-    let pair = Pair::start();
-    let spec = guest::echo(VM, &kernel, &disk, true);
-    pair.a.client().run(&spec).expect("it runs");
-    talk(&pair.a, "before the move", &[]);
-    assert_completed(&end(&pair.a, &begin(&pair.a, &pair.b, Mode::PreCopy)));
-    talk(&pair.b, "after it", b"\x1d");
+    let Some(bed) = Bed::new() else { return };
+    bed.run(&bed.disk(), true);
+    let Pair { a, b, .. } = &bed.pair;
+    talk(a, "before the move", &[]);
+    assert_completed(&end(a, &begin(a, b, Mode::PreCopy)));
+    talk(b, "after it", b"\x1d");
 }
 
-/// Types a line, waits until the guest has printed it, and leaves by a key or by closing.
-fn talk(daemon: &limosa_e2e::Daemon, line: &str, leave: &[u8]) {
+/// Types a line, waits until the guest has printed it, and leaves by a key or is ended.
+fn talk(daemon: &Daemon, line: &str, leave: &[u8]) {
     let mut console = Command::new(binary::limosa())
         .arg("--state-dir")
         .arg(daemon.state_dir())

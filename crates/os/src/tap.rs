@@ -6,7 +6,7 @@
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read, Write};
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
@@ -111,6 +111,13 @@ impl Tap {
     pub fn write(&self, packet: &[u8]) -> io::Result<()> {
         // A packet is taken whole or not at all.
         (&self.0).write(packet).map(|_| ())
+    }
+}
+
+/// Somebody else has opened it, or what behaves as one: a packet a read, a packet a write.
+impl From<OwnedFd> for Tap {
+    fn from(descriptor: OwnedFd) -> Self {
+        Self(File::from(descriptor))
     }
 }
 

@@ -51,8 +51,20 @@ pub(crate) enum Start {
 /// A task state segment that is in use.
 const BUSY_TSS: u8 = 11;
 
-/// Flat segments over all addresses, for 64-bit code at that privilege level.
-fn set_flat_segments(registers: &mut kvm_sregs, code: u16, data: u16, privilege: u8) {
+/// For how wide addresses code is made.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Width {
+    Bits32,
+    Bits64,
+}
+
+/// Flat segments over all addresses, for such code at that privilege level.
+fn set_flat_segments(
+    registers: &mut kvm_sregs,
+    (code, data): (u16, u16),
+    privilege: u8,
+    width: Width,
+) {
     const CODE: u8 = 11;
     const DATA: u8 = 3;
     let flat = |selector, kind, long| kvm_segment {
@@ -68,7 +80,7 @@ fn set_flat_segments(registers: &mut kvm_sregs, code: u16, data: u16, privilege:
         ..Default::default()
     };
     let data = flat(data, DATA, 0);
-    registers.cs = flat(code, CODE, 1);
+    registers.cs = flat(code, CODE, u8::from(width == Width::Bits64));
     (
         registers.ss,
         registers.ds,

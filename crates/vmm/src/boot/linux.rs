@@ -10,7 +10,7 @@
 //!  the initial file system lies as high as the kernel and the memory below the hole permit
 //! ```
 
-use super::{Start, pvh};
+use super::{Start, Width, pvh};
 use crate::acpi;
 use crate::layout;
 use limosa_os::kvm::{kvm_regs, kvm_segment, kvm_sregs};
@@ -43,9 +43,9 @@ const LARGE_PAGE: u64 = 2 << 20;
 /// The first instruction in 64-bit mode, from where the kernel was loaded.
 const ENTRY_64: u64 = 0x200;
 
-const CODE_SELECTOR: u16 = 0x10;
-const DATA_SELECTOR: u16 = 0x18;
-const TSS_SELECTOR: u16 = 0x20;
+pub(super) const CODE_SELECTOR: u16 = 0x10;
+pub(super) const DATA_SELECTOR: u16 = 0x18;
+pub(super) const TSS_SELECTOR: u16 = 0x20;
 
 /// Present and writable.
 const TABLE_ENTRY: u64 = 0b11;
@@ -337,7 +337,7 @@ pub(crate) fn registers(entry: u64) -> kvm_regs {
 
 /// Makes the special registers of a fresh vCPU those with which a kernel is entered.
 pub(crate) fn set_special_registers(registers: &mut kvm_sregs) {
-    super::set_flat_segments(registers, CODE_SELECTOR, DATA_SELECTOR, 0);
+    super::set_flat_segments(registers, (CODE_SELECTOR, DATA_SELECTOR), 0, Width::Bits64);
     registers.tr = kvm_segment {
         limit: 0xf_ffff,
         selector: TSS_SELECTOR,

@@ -10,6 +10,7 @@
 //! them and the tables never count as dirty.
 
 use super::BootError;
+use super::Width;
 use super::elf::Image;
 use crate::layout;
 use limosa_micro_abi::{BootInfo, memory_map};
@@ -133,7 +134,7 @@ pub(crate) fn registers(entry: u64, vcpu: u8) -> kvm_regs {
 
 /// Makes the special registers of a fresh vCPU those of a micro guest.
 pub(crate) fn set_special_registers(registers: &mut kvm_sregs) {
-    super::set_flat_segments(registers, CODE_SELECTOR, DATA_SELECTOR, 3);
+    super::set_flat_segments(registers, (CODE_SELECTOR, DATA_SELECTOR), 3, Width::Bits64);
     registers.tr = kvm_segment {
         base: TSS,
         limit: u32::try_from(TSS_BYTES - 1).expect("a small number"),

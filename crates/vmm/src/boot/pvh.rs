@@ -5,8 +5,10 @@
 //! there is and where command line, initial file system and ACPI tables lie. What it is told is the same as
 //! a bzImage is told, in another form.
 
+use super::Width;
 use super::linux::{
-    self, CMDLINE, CR0_EXTENSION_TYPE, CR0_PROTECTED, LinuxError, LinuxImage, ZERO_PAGE,
+    self, CMDLINE, CODE_SELECTOR, CR0_EXTENSION_TYPE, CR0_PROTECTED, DATA_SELECTOR, LinuxError,
+    LinuxImage, TSS_SELECTOR, ZERO_PAGE,
 };
 use crate::acpi;
 use limosa_os::kvm::{kvm_regs, kvm_segment, kvm_sregs};
@@ -117,33 +119,11 @@ pub(crate) fn registers(entry: u64) -> kvm_regs {
 /// Makes the special registers of a fresh vCPU those with which a kernel is entered: flat segments of 32
 /// bits, no paging.
 pub(crate) fn set_special_registers(registers: &mut kvm_sregs) {
-    /// Code to be executed and read, data to be read and written, a task state segment in use.
-    const CODE: u8 = 11;
-    const DATA: u8 = 3;
-    const TSS: u8 = super::BUSY_TSS;
-    let flat = |selector, kind| kvm_segment {
-        limit: u32::MAX,
-        selector,
-        type_: kind,
-        present: 1,
-        db: 1,
-        s: 1,
-        g: 1,
-        ..Default::default()
-    };
-    registers.cs = flat(0x10, CODE);
-    let data = flat(0x18, DATA);
-    (
-        registers.ss,
-        registers.ds,
-        registers.es,
-        registers.fs,
-        registers.gs,
-    ) = (data, data, data, data, data);
+    super::set_flat_segments(registers, (CODE_SELECTOR, DATA_SELECTOR), 0, Width::Bits32);
     registers.tr = kvm_segment {
         limit: 0x67,
-        selector: 0x20,
-        type_: TSS,
+        selector: TSS_SELECTOR,
+        type_: super::BUSY_TSS,
         present: 1,
         ..Default::default()
     };

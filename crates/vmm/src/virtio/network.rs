@@ -354,6 +354,182 @@ fn reverse_arp(mac: [u8; 6]) -> Vec<u8> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::layout;
+    use limosa_os::dirty::device::DeviceWrites;
+    use limosa_os::memory::GuestView;
+    use limosa_os::{PageKind, SharedMemory};
+    use limosa_pages::ByteCount;
+    use std::os::fd::OwnedFd;
+    use std::os::unix::net::UnixDatagram;
+    use virtio_queue::Queue;
+    use vm_memory::{Bytes, GuestAddress};
+
+    const MEMORY: ByteCount = ByteCount::new(4 << 20);
+    const DESCRIPTORS: u64 = 0x1000;
+    const AVAILABLE: u64 = 0x2000;
+    const USED: u64 = 0x3000;
+    const BUFFERS: u64 = 0x1_0000;
+    const SIZE: u16 = 4;
+
+    /// An interface, what is behind it, and one queue of its driver.
+    struct Bed {
+        network: Network,
+        wire: UnixDatagram,
+        memory: GuestView,
+        queue: Queue,
+    }
+
+    impl Bed {
+        fn new() -> Self {
+            let shared = Arc::new(SharedMemory::create(MEMORY, PageKind::Small).unwrap());
+            let writes = Arc::new(DeviceWrites::nothing(shared.page_count()));
+            let memory = limosa_os::memory::view(&shared, &layout::regions(MEMORY), &writes);
+            let mut queue = Queue::new(SIZE).unwrap();
+            let low = |address: u64| Some(u32::try_from(address).unwrap());
+            queue.set_desc_table_address(low(DESCRIPTORS), None);
+            queue.set_avail_ring_address(low(AVAILABLE), None);
+            queue.set_used_ring_address(low(USED), None);
+            queue.set_event_idx(true);
+            queue.set_ready(true);
+            let (near, wire) = UnixDatagram::pair().unwrap();
+            near.set_nonblocking(true).unwrap();
+            wire.set_nonblocking(true).unwrap();
+            let mut network = Network::new(Tap::from(OwnedFd::from(near)), [2, 0, 0, 0, 0, 9]);
+            network.features = 1 << VIRTIO_NET_F_MRG_RXBUF;
+            Self {
+                network,
+                wire,
+                memory,
+                queue,
+            }
+        }
+
+        /// The driver queues its next buffer, of so many bytes.
+        fn queue(&self, number: u16, len: u32, is_written: bool) {
+            let place = DESCRIPTORS + 16 * u64::from(number % SIZE);
+            let address = BUFFERS + 0x1000 * u64::from(number);
+            let write = |offset, bytes: &[u8]| {
+                self.memory
+                    .write_slice(bytes, GuestAddress(offset))
+                    .unwrap();
+            };
+            write(place, &address.to_le_bytes());
+            write(place + 8, &len.to_le_bytes());
+            write(place + 12, &[u8::from(is_written) << 1, 0, 0, 0]);
+            write(
+                AVAILABLE + 4 + 2 * u64::from(number % SIZE),
+                &(number % SIZE).to_le_bytes(),
+            );
+            write(AVAILABLE + 2, &(number + 1).to_le_bytes());
+        }
+
+        fn serve(&mut self, queue: usize) -> Served {
+            let mut ring = Ring {
+                queue: &mut self.queue,
+                memory: &self.memory,
+            };
+            self.network.serve(queue, &mut ring).unwrap()
+        }
+
+        fn used(&self) -> u16 {
+            self.memory.read_obj(GuestAddress(USED + 2)).unwrap()
+        }
+    }
+
+    fn packet(bytes: usize) -> Vec<u8> {
+        (0..bytes)
+            .map(|at| if at < HEADER_BYTES { 0 } else { at as u8 })
+            .collect()
+    }
+
+    #[test]
+    fn a_packet_waits_for_as_many_buffers_as_it_needs() {
+        let mut bed = Bed::new();
+        assert_eq!(bed.serve(RECEIVE), Served::NoInput);
+        let sent = packet(3012);
+        bed.wire.send(&sent).unwrap();
+        bed.queue(0, 1500, true);
+        assert_eq!(bed.serve(RECEIVE), Served::NoInput);
+        // It does not look for another packet, nor again before there is another buffer.
+        assert!(bed.network.input().is_none());
+        assert_eq!((bed.used(), bed.queue.next_avail()), (0, 0));
+        // The driver is asked to tell of the buffer after the one that it has queued.
+        let wanted: u16 = bed
+            .memory
+            .read_obj(GuestAddress(USED + 4 + 8 * u64::from(SIZE)))
+            .unwrap();
+        assert_eq!(wanted, 1);
+        bed.queue(1, 1500, true);
+        bed.queue(2, 1500, true);
+        assert_eq!(bed.serve(RECEIVE), Served::Request);
+        assert!(bed.network.input().is_some());
+        assert_eq!(bed.used(), 3);
+        let mut received = Vec::new();
+        for (number, len) in [(0, 1500), (1, 1500), (2, 12)] {
+            let mut bytes = vec![0; len];
+            let place = GuestAddress(BUFFERS + 0x1000 * number);
+            bed.memory.read_slice(&mut bytes, place).unwrap();
+            received.extend(bytes);
+        }
+        assert_eq!(received[BUFFERS_OFFSET..HEADER_BYTES], [3, 0]);
+        assert_eq!(received[HEADER_BYTES..], sent[HEADER_BYTES..]);
+    }
+
+    #[test]
+    fn a_packet_that_no_ring_can_hold_is_lost() {
+        let mut bed = Bed::new();
+        bed.wire.send(&packet(500)).unwrap();
+        for number in 0..SIZE {
+            bed.queue(number, 100, true);
+        }
+        assert_eq!(bed.serve(RECEIVE), Served::Request);
+        assert_eq!((bed.used(), bed.queue.next_avail()), (0, 0));
+        bed.wire.send(&packet(60)).unwrap();
+        assert_eq!(bed.serve(RECEIVE), Served::Request);
+        assert_eq!(bed.used(), 1);
+    }
+
+    #[test]
+    fn what_the_guest_sends_goes_out_as_it_is() {
+        let mut bed = Bed::new();
+        let sent = packet(100);
+        bed.memory
+            .write_slice(&sent, GuestAddress(BUFFERS))
+            .unwrap();
+        bed.queue(0, 100, false);
+        bed.queue(1, 5, false);
+        assert_eq!([bed.serve(SEND), bed.serve(SEND)], [Served::Request; 2]);
+        assert_eq!(bed.serve(SEND), Served::RingEmpty);
+        let mut received = [0; 200];
+        assert_eq!(bed.wire.recv(&mut received).unwrap(), 100);
+        assert_eq!(received[..100], sent);
+        // The second one was too short to be a packet.
+        assert!(bed.wire.recv(&mut received).is_err());
+        assert_eq!(bed.used(), 2);
+    }
+
+    #[test]
+    fn an_arrival_is_announced_and_heard_of() {
+        let mut bed = Bed::new();
+        assert!(!bed.network.arrive());
+        bed.network.features |= 1 << VIRTIO_NET_F_GUEST_ANNOUNCE | 1 << VIRTIO_NET_F_CTRL_VQ;
+        assert!(bed.network.arrive());
+        assert_eq!(bed.network.configuration()[6..], [3, 0]);
+        for _ in 0..ANNOUNCED_AGAIN.len() {
+            assert!(bed.network.due().is_some());
+            bed.network.tick();
+        }
+        assert_eq!(bed.network.due(), None);
+        let mut received = [0; 200];
+        for _ in 0..2 + ANNOUNCED_AGAIN.len() {
+            assert_eq!(bed.wire.recv(&mut received).unwrap(), HEADER_BYTES + 60);
+            assert_eq!(
+                received[HEADER_BYTES + 6..HEADER_BYTES + 12],
+                [2, 0, 0, 0, 0, 9]
+            );
+        }
+        assert!(bed.wire.recv(&mut received).is_err());
+    }
 
     #[test]
     fn an_announcement_is_a_reverse_arp_request() {
