@@ -37,8 +37,12 @@ impl Bed {
         write_disk(self.place.path())
     }
 
+    /// With as many vCPUs as there may be, all but one of which wait to be started.
     fn spec(&self, name: &str, disk: &Path, read_only: bool) -> VmSpec {
-        guest::echo(name, &self.kernel, disk, read_only)
+        VmSpec {
+            vcpus: 16,
+            ..guest::echo(name, &self.kernel, disk, read_only)
+        }
     }
 
     /// Runs [`VM`] with that disk on the first host.

@@ -7,7 +7,7 @@
 
 use crate::answer::{Loaded, RunState, Running, Saved, SectionInfo};
 use crate::boot::linux::LinuxImage;
-use crate::config::VmConfig;
+use crate::config::{Platform, VmConfig};
 use crate::process::command_number;
 use crate::protocol::{
     self, Boot, FIRST_NEEDED_MAX, Faults, Frame, FrameError, PROTOCOL_VERSION, Refusal, Reply,
@@ -564,13 +564,17 @@ impl VmHandle {
         }
     }
 
-    /// What the vCPUs of a micro guest say about themselves; `None` for one that has not begun. Read
-    /// straight from the memory file, without stopping anything; one whose page is missing is `None`.
+    /// What the vCPUs of a micro guest say about themselves; `None` for one that has not begun, and nothing
+    /// of another kind of guest. Read straight from the memory file, without stopping anything; one whose
+    /// page is missing is `None`.
     ///
     /// # Panics
     /// If the process has no machine.
     pub fn guest_report(&self) -> Vec<Option<Report>> {
         let lent = self.lent();
+        if lent.config.platform != Platform::Micro {
+            return Vec::new();
+        }
         let read = |vcpu: u8| {
             let mut page = [0; PAGE_BYTES as usize];
             lent.memory
