@@ -176,9 +176,8 @@ impl Daemon {
         let mut command = Command::new(binary::limosa());
         command
             .arg("host")
-            // Disks of tests are where tests have their files.
             .arg("--lend-disk")
-            .arg(std::env::temp_dir())
+            .arg(lent_disks())
             .arg("--state-dir")
             .arg(&self.state_dir)
             .args(["--listen", &self.peer_address])
@@ -286,6 +285,16 @@ impl Drop for Daemon {
             self.log_tails()
         );
     }
+}
+
+/// The directory below which all daemons of tests lend disks to guests that arrive.
+///
+/// # Panics
+/// If it cannot be made.
+pub fn lent_disks() -> PathBuf {
+    let place = std::env::temp_dir().join("limosa-e2e-lent");
+    std::fs::create_dir_all(&place).expect("a directory can be made");
+    place
 }
 
 /// An address of 127.0.0.0/8, where all daemons of this process listen, that no other living process uses.

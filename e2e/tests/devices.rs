@@ -1,5 +1,6 @@
 //! Disks and consoles of guests: who may use a disk, and what is typed and shown.
 
+use limosa_e2e::daemon::lent_disks;
 use limosa_e2e::pair::{assert_completed, begin, end};
 use limosa_e2e::{Daemon, Pair, VM, binary, guest, has_kvm, wait};
 use limosa_engine::policy::Mode;
@@ -24,7 +25,7 @@ impl Bed {
         if !has_kvm() {
             return None;
         }
-        let place = tempfile::tempdir().expect("a directory");
+        let place = tempfile::tempdir_in(lent_disks()).expect("a directory");
         Some(Self {
             pair: Pair::start(),
             kernel: guest::write_echo_kernel(place.path()),
@@ -113,7 +114,7 @@ fn a_disk_that_the_target_lacks_is_an_error_before_the_guest_is_touched() {
 #[test]
 fn a_disk_that_the_target_does_not_lend_stays_where_it_is() {
     let Some(bed) = Bed::new() else { return };
-    let elsewhere = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).expect("a directory");
+    let elsewhere = tempfile::tempdir().expect("a directory");
     bed.run(&write_disk(elsewhere.path()), false);
     bed.check_refused("disk.raw is not lent to guests that arrive");
 }
