@@ -49,6 +49,7 @@ fn begin(vcpus: u8, huge_pages: bool) -> Option<(Move, VmHandle)> {
     }
     source.run().unwrap();
     source.record(&Phase::Offered { id: ID }).unwrap();
+    wait_for_storm(source.memory(), u64::from(vcpus));
     thread::sleep(Duration::from_millis(3));
     let saved = source.pause_and_save(false).unwrap();
     check_storm(source.memory(), &saved.sections, u16::from(vcpus));
