@@ -8,7 +8,7 @@ pub(crate) mod pc;
 
 use crate::answer::ExitReason;
 use crate::state::{Kind, Section, StateError, Writer};
-use crate::virtio::DeviceError;
+use crate::virtio::{DeviceError, Devices};
 use limosa_micro_abi::CommandKind;
 use micro::{MicroDevice, MicroPorts};
 use pc::{Pc, Terminal};
@@ -80,28 +80,26 @@ impl Board {
         }
     }
 
+    fn devices(&self) -> Option<&Devices> {
+        match self {
+            Self::Micro(_) => None,
+            Self::Pc(pc) => Some(pc.devices()),
+        }
+    }
+
     /// Takes what only one machine may have, before the guest runs.
     pub(crate) fn claim(&self) -> Result<(), DeviceError> {
-        match self {
-            Self::Micro(_) => Ok(()),
-            Self::Pc(pc) => pc.devices().claim(),
-        }
+        self.devices().map_or(Ok(()), Devices::claim)
     }
 
     /// Gives it up: the guest goes elsewhere.
     pub(crate) fn release(&self) -> Result<(), DeviceError> {
-        match self {
-            Self::Micro(_) => Ok(()),
-            Self::Pc(pc) => pc.devices().release(),
-        }
+        self.devices().map_or(Ok(()), Devices::release)
     }
 
     /// The guest is about to run here and ran on another host before.
     pub(crate) fn arrive(&self) -> Result<(), DeviceError> {
-        match self {
-            Self::Micro(_) => Ok(()),
-            Self::Pc(pc) => pc.devices().arrive(),
-        }
+        self.devices().map_or(Ok(()), Devices::arrive)
     }
 
     /// Lets devices work.
@@ -114,8 +112,8 @@ impl Board {
 
     /// Has devices begin nothing more, before the vCPUs stop.
     pub(crate) fn begin_rest(&self) {
-        if let Self::Pc(pc) = self {
-            pc.devices().begin_rest();
+        if let Some(devices) = self.devices() {
+            devices.begin_rest();
         }
     }
 

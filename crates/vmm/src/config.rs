@@ -200,7 +200,6 @@ impl VmConfig {
     /// # Errors
     /// The first one that does not hold.
     pub fn check(&self) -> Result<(), ConfigError> {
-        let is_plain = |byte: u8| byte.is_ascii_alphanumeric() || b"._-".contains(&byte);
         if !(1..=NAME_BYTES_MAX).contains(&self.name.len()) || !self.name.bytes().all(is_plain) {
             return Err(ConfigError::Name);
         }
@@ -335,6 +334,11 @@ impl VmConfig {
     pub(crate) const fn memory_for(bytes: u64) -> ByteCount {
         ByteCount::new(bytes.next_multiple_of(MEMORY_STEP.get()))
     }
+}
+
+/// Whether a byte may be in a name.
+fn is_plain(byte: u8) -> bool {
+    byte.is_ascii_alphanumeric() || b"._-".contains(&byte)
 }
 
 /// True if two clock rates differ by no more than clocks do.

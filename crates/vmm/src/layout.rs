@@ -49,6 +49,18 @@ pub(crate) fn file_offset(address: Gpa, memory: ByteCount) -> Option<u64> {
     (offset < memory.get()).then_some(offset)
 }
 
+/// An empty memory of that size as a guest and its devices see it, for tests.
+#[cfg(test)]
+pub(crate) fn empty_view(memory: ByteCount) -> limosa_os::memory::GuestView {
+    use limosa_os::dirty::device::DeviceWrites;
+    use limosa_os::{PageKind, SharedMemory};
+    use std::sync::Arc;
+
+    let shared = Arc::new(SharedMemory::create(memory, PageKind::Small).unwrap());
+    let writes = Arc::new(DeviceWrites::nothing(shared.page_count()));
+    limosa_os::memory::view(&shared, &regions(memory), &writes)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

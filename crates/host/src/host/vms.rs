@@ -10,6 +10,7 @@ use limosa_carrier::{GuestError, Listener, Migration};
 use limosa_engine::handover::{MigrationId, Phase};
 use limosa_engine::source::Stage;
 use limosa_pages::PageCount;
+use limosa_vmm::config::PC_VCPUS_MAX;
 use std::fs::{self, File};
 use std::io::{Read, Seek, SeekFrom};
 use std::net::SocketAddr;
@@ -18,8 +19,6 @@ use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
-/// Most vCPUs of a virtual machine.
-const VCPUS_MAX: u8 = 16;
 /// How long a new guest is watched for a quick death before it counts as started.
 const FIRST_SIGN_MAX: Duration = Duration::from_millis(500);
 
@@ -150,9 +149,9 @@ impl Host {
     /// The request is wrong, the host cannot, or the guest gave up at once.
     pub fn run(&self, spec: &VmSpec) -> Result<VmInfo, Refusal> {
         let name = VmName::new(&spec.name).map_err(Refusal::bad_request)?;
-        if !(1..=VCPUS_MAX).contains(&spec.vcpus) {
+        if !(1..=PC_VCPUS_MAX).contains(&spec.vcpus) {
             return Err(Refusal::bad_request(format!(
-                "{} vCPUs are not possible: give 1 to {VCPUS_MAX}",
+                "{} vCPUs are not possible: give 1 to {PC_VCPUS_MAX}",
                 spec.vcpus
             )));
         }

@@ -1,8 +1,9 @@
 //! Puts a stock Linux kernel into empty memory, as a boot loader would.
 //!
-//! The kernel is a bzImage (for ELF files see [`super::pvh`]), entered in 64-bit mode (`Documentation/arch/x86/boot.rst` of Linux,
-//! *64-bit boot protocol*): flat segments, the first 4 GiB mapped as they are, `rsi` at the zero page,
-//! which says what memory there is and where command line, initial file system and ACPI tables lie.
+//! The kernel is a bzImage, or an ELF file, for which see [`super::pvh`]. A bzImage is entered in 64-bit
+//! mode (`Documentation/arch/x86/boot.rst` of Linux, *64-bit boot protocol*): flat segments, the first
+//! 4 GiB mapped as they are, `rsi` at the zero page, which says what memory there is and where command
+//! line, initial file system and ACPI tables lie.
 //!
 //! ```text
 //!    0x500  segment descriptors      0x7000  zero page       0x9000  page tables
@@ -368,17 +369,14 @@ pub(crate) fn set_local_lines(controller: &mut [u8]) {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
-    use limosa_os::dirty::device::DeviceWrites;
-    use limosa_os::{PageKind, SharedMemory};
     use std::io::Write;
-    use std::sync::Arc;
     use vm_memory::ByteValued;
 
     const MEMORY: ByteCount = ByteCount::new(64 << 20);
 
-    fn file(bytes: &[u8]) -> File {
+    pub(in crate::boot) fn file(bytes: &[u8]) -> File {
         let mut file = tempfile::tempfile().unwrap();
         file.write_all(bytes).unwrap();
         file
@@ -405,9 +403,7 @@ mod tests {
     }
 
     fn fill(memory: ByteCount, image: &mut LinuxImage) -> Result<(GuestView, Start), LinuxError> {
-        let shared = Arc::new(SharedMemory::create(memory, PageKind::Small).unwrap());
-        let writes = Arc::new(DeviceWrites::nothing(shared.page_count()));
-        let view = limosa_os::memory::view(&shared, &layout::regions(memory), &writes);
+        let view = layout::empty_view(memory);
         let start = fill_memory(&view, memory, image, &acpi::tables(1, 0))?;
         Ok((view, start))
     }

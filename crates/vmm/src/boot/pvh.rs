@@ -137,28 +137,17 @@ mod tests {
     use super::*;
     use crate::answer::{ExitReason, RunState};
     use crate::boot::Start;
+    use crate::boot::linux::tests::file;
     use crate::config::{Platform, VmConfig};
+    use crate::layout;
     use crate::machine::Machine;
-    use limosa_os::dirty::device::DeviceWrites;
-    use limosa_os::{PageKind, SharedMemory};
-    use std::io::Write;
-    use std::sync::Arc;
     use std::thread;
     use std::time::{Duration, Instant};
 
     const MEMORY: ByteCount = ByteCount::new(16 << 20);
 
-    fn file(bytes: &[u8]) -> File {
-        let mut file = tempfile::tempfile().unwrap();
-        file.write_all(bytes).unwrap();
-        file
-    }
-
     fn fill(kernel: &[u8], initrd: Option<&[u8]>) -> Result<(GuestView, Start), String> {
-        let shared = Arc::new(SharedMemory::create(MEMORY, PageKind::Small).unwrap());
-        let writes = Arc::new(DeviceWrites::nothing(shared.page_count()));
-        let regions = crate::layout::regions(MEMORY);
-        let view = limosa_os::memory::view(&shared, &regions, &writes);
+        let view = layout::empty_view(MEMORY);
         let mut image = LinuxImage {
             kernel: file(kernel),
             initrd: initrd.map(file),

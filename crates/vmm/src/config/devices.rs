@@ -1,6 +1,6 @@
 //! The devices in a machine's configuration.
 
-use super::ConfigError;
+use super::{ConfigError, is_plain};
 use limosa_os::tap;
 use serde::{Deserialize, Serialize};
 use std::fmt;
@@ -98,7 +98,6 @@ pub(super) fn check(disks: &[DiskConfig], networks: &[NetworkConfig]) -> Result<
         }
     }
     for network in networks {
-        let is_plain = |byte: u8| byte.is_ascii_alphanumeric() || b"._-".contains(&byte);
         let tap = &network.tap;
         let fits = (1..=tap::NAME_BYTES_MAX).contains(&tap.len());
         if !fits || !tap.bytes().all(is_plain) || tap.starts_with('.') {

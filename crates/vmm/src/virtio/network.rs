@@ -355,9 +355,7 @@ fn reverse_arp(mac: [u8; 6]) -> Vec<u8> {
 mod tests {
     use super::*;
     use crate::layout;
-    use limosa_os::dirty::device::DeviceWrites;
     use limosa_os::memory::GuestView;
-    use limosa_os::{PageKind, SharedMemory};
     use limosa_pages::ByteCount;
     use std::os::fd::OwnedFd;
     use std::os::unix::net::UnixDatagram;
@@ -381,9 +379,7 @@ mod tests {
 
     impl Bed {
         fn new() -> Self {
-            let shared = Arc::new(SharedMemory::create(MEMORY, PageKind::Small).unwrap());
-            let writes = Arc::new(DeviceWrites::nothing(shared.page_count()));
-            let memory = limosa_os::memory::view(&shared, &layout::regions(MEMORY), &writes);
+            let memory = layout::empty_view(MEMORY);
             let mut queue = Queue::new(SIZE).unwrap();
             let low = |address: u64| Some(u32::try_from(address).unwrap());
             queue.set_desc_table_address(low(DESCRIPTORS), None);

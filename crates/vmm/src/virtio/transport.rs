@@ -236,6 +236,10 @@ impl Transport {
         core
     }
 
+    fn core_in_time(&self) -> Result<MutexGuard<'_, Core>, DeviceError> {
+        self.core_until(Instant::now() + REST_MAX)
+    }
+
     /// The same for the guest's owner, who cannot wait for a page that may never come.
     fn core_until(&self, end: Instant) -> Result<MutexGuard<'_, Core>, DeviceError> {
         loop {
@@ -325,16 +329,14 @@ impl Transport {
         if self.is_claimed.load(Ordering::SeqCst) {
             return Ok(());
         }
-        let end = Instant::now() + REST_MAX;
-        self.core_until(end)?.device.claim()?;
+        self.core_in_time()?.device.claim()?;
         self.is_claimed.store(true, Ordering::SeqCst);
         Ok(())
     }
 
     /// See [`super::Devices::release`].
     pub(super) fn release(&self) -> Result<(), DeviceError> {
-        let end = Instant::now() + REST_MAX;
-        self.core_until(end)?.device.release()?;
+        self.core_in_time()?.device.release()?;
         self.is_claimed.store(false, Ordering::SeqCst);
         Ok(())
     }
@@ -351,7 +353,7 @@ impl Transport {
 
     /// The guest is about to run here and ran elsewhere before.
     pub(super) fn arrive(&self) -> Result<(), DeviceError> {
-        let mut core = self.core_until(Instant::now() + REST_MAX)?;
+        let mut core = self.core_in_time()?;
         if core.is_live() && core.device.arrive() {
             core.registers.generation = core.registers.generation.wrapping_add(1);
             self.interrupt.fetch_or(INT_CONFIG, Ordering::SeqCst);
@@ -419,14 +421,7 @@ impl Transport {
             INTERRUPT_ACK => {
                 self.interrupt.fetch_and(!value, Ordering::SeqCst);
             }
-            QUEUE_NOTIFY => {
-                let bell = usize::try_from(value)
-                    .ok()
-                    .and_then(|at| self.bells.get(at));
-                if let Some(Err(error)) = bell.map(Doorbell::ring) {
-                    tracing::warn!(%error, device = self.index, "a doorbell is not heard");
-                }
-            }
+            QUEUE_NOTIFY => self.ring(usize::try_from(value).unwrap_or(usize::MAX)),
             STATUS => self.write_status(value),
             _ => self.write_register(offset, value),
         }

@@ -54,7 +54,9 @@ fn serve(transport: &Transport, stop: &Doorbell) -> io::Result<()> {
         if is_over {
             return Ok(());
         }
-        transport.tick();
+        if due.is_some() {
+            transport.tick();
+        }
         for (queue, bell) in bells.iter().enumerate() {
             let is_called = rung[queue] && bell.hear();
             if is_called || has_input && queue == 0 {
