@@ -108,36 +108,25 @@ fn controllers(vcpus: u8) -> MADT {
 /// The devices, the processors among them.
 fn definitions(vcpus: u8, devices: u16) -> Vec<u8> {
     let mut table = Sdt::new(*b"DSDT", 36, DEFINITIONS, OEM, TABLE, REVISION);
-    table.append_slice(&bytes(&aml::Device::new(
-        "_SB_.COM1".into(),
+    table.append_slice(&device(
+        "_SB_.COM1",
+        &aml::EISAName::new("PNP0501"),
         vec![
-            &aml::Name::new("_HID".into(), &aml::EISAName::new("PNP0501")),
-            &aml::Name::new("_UID".into(), &aml::ZERO),
-            &aml::Name::new(
-                "_CRS".into(),
-                &aml::ResourceTemplate::new(vec![
-                    &aml::IO::new(port::SERIAL, port::SERIAL, 0, 8),
-                    &aml::Interrupt::new(true, true, false, false, pc::SERIAL_LINE),
-                ]),
-            ),
+            &aml::IO::new(port::SERIAL, port::SERIAL, 0, 8),
+            &aml::Interrupt::new(true, true, false, false, pc::SERIAL_LINE),
         ],
-    )));
-    table.append_slice(&bytes(&aml::Device::new(
-        "_SB_.RTC_".into(),
-        vec![
-            &aml::Name::new("_HID".into(), &aml::EISAName::new("PNP0B00")),
-            &aml::Name::new("_UID".into(), &aml::ZERO),
-            &aml::Name::new(
-                "_CRS".into(),
-                &aml::ResourceTemplate::new(vec![&aml::IO::new(
-                    port::CLOCK_INDEX,
-                    port::CLOCK_INDEX,
-                    0,
-                    2,
-                )]),
-            ),
-        ],
-    )));
+    ));
+    table.append_slice(&device(
+        "_SB_.RTC_",
+        &aml::EISAName::new("PNP0B00"),
+        vec![&aml::IO::new(port::CLOCK_INDEX, port::CLOCK_INDEX, 0, 2)],
+    ));
+    // As QEMU has named it; the driver of stock kernels looks for that.
+    table.append_slice(&device(
+        "_SB_.PEVT",
+        &"QEMU0001",
+        vec![&aml::IO::new(port::PANIC, port::PANIC, 1, 1)],
+    ));
     for index in 0..devices {
         table.append_slice(&virtio_device(index));
     }
@@ -157,6 +146,18 @@ fn definitions(vcpus: u8, devices: u16) -> Vec<u8> {
     )));
     table.update_checksum();
     table.as_slice().to_vec()
+}
+
+/// A device of which there is one.
+fn device(path: &str, identity: &dyn Aml, resources: Vec<&dyn Aml>) -> Vec<u8> {
+    bytes(&aml::Device::new(
+        path.into(),
+        vec![
+            &aml::Name::new("_HID".into(), identity),
+            &aml::Name::new("_UID".into(), &aml::ZERO),
+            &aml::Name::new("_CRS".into(), &aml::ResourceTemplate::new(resources)),
+        ],
+    ))
 }
 
 /// A device as stock kernels look for it: `virtio_mmio` has this identity in its table.

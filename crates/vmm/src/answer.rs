@@ -31,6 +31,8 @@ pub enum ExitReason {
     PoweredOff,
     /// It reset itself, which a machine does not outlive: a reboot, or the end of a panic.
     Reset,
+    /// Its kernel panicked, and its driver said so.
+    Panicked,
     /// A fault in a fault handler, or without one.
     TripleFault {
         /// Which vCPU.
@@ -66,6 +68,7 @@ impl fmt::Display for ExitReason {
         match self {
             Self::Finished { status } => write!(f, "the guest finished with status {status}"),
             Self::PoweredOff => write!(f, "the guest switched itself off"),
+            Self::Panicked => write!(f, "the guest's kernel panicked: its console has the reason"),
             Self::Reset => write!(f, "the guest reset itself: it rebooted, or panicked"),
             Self::TripleFault { vcpu } => write!(f, "triple fault on vCPU {vcpu}"),
             Self::Halted { vcpu } => write!(f, "vCPU {vcpu} halted with nothing to wake it"),

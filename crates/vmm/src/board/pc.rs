@@ -1,5 +1,5 @@
 //! The devices of a PC by ports: a serial line for the console, the real-time clock, the keyboard
-//! controller as far as it resets, and the registers by which ACPI sleeps and resets. Behind them, those
+//! controller as far as it resets, the port of panics, and the registers by which ACPI sleeps and resets. Behind them, those
 //! of [`crate::virtio`].
 //!
 //! Those by ports are handled on the thread of the vCPU that reaches for them, under a lock each, and none
@@ -27,6 +27,8 @@ pub(crate) mod port {
     pub(crate) const CLOCK_DATA: u16 = 0x71;
     /// State and commands of the keyboard controller.
     pub(crate) const KEYBOARD: u16 = 0x64;
+    /// Where a kernel that panics says so (QEMU, `docs/specs/pvpanic`).
+    pub(crate) const PANIC: u16 = 0x505;
     pub(crate) const SLEEP_CONTROL: u16 = 0x600;
     pub(crate) const SLEEP_STATUS: u16 = 0x601;
     pub(crate) const RESET: u16 = 0x602;
@@ -41,6 +43,10 @@ pub(crate) const OFF_STATE: u8 = 5;
 /// Of the sleep register: the state, and the bit that enters it.
 const SLEEP_STATE_SHIFT: u32 = 2;
 const SLEEP_ENABLE: u8 = 1 << 5;
+/// Events of the panic port: a panic, which ends the guest, and one after which a second kernel saves what
+/// was in memory, which goes on.
+const PANICKED: u8 = 1 << 0;
+const CRASH_LOADED: u8 = 1 << 1;
 /// The keyboard controller's pulse on the reset line.
 const KEYBOARD_RESET: u8 = 0xfe;
 const SERIAL_PORTS: u16 = 8;
@@ -195,6 +201,10 @@ impl Pc {
             (port::KEYBOARD, KEYBOARD_RESET) | (port::RESET, RESET_VALUE) => {
                 return AfterOut::End(ExitReason::Reset);
             }
+            (port::PANIC, PANICKED) => return AfterOut::End(ExitReason::Panicked),
+            (port::PANIC, CRASH_LOADED) => {
+                tracing::warn!("the guest's kernel panicked: a second one takes over");
+            }
             (port::SLEEP_CONTROL, _) if value == OFF_STATE << SLEEP_STATE_SHIFT | SLEEP_ENABLE => {
                 return AfterOut::End(ExitReason::PoweredOff);
             }
@@ -210,6 +220,8 @@ impl Pc {
         }
         match port {
             port::CLOCK_DATA => self.clock().read(SystemTime::now()),
+            // What may be written there.
+            port::PANIC => PANICKED | CRASH_LOADED,
             // Nothing to be read, ready for a command; not asleep.
             port::KEYBOARD | port::SLEEP_CONTROL | port::SLEEP_STATUS => 0,
             _ => {

@@ -93,17 +93,21 @@ fn a_kernel_moves_with_its_devices_and_ends_as_it_likes() {
 }
 
 #[test]
-fn a_reset_is_seen() {
+fn a_reset_and_a_panic_are_seen() {
     if !has_kvm() {
         return;
     }
-    let mut machine = Machine::create(pc(1), "here").unwrap();
+    let check = |code: &[u8], expect: ExitReason| {
+        let mut machine = Machine::create(pc(1), "here").unwrap();
+        machine.boot_linux(&mut image(code)).unwrap();
+        machine.run().unwrap();
+        assert_eq!(wait_for_exit(&machine), RunState::Exited(expect));
+    };
     // mov al,0feh; out 64h,al; hlt
-    machine
-        .boot_linux(&mut image(&[0xb0, 0xfe, 0xe6, 0x64, 0xf4]))
-        .unwrap();
-    machine.run().unwrap();
-    assert_eq!(wait_for_exit(&machine), RunState::Exited(ExitReason::Reset));
+    check(&[0xb0, 0xfe, 0xe6, 0x64, 0xf4], ExitReason::Reset);
+    // mov dx,505h; mov al,1; out dx,al; hlt
+    let panic = [0x66, 0xba, 0x05, 0x05, 0xb0, 0x01, 0xee, 0xf4];
+    check(&panic, ExitReason::Panicked);
 }
 
 #[test]
