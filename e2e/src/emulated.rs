@@ -29,6 +29,8 @@ use std::time::{Duration, Instant};
 
 /// Series of the kernels of hosts and guests, the usual one first.
 pub const SERIES: [&str; 2] = ["6.1", "6.12"];
+/// The processor of a host: AMD's first EPYC, whose kernel would only lose time by looking for MONITOR.
+pub const PROCESSOR: &str = "EPYC,-monitor";
 /// How often it is looked whether hosts that say nothing are still there.
 const LOOK_EVERY: Duration = Duration::from_millis(200);
 
@@ -65,6 +67,8 @@ pub struct Run {
     pub files: Vec<(PathBuf, String)>,
     /// Variables of the scripts.
     pub variables: Vec<(String, String)>,
+    /// What QEMU calls the processor of each host; [`PROCESSOR`] for those that have none here.
+    pub processors: Vec<String>,
     /// Memory of each host in MiB.
     pub memory_mib: u32,
     /// Size in MiB of a disk that all hosts share, `/dev/vdb` on each; 0 for none.

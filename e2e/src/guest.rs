@@ -2,7 +2,9 @@
 
 use crate::daemon::Daemon;
 use crate::wait::{self, PATIENCE};
-use limosa_host::api::{CommandKind, DiskSpec, GuestReport, LinuxSpec, TrackerKind, VmSpec};
+use limosa_host::api::{
+    CommandKind, CpuModel, DiskSpec, GuestReport, LinuxSpec, TrackerKind, VmSpec,
+};
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -23,6 +25,7 @@ pub fn writer(name: &str, args: &str) -> VmSpec {
         vcpus: 1,
         huge_pages: false,
         dirty_tracker: TrackerKind::default(),
+        cpu: CpuModel::default(),
         observer: None,
     }
 }

@@ -41,6 +41,12 @@ impl Scene<'_> {
         self.recording.start.clone()
     }
 
+    /// A description that describes nothing.
+    fn nonsense(&self) -> ControlFrame {
+        let vm = b"nonsense".to_vec();
+        ControlFrame::Start(Start { vm, ..self.start() })
+    }
+
     /// A control connection on which only the preamble was sent.
     fn control(&self) -> TcpStream {
         dial(self.address(), fresh_id(), Role::Control)
@@ -127,6 +133,31 @@ fn deeds_at_the_door() -> Vec<Deed> {
             let stream = dial(scene.address(), fresh_id(), Role::Resolve);
             write(&stream, &[0xff; 64]);
             goodbye(&stream)
+        }),
+        deed("a preflight that begins otherwise", "", |scene| {
+            let stream = dial(scene.address(), fresh_id(), Role::Preflight);
+            send(&stream, &ControlFrame::Commit);
+            goodbye(&stream)
+        }),
+        deed(
+            "a preflight of no machine",
+            "no description of a machine",
+            |scene| {
+                let stream = dial(scene.address(), fresh_id(), Role::Preflight);
+                send(&stream, &scene.nonsense());
+                match read(&stream) {
+                    Some(ControlFrame::Differences(all)) => all.join("; "),
+                    answer => panic!("{answer:?}"),
+                }
+            },
+        ),
+        deed("a preflight that promises and leaves", "", |scene| {
+            let stream = dial(scene.address(), fresh_id(), Role::Preflight);
+            send(&stream, &scene.nonsense());
+            read(&stream).expect("an answer");
+            send(&stream, &ControlFrame::Probe { bytes: 1 << 20 });
+            write(&stream, &[0; 1000]);
+            String::new()
         }),
         deed(
             "an id that was asked about before",

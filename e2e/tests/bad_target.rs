@@ -73,12 +73,12 @@ fn deeds_at_the_door() -> Vec<Deed> {
         }),
         deed(
             "is of another version",
-            "protocol version 3, this host version 4",
+            "protocol version 4, this host version 5",
             |target| {
                 // What a daemon of the next version says to the preamble.
                 refuse(
                     target,
-                    "the peer speaks protocol version 3, this host version 4: use the same release on both hosts",
+                    "the peer speaks protocol version 4, this host version 5: use the same release on both hosts",
                 );
             },
         ),

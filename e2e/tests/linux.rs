@@ -3,7 +3,7 @@
 //!
 //! `LIMOSA_E2E_MATRIX=all` moves it forty times and takes the newer kernel, too.
 
-use limosa_e2e::emulated::{Hosts, Run, SERIES};
+use limosa_e2e::emulated::{Hosts, PROCESSOR, Run, SERIES};
 use limosa_e2e::{binary, skip};
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -89,6 +89,7 @@ fn moves(series: &str, vcpus: u8, modes: &[&str]) {
             ("VCPUS".to_owned(), vcpus.to_string()),
             ("MODES".to_owned(), modes.join(" ")),
         ],
+        processors: Vec::new(),
         memory_mib: 1024,
         disk_mib: 64,
         limit: LIMIT,
@@ -131,11 +132,36 @@ fn moves(series: &str, vcpus: u8, modes: &[&str]) {
         on_disk.is_some_and(|lines| lines >= safe),
         "{safe} numbers were said to be safe, {on_disk:?} are there"
     );
+    check_clock(output);
     let moved = output.matches("downtime").count();
     assert!(
         moved >= modes.len(),
         "{moved} of {} moves told how it was",
         modes.len()
+    );
+}
+
+/// The guest's clock is, after all moves, within ten milliseconds of where it was beside one host's, apart from
+/// what the answers that told it took.
+fn check_clock(output: &str) {
+    let told = output
+        .lines()
+        .find_map(|line| line.split_once("CLOCK-AHEAD "));
+    let told: Vec<i64> = told
+        .map(|(_, told)| {
+            told.split(' ')
+                .map_while(|word| word.parse().ok())
+                .collect()
+        })
+        .unwrap_or_default();
+    let [before, first_took, after, second_took] = told[..] else {
+        panic!("no clocks were compared: {output}");
+    };
+    let moved = after - before;
+    let allowed = 10_000 + (first_took + second_took) / 2;
+    assert!(
+        moved.abs() <= allowed,
+        "the guest's clock is {moved} µs off"
     );
 }
 
@@ -150,6 +176,44 @@ fn a_stock_kernel_moves_by_every_mode() {
         return;
     }
     moves(SERIES[0], 2, &MODES);
+}
+
+/// The second host lacks what the first one has: no guest that has seen that goes there, and one of a lower
+/// model goes, and comes back.
+#[test]
+fn a_stock_kernel_moves_between_unlike_processors() {
+    if !is_debian() {
+        return;
+    }
+    let hosts = Hosts::prepare(&cache()).expect("hosts can be made");
+    let place = tempfile::tempdir().expect("a directory");
+    let less = format!("{PROCESSOR},-adx,-smap,-rdseed");
+    let run = Run {
+        hosts: 2,
+        script: Path::new(env!("CARGO_MANIFEST_DIR")).join("hosts/unlike"),
+        files: vec![(program(place.path()), "/run/limosa".to_owned())],
+        variables: vec![("SERIES".to_owned(), SERIES[0].to_owned())],
+        processors: vec![PROCESSOR.to_owned(), less],
+        memory_mib: 1024,
+        disk_mib: 0,
+        limit: LIMIT,
+    };
+    let ended = hosts.run(&run).unwrap_or_else(|error| panic!("{error}"));
+    assert_eq!(ended.status, 0, "{}", ended.output);
+    let output = &ended.output;
+    let said = |what: &str| {
+        let line = output.lines().find(|line| line.contains(what));
+        line.unwrap_or_else(|| panic!("{what}: {output}"))
+    };
+    for line in [said("DRY-RUN "), said("MIGRATE ")] {
+        let names = ["processor lacks", "adx", "smap"];
+        assert!(names.iter().all(|name| line.contains(name)), "{line}");
+    }
+    assert!(said("PANIC ").contains("kernel panicked"));
+    assert!(!output.contains("SAID BUG"), "{output}");
+    for model in ["x86-64-v2", "x86-64-v3"] {
+        assert!(output.contains(&format!("MOVED {model}")), "{output}");
+    }
 }
 
 #[test]

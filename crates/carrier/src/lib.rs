@@ -27,6 +27,7 @@ mod journal_file;
 mod missing;
 mod modesty;
 mod outcome;
+mod preflight;
 mod pull_server;
 mod push_order;
 mod receiver;
@@ -41,6 +42,7 @@ pub use demanded::{Demanded, NoRecord, RUNS_MAX};
 pub use guest::{CommitError, Guest, GuestError, Running, Saved};
 pub use journal_file::{JournalError, replay_file};
 pub use outcome::tell_memory_lost;
+pub use preflight::{Preflight, PreflightRequest, preflight};
 pub use push_order::PushOrder;
 pub use source::{
     AbortTooLate, MigrateRequest, Migration, MigrationStatus, RATE_MIN, StartError, draw_id,

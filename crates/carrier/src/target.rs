@@ -4,6 +4,7 @@
 //!  accept ─▶ preamble ─┬─ control ─▶ new session: driver thread + this thread reads its frames
 //!                      ├─ push i, pull ─▶ joins the session, waits there for its guest
 //!                      ├─ resume  ─▶ an existing session whose guest misses pages
+//!                      ├─ preflight ─▶ compares, makes nothing
 //!                      └─ resolve ─▶ asks the session's driver, or the host if none is left
 //! ```
 //!
@@ -19,12 +20,14 @@ use crate::connection::{self, ControlWriter, HANDSHAKE_MAX, ReadError};
 use crate::credentials::Credentials;
 use crate::demanded::Demanded;
 use crate::guest::Guest;
+use crate::preflight;
 use driver::Driver;
 use limosa_engine::handover::{MigrationId, Resolution};
 use limosa_engine::target::TargetOutcome;
 use limosa_engine::wire::{ControlFrame, Preamble, Role, Start, clip};
 use serde::Serialize;
-use session::{Session, control_writer};
+use session::Session;
+pub(crate) use session::control_writer;
 use std::collections::{HashMap, VecDeque};
 use std::io::Write;
 use std::net::{SocketAddr, TcpListener, TcpStream};
@@ -37,6 +40,8 @@ use std::{io, thread};
 const HANDSHAKES_MAX: usize = 64;
 /// Migrations that may arrive at once.
 const SESSIONS_MAX: usize = 256;
+/// Preflights that may be answered at once.
+const PREFLIGHTS_MAX: usize = 8;
 /// Ended attempts that are remembered as barred. Ids are random, so an old one that is forgotten
 /// could only come back from a peer that replays it: a fresh attempt, for all that matters.
 const BARRED_MAX: usize = 4096;
@@ -50,6 +55,10 @@ pub trait TargetHost: Send + Sync {
     /// # Errors
     /// One line for the operator at the source: why the guest cannot come here.
     fn create(&self, id: MigrationId, start: &Start) -> Result<Arc<dyn Guest>, String>;
+
+    /// What is in the way of such a guest here, each in one line for the operator at the source; nothing
+    /// if [`TargetHost::create`] would make it. Makes nothing.
+    fn differences(&self, start: &Start) -> Vec<String>;
 
     /// The guest runs here, as its VM process has recorded: from now on [`TargetHost::resolve`] answers
     /// so, even when the guest has moved on or ended.
@@ -101,6 +110,7 @@ struct Shared {
     /// A session was opened or closed.
     opened: Condvar,
     handshakes: AtomicUsize,
+    preflights: AtomicUsize,
     closing: AtomicBool,
 }
 
@@ -135,6 +145,7 @@ impl Listener {
             registry: Mutex::default(),
             opened: Condvar::new(),
             handshakes: AtomicUsize::new(0),
+            preflights: AtomicUsize::new(0),
             closing: AtomicBool::new(false),
         });
         let acceptor = Arc::clone(&shared);
@@ -280,6 +291,7 @@ impl Shared {
                 };
             }
             Role::Resolve => return self.answer(id, &mut channel),
+            Role::Preflight => return self.compare(channel, from),
             Role::Control | Role::Resume => {}
         }
         let Channel { reader, writer } = channel;
@@ -297,6 +309,18 @@ impl Shared {
                     tracing::debug!(%error, "a refused peer did not listen");
                 }
             }
+        }
+    }
+
+    /// Says whether a guest could come, if not too many ask.
+    fn compare(&self, mut channel: Channel, from: SocketAddr) {
+        let before = self.preflights.fetch_add(1, Ordering::SeqCst);
+        let _one = One(&self.preflights);
+        if before >= PREFLIGHTS_MAX {
+            return refuse(&mut channel, "too many preflights at once: try again later");
+        }
+        if let Err(error) = preflight::answer(&*self.host, channel) {
+            tracing::debug!(%from, %error, "a preflight ended early");
         }
     }
 
@@ -445,6 +469,15 @@ struct Place(Arc<Shared>);
 impl Drop for Place {
     fn drop(&mut self) {
         self.0.handshakes.fetch_sub(1, Ordering::SeqCst);
+    }
+}
+
+/// One that is counted, until it is dropped.
+struct One<'a>(&'a AtomicUsize);
+
+impl Drop for One<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::SeqCst);
     }
 }
 

@@ -8,7 +8,7 @@ use clap_complete::Shell;
 pub(crate) use devices::{Disk, Net};
 use limosa_engine::policy::Mode;
 use limosa_engine::streams::Streams;
-use limosa_host::api::{Compression, Deferral, PushOrder, Throttling, TrackerKind};
+use limosa_host::api::{Compression, CpuModel, Deferral, PushOrder, Throttling, TrackerKind};
 use limosa_lab::values::{Milliseconds, OrNone, Rate, Size, compression, mode};
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -170,7 +170,7 @@ pub(crate) struct Run {
     /// TOML file with all of this: 'name', and each option by its name; paths are relative to the file
     #[arg(long, value_name = "FILE", conflicts_with_all = [
         "name", "initrd", "cmdline", "disk", "net", "args", "memory", "vcpus", "huge_pages",
-        "dirty_tracker", "observer",
+        "dirty_tracker", "cpu", "observer",
     ])]
     pub config: Option<PathBuf>,
     /// Program of a guest without a kernel: writer, idle, compute, or an ELF file
@@ -216,6 +216,10 @@ pub(crate) struct Run {
     /// Who notices which pages it writes: bitmap or ring of KVM, or write-protect of the page tables
     #[arg(long, value_name = "TRACKER", default_value = "bitmap")]
     pub dirty_tracker: TrackerKind,
+    /// What processor the guest sees: host (all that this host offers), or a level that unlike hosts
+    /// share: x86-64-v2, x86-64-v3, x86-64-v4
+    #[arg(long, value_name = "MODEL", default_value_t = CpuModel::Host)]
+    pub cpu: CpuModel,
     /// Send a datagram at each heartbeat of the guest to this address of the loopback
     #[arg(long, value_name = "IP:PORT")]
     pub observer: Option<SocketAddr>,
@@ -252,6 +256,7 @@ pub(crate) struct Selected {
 #[command(after_help = "\
 Examples:
   limosa migrate web --to 127.0.0.1:7071
+  limosa migrate web --to 127.0.0.1:7071 --dry-run
   limosa migrate web --to 127.0.0.1:7071 --mode stop-and-copy
   limosa migrate web --to 127.0.0.1:7071 --mode demand && limosa drain web
   limosa migrate web --to 192.0.2.7:7070 --downtime-max 10ms --bandwidth-max 500M
@@ -322,6 +327,11 @@ pub(crate) struct Migrate {
     /// Behave as over a link of this rate
     #[arg(long, value_name = "RATE")]
     pub link: Option<Rate>,
+    /// Move nothing: ask the target whether it would take the guest, and estimate each technique
+    ///
+    /// The guest's writes are followed for a second, and the way is measured with bytes of no meaning.
+    #[arg(long, conflicts_with = "detach")]
+    pub dry_run: bool,
     /// Start it and return at once with its id
     #[arg(long)]
     pub detach: bool,

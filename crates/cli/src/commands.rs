@@ -2,6 +2,7 @@
 
 mod machines;
 mod migrations;
+mod preflight;
 
 #[cfg(test)]
 pub(crate) use migrations::tests;

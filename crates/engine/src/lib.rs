@@ -12,6 +12,7 @@
 extern crate alloc;
 
 pub mod deferral;
+pub mod estimate;
 pub mod handover;
 pub mod journal;
 pub mod policy;

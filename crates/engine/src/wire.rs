@@ -16,7 +16,7 @@ use limosa_pages::{PageCount, PageRange, Pfn};
 use serde::{Deserialize, Serialize};
 
 /// Version of everything in this file. Peers with another version are refused by name.
-pub const PROTOCOL_VERSION: u16 = 4;
+pub const PROTOCOL_VERSION: u16 = 5;
 /// First bytes of every connection.
 pub const MAGIC: [u8; 8] = *b"LIMOSA\r\n";
 /// Bytes of an encoded [`Preamble`].
@@ -33,6 +33,10 @@ pub const MISSING_PAGES_MAX: u32 = 32_768;
 pub const STREAMS_MAX: u8 = 16;
 /// Longest text (a reason, a name) in a control frame, in bytes.
 pub const TEXT_BYTES_MAX: usize = 1024;
+/// Most differences that a target names.
+pub const DIFFERENCES_MAX: usize = 64;
+/// Most bytes behind one [`ControlFrame::Probe`].
+pub const PROBE_BYTES_MAX: u32 = 1 << 20;
 
 /// What a connection is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -48,6 +52,9 @@ pub enum Role {
     Resume,
     /// Requests for pages, target to source, and their answers.
     Pull,
+    /// Whether a guest could come, and how good the way is: [`ControlFrame::Start`], of which nothing
+    /// follows, then [`ControlFrame::Probe`].
+    Preflight,
 }
 
 /// The first 32 bytes of every connection, sent by the side that dials.
@@ -108,6 +115,7 @@ impl Preamble {
             Role::Resolve => (2, 0),
             Role::Resume => (3, 0),
             Role::Pull => (4, 0),
+            Role::Preflight => (5, 0),
         };
         let mut bytes = [0; PREAMBLE_BYTES];
         bytes[..8].copy_from_slice(&MAGIC);
@@ -137,6 +145,7 @@ impl Preamble {
             (2, 0) => Role::Resolve,
             (3, 0) => Role::Resume,
             (4, 0) => Role::Pull,
+            (5, 0) => Role::Preflight,
             (role, _) => return Err(WireError::UnknownRole { role }),
         };
         let mut id = [0; 16];
@@ -283,6 +292,15 @@ pub enum ControlFrame {
     Resolve,
     /// Target: so.
     Resolved(Resolution),
+    /// Target, on a [`Role::Preflight`] connection: what is in the way of the guest here, each in one line.
+    Differences(Vec<String>),
+    /// Source, after that: so many bytes of no meaning follow this frame; their time is taken.
+    Probe {
+        /// At most [`PROBE_BYTES_MAX`].
+        bytes: u32,
+    },
+    /// Target: they are here.
+    Probed,
 }
 
 impl ControlFrame {
@@ -336,6 +354,10 @@ impl ControlFrame {
             Self::Refuse { reason } | Self::Abort { reason } => reason.len() <= TEXT_BYTES_MAX,
             Self::Start(start) => start.streams >= 1 && start.streams <= STREAMS_MAX,
             Self::Reattach { streams } => (1..=STREAMS_MAX).contains(streams),
+            Self::Differences(all) => {
+                all.len() <= DIFFERENCES_MAX && all.iter().all(|one| one.len() <= TEXT_BYTES_MAX)
+            }
+            Self::Probe { bytes } => *bytes <= PROBE_BYTES_MAX,
             _ => true,
         };
         if rest.is_empty() && is_sound {
@@ -370,6 +392,9 @@ impl ControlFrame {
             Self::Keepalive => "keepalive",
             Self::Resolve => "resolve",
             Self::Resolved(_) => "resolved",
+            Self::Differences(_) => "differences",
+            Self::Probe { .. } => "probe",
+            Self::Probed => "probed",
         }
     }
 }
@@ -631,6 +656,10 @@ mod tests {
             ControlFrame::Commit,
             ControlFrame::Verified(digest),
             ControlFrame::Resolved(Resolution::Barred),
+            ControlFrame::Differences(alloc::vec![String::from("no memory"); 2]),
+            ControlFrame::Probe {
+                bytes: PROBE_BYTES_MAX
+            },
         ]
     }
 
@@ -652,6 +681,22 @@ mod tests {
         );
         let huge = ControlFrame::check_length([0xff; 4]);
         assert!(matches!(huge, Err(WireError::FrameTooLong { .. })));
+    }
+
+    #[test]
+    fn what_a_preflight_says_is_limited() {
+        let long = "x".repeat(TEXT_BYTES_MAX + 1);
+        for frame in [
+            ControlFrame::Differences(alloc::vec![String::new(); DIFFERENCES_MAX + 1]),
+            ControlFrame::Differences(alloc::vec![long]),
+            ControlFrame::Probe {
+                bytes: PROBE_BYTES_MAX + 1,
+            },
+        ] {
+            let bytes = frame.encode();
+            let decoded = ControlFrame::decode(&bytes[4..]);
+            assert_eq!(decoded, Err(WireError::MalformedFrame), "{frame:?}");
+        }
     }
 
     #[test]
@@ -692,7 +737,7 @@ mod tests {
         }
 
         #[test]
-        fn damaged_frames_never_panic(which in 0..10usize, at in 0..300usize, bit in 0..8u8, cut in 0..300usize) {
+        fn damaged_frames_never_panic(which in 0..12usize, at in 0..300usize, bit in 0..8u8, cut in 0..300usize) {
             let mut bytes = frames()[which].encode()[4..].to_vec();
             let at = at % bytes.len();
             bytes[at] ^= 1 << bit;

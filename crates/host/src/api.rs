@@ -9,12 +9,14 @@
 
 mod machine;
 mod migration;
+mod preflight;
 mod throttle;
 
 pub use limosa_carrier::{Compression, PushOrder};
 pub use limosa_engine::deferral::Deferral;
 pub use limosa_engine::throttle::Throttling;
 pub use limosa_os::dirty::TrackerKind;
+pub use limosa_vmm::cpu::CpuModel;
 pub use machine::{
     CommandBody, CommandKind, DiskSpec, FirstError, GuestReport, LinuxSpec, NetworkSpec,
     SectionInfo, Stall, StallGroup, VcpuReport, VmInfo, VmSpec, VmState,
@@ -23,6 +25,7 @@ pub use migration::{
     Downtime, FaultLatency, IncomingInfo, LimitsInfo, LimitsPatch, MigrateAnswer, MigrateBody,
     MigrationInfo, ModeChange, Moments, Report, ResolveBody, ResolveWord, Round, parse_id,
 };
+pub use preflight::{DirtyPoint, EstimateInfo, PreflightInfo};
 pub use throttle::{ThrottleInfo, ThrottleKind, ThrottleReport};
 
 use serde::{Deserialize, Serialize};

@@ -26,6 +26,10 @@ impl TargetHost for Arrivals {
             return Err("this migration has ended before: start a new one".to_owned());
         }
         let described = host.machines().describe(start)?;
+        let differences = host.machines().differences(start);
+        if !differences.is_empty() {
+            return Err(differences.join("; "));
+        }
         // Of as many pages as the machine has, which was just checked.
         let demanded = Demanded::decode(&start.demanded, start.memory_pages)
             .map_err(|error| error.to_string())?;
@@ -50,6 +54,18 @@ impl TargetHost for Arrivals {
                 Err(Refusal::failed(reason).message)
             }
         }
+    }
+
+    fn differences(&self, start: &Start) -> Vec<String> {
+        let host = &self.0;
+        let described = match host.machines().describe(start) {
+            Ok(described) => described,
+            Err(reason) => return vec![reason],
+        };
+        let mut differences = host.machines().differences(start);
+        let is_free = host.registry().check_free(&described.name);
+        differences.extend(is_free.err().map(|refusal| refusal.message));
+        differences
     }
 
     fn running(&self, id: MigrationId, is_filling: bool) {

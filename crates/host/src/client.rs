@@ -7,8 +7,8 @@
 
 use crate::api::{
     CommandBody, CommandKind, ErrorBody, ErrorKind, GuestReport, HostInfo, IncomingInfo,
-    LimitsPatch, MigrateAnswer, MigrateBody, MigrationInfo, ResolveBody, ResolveWord, SectionInfo,
-    VmInfo, VmSpec,
+    LimitsPatch, MigrateAnswer, MigrateBody, MigrationInfo, PreflightInfo, ResolveBody,
+    ResolveWord, SectionInfo, VmInfo, VmSpec,
 };
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -155,6 +155,15 @@ impl Client {
         let path = format!("/v1/vms/{}/command", encode(name));
         self.request("POST", &path, Some(&CommandBody { kind }))
             .map(|Nothing {}| ())
+    }
+
+    /// What would come of a migration: nothing is moved.
+    ///
+    /// # Errors
+    /// As for all requests.
+    pub fn preflight(&self, name: &str, body: &MigrateBody) -> Result<PreflightInfo, ClientError> {
+        let path = format!("/v1/vms/{}/preflight", encode(name));
+        self.request("POST", &path, Some(body))
     }
 
     /// Starts a migration and gives its id.

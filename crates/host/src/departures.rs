@@ -163,6 +163,7 @@ mod tests {
                 vcpus: 2,
                 huge_pages: false,
                 dirty_tracker: limosa_os::dirty::TrackerKind::Ring,
+                cpu: limosa_vmm::cpu::CpuModel::V3,
             },
             to: "127.0.0.1:1".to_owned(),
             mode: Mode::Demand,

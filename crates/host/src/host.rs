@@ -10,6 +10,7 @@ mod adoption;
 mod bereft;
 mod moves;
 mod own_process;
+mod preflight;
 mod vms;
 
 use crate::api::{HostInfo, IncomingInfo};

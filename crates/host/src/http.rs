@@ -6,7 +6,8 @@
 
 use crate::api::{
     CommandBody, ErrorBody, ErrorKind, GuestReport, HostInfo, IncomingInfo, LimitsPatch,
-    MigrateAnswer, MigrateBody, MigrationInfo, ResolveBody, SectionInfo, VmInfo, VmSpec,
+    MigrateAnswer, MigrateBody, MigrationInfo, PreflightInfo, ResolveBody, SectionInfo, VmInfo,
+    VmSpec,
 };
 use crate::host::Host;
 use crate::refusal::Refusal;
@@ -49,6 +50,7 @@ fn routes() -> (Router<Arc<Host>>, OpenApi) {
         .routes(routes!(show_guest))
         .routes(routes!(command_guest))
         .routes(routes!(migrate_vm))
+        .routes(routes!(preflight_vm))
         .routes(routes!(list_migrations))
         .routes(routes!(show_migration, set_limits))
         .routes(routes!(abort_migration))
@@ -161,6 +163,18 @@ async fn migrate_vm(
         Ok(MigrateAnswer { id: id.to_string() })
     })
     .await
+}
+
+/// Ask a target whether it would take a virtual machine, and estimate each technique; nothing is moved
+#[utoipa::path(post, path = "/v1/vms/{name}/preflight", params(("name" = String, Path)),
+    request_body = MigrateBody,
+    responses((status = 200, body = PreflightInfo), (status = "4XX", body = ErrorBody), (status = "5XX", body = ErrorBody)))]
+async fn preflight_vm(
+    State(host): Of,
+    Path(name): Path<String>,
+    Body(body): Body<MigrateBody>,
+) -> Answer<PreflightInfo> {
+    blocking(move || host.preflight(&name, &body)).await
 }
 
 /// Migrations away from this host, oldest first
@@ -306,7 +320,7 @@ mod tests {
     fn every_route_says_what_it_answers() {
         let document = serde_json::to_value(openapi()).unwrap();
         let paths = document["paths"].as_object().unwrap();
-        assert_eq!(paths.len(), 13);
+        assert_eq!(paths.len(), 14);
         for (path, methods) in paths {
             for (method, route) in methods.as_object().unwrap() {
                 assert!(route["summary"].is_string(), "{method} {path}");

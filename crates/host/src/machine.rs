@@ -14,6 +14,7 @@ use limosa_carrier::{Guest, GuestError};
 use limosa_engine::handover::{MigrationId, Phase};
 use limosa_engine::wire::Start;
 use limosa_os::dirty::TrackerKind;
+use limosa_vmm::cpu::CpuModel;
 use serde::{Deserialize, Serialize};
 use std::sync::Arc;
 
@@ -29,6 +30,9 @@ pub struct Shape {
     /// Who notices which pages are written.
     #[serde(default)]
     pub dirty_tracker: TrackerKind,
+    /// What processor its guest sees.
+    #[serde(default)]
+    pub cpu: CpuModel,
 }
 
 /// What a VM process says when it is asked.
@@ -135,8 +139,11 @@ pub trait Machines: Send + Sync {
     /// Reads what a source wants to send here.
     ///
     /// # Errors
-    /// It is not understood, or not possible on this host.
+    /// It is not understood.
     fn describe(&self, start: &Start) -> Result<Described, String>;
+
+    /// All that is in the way of what was described, each in one line; nothing if this host can make it.
+    fn differences(&self, start: &Start) -> Vec<String>;
 
     /// Makes an empty one that waits for the state of attempt `id`.
     ///

@@ -121,26 +121,28 @@ impl Registry {
     /// # Errors
     /// The name is taken, or there are too many.
     pub fn reserve(&mut self, name: &VmName) -> Result<(), Refusal> {
-        match self.slots.get(name) {
-            Some(Slot::Ended { .. }) => {
-                return Err(Refusal::conflict(format!(
-                    "a VM named '{name}' has ended and is still listed: remove it with 'limosa stop {name}'"
-                )));
-            }
-            Some(Slot::Reserved | Slot::Alive(_)) => {
-                return Err(Refusal::conflict(format!(
-                    "a VM named '{name}' exists on this host: choose another name, or stop it first"
-                )));
-            }
-            None if self.slots.len() >= VMS_MAX => {
-                return Err(Refusal::failed(format!(
-                    "this host has {VMS_MAX} VMs already"
-                )));
-            }
-            None => {}
-        }
+        self.check_free(name)?;
         self.slots.insert(name.clone(), Slot::Reserved);
         Ok(())
+    }
+
+    /// Checks that a virtual machine of this name could be made.
+    ///
+    /// # Errors
+    /// As [`Registry::reserve`].
+    pub fn check_free(&self, name: &VmName) -> Result<(), Refusal> {
+        match self.slots.get(name) {
+            Some(Slot::Ended { .. }) => Err(Refusal::conflict(format!(
+                "a VM named '{name}' has ended and is still listed: remove it with 'limosa stop {name}'"
+            ))),
+            Some(Slot::Reserved | Slot::Alive(_)) => Err(Refusal::conflict(format!(
+                "a VM named '{name}' exists on this host: choose another name, or stop it first"
+            ))),
+            None if self.slots.len() >= VMS_MAX => Err(Refusal::failed(format!(
+                "this host has {VMS_MAX} VMs already"
+            ))),
+            None => Ok(()),
+        }
     }
 
     /// Fills a reserved name.

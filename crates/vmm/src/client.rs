@@ -235,7 +235,7 @@ impl VmHandle {
         phase: Phase,
     ) -> Result<(), VmError> {
         let request = Request::Create {
-            config: config.clone(),
+            config: Box::new(config.clone()),
             phase,
             boot: if elf.is_some() {
                 Boot::Micro
@@ -253,7 +253,7 @@ impl VmHandle {
     /// There is one, it is not possible here, or the kernel is none or does not fit.
     pub fn create_linux(&self, config: &VmConfig, image: &LinuxImage) -> Result<(), VmError> {
         let request = Request::Create {
-            config: config.clone(),
+            config: Box::new(config.clone()),
             phase: Phase::Running,
             boot: Boot::Linux {
                 cmdline: image.cmdline.clone(),

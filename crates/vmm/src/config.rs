@@ -5,14 +5,15 @@
 //! refuses, before the guest is touched.
 
 pub mod devices;
+mod host;
 
-use crate::cpu::{self, CpuidLeaf};
-use crate::virtio::{self, DeviceError};
+use crate::cpu::{self, CpuModel, CpuidLeaf};
+use crate::virtio::DeviceError;
 use devices::{DEVICES_MAX, DiskConfig, NetworkConfig};
 use limosa_micro_abi::{ARGS_BYTES_MAX, VCPUS_MAX, memory_map};
 use limosa_os::PageKind;
 use limosa_os::dirty::TrackerKind;
-use limosa_os::kvm::{Kvm, KvmError};
+use limosa_os::kvm::KvmError;
 use limosa_pages::ByteCount;
 use serde::{Deserialize, Serialize};
 use std::net::SocketAddr;
@@ -29,8 +30,10 @@ pub const PC_VCPUS_MAX: u8 = 16;
 pub const NAME_BYTES_MAX: usize = 64;
 /// Longest description: a table of 256 leaves takes at most 9 KiB.
 pub const DESCRIPTION_BYTES_MAX: usize = 32 << 10;
+/// Most registers that a guest depends on: there are some thirty.
+const MSRS_MAX: usize = 64;
 /// Marks a description, with its version as the last byte.
-const MAGIC: [u8; 8] = *b"LIMOSVM\x04";
+const MAGIC: [u8; 8] = *b"LIMOSVM\x05";
 /// Clock rates within 250 ppm are the same: real clocks differ by that much from what they say.
 const TSC_TOLERANCE_PPM: u64 = 250;
 
@@ -70,8 +73,12 @@ pub struct VmConfig {
     pub args: String,
     /// Where heartbeats are sent.
     pub observer: Option<SocketAddr>,
-    /// The features that its guest has seen; `None` to offer what the host has.
+    /// What processor its guest sees.
+    pub model: CpuModel,
+    /// The features that its guest has seen; `None` to offer what the host has of its model.
     pub cpuid: Option<Vec<CpuidLeaf>>,
+    /// Model-specific registers that its state has and no guest does without; none before it is made.
+    pub msrs: Vec<u32>,
     /// The rate of its time stamp counter; `None` for the host's.
     pub tsc_khz: Option<u32>,
 }
@@ -160,6 +167,29 @@ pub enum ConfigError {
         /// What is missing.
         features: Vec<String>,
     },
+    /// This host's processor is less than the model.
+    #[error(
+        "this host's processor lacks {} of CPU model {model}: choose a lower one, or host",
+        features.join(", ")
+    )]
+    Model {
+        /// What was asked for.
+        model: CpuModel,
+        /// What is missing.
+        features: Vec<String>,
+    },
+    /// This host's KVM does not know registers that the guest depends on.
+    #[error("this host's KVM lacks model-specific registers {registers:x?}")]
+    Registers {
+        /// Their numbers.
+        registers: Vec<u32>,
+    },
+    /// More registers than any processor has.
+    #[error("{count} model-specific registers are too many")]
+    TooManyRegisters {
+        /// How many.
+        count: usize,
+    },
     /// The clock runs at another rate and cannot be scaled.
     #[error(
         "the guest's clock runs at {wanted} kHz, this host's at {offered} kHz and cannot be scaled"
@@ -190,7 +220,9 @@ impl VmConfig {
             networks: Vec::new(),
             args: String::new(),
             observer: None,
+            model: CpuModel::default(),
             cpuid: None,
+            msrs: Vec::new(),
             tsc_khz: None,
         }
     }
@@ -236,6 +268,10 @@ impl VmConfig {
         if self.huge_pages && self.dirty_tracker == TrackerKind::WriteProtect {
             return Err(ConfigError::Tracker);
         }
+        if self.msrs.len() > MSRS_MAX {
+            let count = self.msrs.len();
+            return Err(ConfigError::TooManyRegisters { count });
+        }
         match &self.cpuid {
             Some(table) if !(1..=cpu::LEAVES_MAX).contains(&table.len()) => {
                 Err(ConfigError::Cpuid {
@@ -244,50 +280,6 @@ impl VmConfig {
             }
             _ => Ok(()),
         }
-    }
-
-    /// Checks that this host can run a guest that has seen these features and this clock rate.
-    /// Opens KVM to ask and makes nothing.
-    ///
-    /// # Errors
-    /// A limit does not hold, there is no KVM, or the first thing that the host lacks.
-    pub fn check_host(&self) -> Result<(), ConfigError> {
-        self.check()?;
-        let kvm = Kvm::open()?;
-        self.check_features(&kvm)?;
-        virtio::check_host(self)?;
-        if let Some(wanted) = self.tsc_khz {
-            let offered = kvm
-                .create_vm(self.dirty_tracker)?
-                .create_vcpu(0)?
-                .tsc_khz()?;
-            self.check_clock(&kvm, offered, wanted)?;
-        }
-        Ok(())
-    }
-
-    pub(crate) fn check_features(&self, kvm: &Kvm) -> Result<(), ConfigError> {
-        let Some(wanted) = &self.cpuid else {
-            return Ok(());
-        };
-        let features = cpu::missing_features(wanted, &cpu::machine_table(kvm, self.platform)?);
-        if features.is_empty() {
-            Ok(())
-        } else {
-            Err(ConfigError::Features { features })
-        }
-    }
-
-    pub(crate) fn check_clock(
-        &self,
-        kvm: &Kvm,
-        offered: u32,
-        wanted: u32,
-    ) -> Result<(), ConfigError> {
-        if is_same_rate(offered, wanted) || kvm.scales_tsc() {
-            return Ok(());
-        }
-        Err(ConfigError::ClockRate { wanted, offered })
     }
 
     /// The bytes that travel.
@@ -430,6 +422,7 @@ mod tests {
             256
         ]);
         config.args = "x".repeat(ARGS_BYTES_MAX);
+        config.msrs = vec![u32::MAX; MSRS_MAX];
         let bytes = config.to_description();
         assert_eq!(VmConfig::from_description(&bytes).unwrap(), config);
         for len in 0..bytes.len() {

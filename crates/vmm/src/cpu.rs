@@ -5,6 +5,10 @@
 //! gets its own from it. A host can take a machine if it offers every feature bit in it: checked
 //! before anything is changed, so that the guest stays where it is.
 
+mod model;
+
+pub use model::CpuModel;
+
 use crate::config::Platform;
 use limosa_os::kvm::{Kvm, KvmError, kvm_cpuid_entry2};
 use serde::{Deserialize, Serialize};
@@ -60,7 +64,7 @@ pub fn neutral_table(kvm: &Kvm) -> Result<Vec<CpuidLeaf>, KvmError> {
     Ok(table)
 }
 
-/// The features of a machine on this platform: a PC also has what its interrupt controllers add.
+/// What this host offers a machine on this platform: a PC also has what its interrupt controllers add.
 ///
 /// # Errors
 /// KVM does not tell.
@@ -74,6 +78,13 @@ pub fn machine_table(kvm: &Kvm, platform: Platform) -> Result<Vec<CpuidLeaf>, Kv
         }
     }
     Ok(table)
+}
+
+/// What a machine of this model gets of what its host offers, and what the host lacks of it, in words;
+/// empty if it has all.
+pub(crate) fn model_table(model: CpuModel, offered: &[CpuidLeaf]) -> (Vec<CpuidLeaf>, Vec<String>) {
+    let lacking = missing_bits(&model.required(), offered);
+    (model.select(offered), lacking)
 }
 
 const TSC_DEADLINE_TIMER: u32 = 1 << 24;
@@ -113,20 +124,31 @@ pub(crate) fn vcpu_table(neutral: &[CpuidLeaf], vcpu: u8, vcpus: u8) -> Vec<kvm_
 /// that sees the wanted table.
 pub fn missing_features(wanted: &[CpuidLeaf], offered: &[CpuidLeaf]) -> Vec<String> {
     let mut missing = Vec::new();
-    let find = |table: &[CpuidLeaf], function, index| {
-        table
-            .iter()
-            .find(|leaf| leaf.function == function && leaf.index == index)
-            .map(|leaf| leaf.registers)
+    let vendor = |table| {
+        let registers = registers(table, 0, 0);
+        registers.map(|registers| [registers[EBX], registers[ECX], registers[EDX]])
     };
-    let vendor =
-        |table| find(table, 0, 0).map(|registers| [registers[EBX], registers[ECX], registers[EDX]]);
     if vendor(wanted) != vendor(offered) {
         missing.push("the processor's vendor".to_owned());
     }
+    missing.extend(missing_bits(wanted, offered));
+    let width = |table| registers(table, 0x8000_0008, 0).map_or(36, |leaf| leaf[EAX] & 0xff);
+    if width(wanted) > width(offered) {
+        missing.push(format!("physical addresses of {} bits", width(wanted)));
+    }
+    let state = |table| registers(table, 0xd, 0).map_or(0, |leaf| leaf[ECX]);
+    if state(wanted) > state(offered) {
+        missing.push(format!("an XSAVE area of {} bytes", state(wanted)));
+    }
+    missing
+}
+
+/// The features of `wanted` that are not in `offered`, by name.
+fn missing_bits(wanted: &[CpuidLeaf], offered: &[CpuidLeaf]) -> Vec<String> {
+    let mut missing = Vec::new();
     for &(function, index, register, ignored) in &FEATURE_REGISTERS {
         let bits = |table| {
-            find(table, function, index).map_or(0, |registers| registers[register]) & !ignored
+            registers(table, function, index).map_or(0, |registers| registers[register]) & !ignored
         };
         let lacking = bits(wanted) & !bits(offered);
         missing.extend(
@@ -135,11 +157,15 @@ pub fn missing_features(wanted: &[CpuidLeaf], offered: &[CpuidLeaf]) -> Vec<Stri
                 .map(|bit| name(function, index, register, bit)),
         );
     }
-    let width = |table| find(table, 0x8000_0008, 0).map_or(36, |registers| registers[EAX] & 0xff);
-    if width(wanted) > width(offered) {
-        missing.push(format!("physical addresses of {} bits", width(wanted)));
-    }
     missing
+}
+
+/// The answer of a leaf, if the table has it.
+fn registers(table: &[CpuidLeaf], function: u32, index: u32) -> Option<[u32; 4]> {
+    let mut leaves = table.iter();
+    leaves
+        .find(|leaf| leaf.function == function && leaf.index == index)
+        .map(|leaf| leaf.registers)
 }
 
 /// Registers whose bits are features: function, index, register, bits that are none.
@@ -164,7 +190,7 @@ const FEATURE_REGISTERS: [(u32, u32, usize, u32); 17] = [
 ];
 
 /// Names of the bits that one meets most; others are named by their place.
-const NAMES: [(u32, u32, usize, u32, &str); 40] = [
+const NAMES: [(u32, u32, usize, u32, &str); 48] = [
     (0x1, 0, ECX, 0, "sse3"),
     (0x1, 0, ECX, 1, "pclmulqdq"),
     (0x1, 0, ECX, 9, "ssse3"),
@@ -203,6 +229,14 @@ const NAMES: [(u32, u32, usize, u32, &str); 40] = [
     (0x7, 0, ECX, 22, "rdpid"),
     (0x7, 0, EDX, 24, "amx_tile"),
     (0x7, 1, EAX, 5, "avx512_bf16"),
+    (0xd, 0, EAX, 2, "avx state"),
+    (0xd, 0, EAX, 5, "avx512 opmask state"),
+    (0xd, 0, EAX, 6, "avx512 zmm0 state"),
+    (0xd, 0, EAX, 7, "avx512 zmm16 state"),
+    (0xd, 1, EAX, 0, "xsaveopt"),
+    (0xd, 1, EAX, 1, "xsavec"),
+    (0xd, 1, EAX, 2, "xgetbv1"),
+    (0xd, 1, EAX, 3, "xsaves"),
     (0x8000_0001, 0, EDX, 27, "rdtscp"),
     (0x8000_0001, 0, ECX, 5, "lzcnt"),
 ];

@@ -197,10 +197,7 @@ impl Machine {
         if config.irqchip {
             vm.create_irqchip()?;
         }
-        let neutral = match config.cpuid.take() {
-            Some(table) => table,
-            None => cpu::machine_table(&kvm, config.platform)?,
-        };
+        let neutral = config.take_features(&kvm)?;
         let vcpus = (0..config.vcpus)
             .map(|index| vm.create_vcpu(index))
             .collect::<Result<Vec<_>, _>>()?;
@@ -230,6 +227,7 @@ impl Machine {
         board.set_observer(config.observer).map_err(no_observer)?;
         let shared = Arc::new(Shared::default());
         let threads = make_threads(&kvm, &config, host_khz, vcpus, &board, &shared)?;
+        config.msrs = threads[0].fixed.plan.essential();
         let seats = Seats::start(threads, Arc::clone(&shared))?;
         Ok(Self {
             seats,

@@ -345,7 +345,7 @@ impl Process<'_> {
                 boot,
             } => {
                 let image = Image::of(boot, frame.bytes, frame.descriptors)?;
-                self.create(config, phase, image)?;
+                self.create(*config, phase, image)?;
                 return Ok(Outcome::Lend(self.attached()));
             }
             Request::Run => Reply::Running(self.run()?),

@@ -260,15 +260,15 @@ impl Devices {
     }
 }
 
-/// Checks that this host has what the devices work with, and keeps nothing of it.
-pub(crate) fn check_host(config: &VmConfig) -> Result<(), DeviceError> {
-    for disk in &config.disks {
-        open_disk(&mut disk.clone())?;
-    }
-    for network in &config.networks {
-        Tap::open(&network.tap).map_err(|source| no_network(network, source))?;
-    }
-    Ok(())
+/// What this host lacks of what the devices work with, all of it. Keeps nothing of what it has.
+pub(crate) fn lacking(config: &VmConfig) -> Vec<DeviceError> {
+    let disks = config.disks.iter();
+    let disks = disks.filter_map(|disk| open_disk(&mut disk.clone()).err());
+    let networks = config.networks.iter().filter_map(|network| {
+        let tap = Tap::open(&network.tap);
+        tap.err().map(|source| no_network(network, source))
+    });
+    disks.chain(networks).collect()
 }
 
 fn open_disk(config: &mut DiskConfig) -> Result<Disk, DeviceError> {

@@ -14,6 +14,8 @@ Usage: cargo run -p limosa-e2e --bin hosts -- [OPTIONS] SCRIPT
   --put FILE:PATH       have a file at a path on each host, not below /usr; may be given again
   --set NAME=VALUE      a variable of the script; may be given again
   --disk MIB            a disk that the hosts share, /dev/vdb on each (default none)
+  --processor CPU       processor of the first host, as QEMU names it; again for the second
+                        (default EPYC,-monitor)
   --memory MIB          memory of each host (default 1024)
   --limit SECONDS       end hosts that have not ended by then (default 600)
   --cache DIR           where packages and images are kept (default target/emulated-hosts)
@@ -43,6 +45,7 @@ fn run(mut words: impl Iterator<Item = String>) -> Result<u8, String> {
         script: PathBuf::new(),
         files: Vec::new(),
         variables: Vec::new(),
+        processors: Vec::new(),
         memory_mib: 1024,
         disk_mib: 0,
         limit: Duration::from_secs(600),
@@ -69,6 +72,7 @@ fn run(mut words: impl Iterator<Item = String>) -> Result<u8, String> {
                     .filter(|n| (1..=2).contains(n))
                     .ok_or_else(wrong)?
             }
+            "--processor" => run.processors.push(value),
             "--memory" => run.memory_mib = value.parse().map_err(|_| wrong())?,
             "--disk" => run.disk_mib = value.parse().map_err(|_| wrong())?,
             "--limit" => run.limit = Duration::from_secs(value.parse().map_err(|_| wrong())?),

@@ -2,7 +2,7 @@
 
 use super::archive::Archive;
 use super::packages::Packages;
-use super::{EmulationError, Run, SERIES, failed};
+use super::{EmulationError, PROCESSOR, Run, SERIES, failed};
 use std::fs::{self, File};
 use std::io::{self, BufRead, BufReader, BufWriter, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -69,6 +69,8 @@ impl Host {
         let sockets = [("output", &output_path), ("control", &control_path)];
         let mut command = qemu(cache);
         command.args(["-name", name, "-m", &run.memory_mib.to_string()]);
+        let processor = run.processors.get(index).map_or(PROCESSOR, String::as_str);
+        command.args(["-cpu", processor]);
         command.arg("-initrd").arg(&initial);
         connect(&mut command, &console, sockets);
         if run.disk_mib > 0 {
@@ -171,7 +173,6 @@ fn qemu(cache: &Path) -> Command {
         .args(["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"])
         // One processor a host: with two, hosts now and then hang when they make their first machine.
         .args(["-M", "q35", "-accel", "tcg,thread=multi,tb-size=256", "-smp", "1"])
-        .args(["-cpu", "EPYC,-monitor"])
         .arg("-kernel")
         .arg(cache.join(format!("vmlinuz-{series}")))
         .args(["-append", "console=ttyS0 panic=-1 oops=panic tsc=reliable no_timer_check quiet"])

@@ -53,12 +53,13 @@ const HOST_MODULES: [&str; 8] = [
     "tun",
     "bridge",
 ];
-const GUEST_MODULES: [&str; 5] = [
+const GUEST_MODULES: [&str; 6] = [
     "virtio_mmio",
     "virtio_net",
     "virtio_blk",
     "virtio_balloon",
     "virtio-rng",
+    "pvpanic-mmio",
 ];
 
 /// Tells caches of different makings apart.

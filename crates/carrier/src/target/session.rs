@@ -421,6 +421,6 @@ impl Session {
 }
 
 /// Nothing is shaped on the way to the source.
-pub(super) fn control_writer(control: Writer) -> ControlWriter {
+pub(crate) fn control_writer(control: Writer) -> ControlWriter {
     ControlWriter::new(control, Arc::new(Bucket::new(None)))
 }

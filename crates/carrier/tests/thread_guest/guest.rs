@@ -408,6 +408,12 @@ impl TargetHost for ThreadHost {
         Ok(guest)
     }
 
+    fn differences(&self, start: &Start) -> Vec<String> {
+        let refuse = self.refuse.lock().unwrap().clone();
+        let unknown = (start.vm != b"thread").then(|| "not a machine for this host".to_owned());
+        refuse.into_iter().chain(unknown).collect()
+    }
+
     fn running(&self, id: MigrationId, _is_filling: bool) {
         self.ledger.lock().unwrap().insert(id);
     }

@@ -23,7 +23,8 @@ use limosa_engine::Timestamp;
 use limosa_engine::policy::Mode;
 use limosa_engine::source::Stage;
 use limosa_host::api::{
-    CommandKind, ErrorKind, GuestReport, LimitsPatch, MigrateBody, Report, VmSpec, VmState,
+    CommandKind, CpuModel, ErrorKind, GuestReport, LimitsPatch, MigrateBody, Report, VmSpec,
+    VmState,
 };
 use limosa_lab::backing::Backing;
 use limosa_lab::record::{Checked, MoveRecord, Observed, Setup};
@@ -151,6 +152,7 @@ impl Loopback {
             vcpus: self.setup.vcpus,
             huge_pages: self.setup.pages == Backing::Reserved,
             dirty_tracker: self.setup.dirty_tracker,
+            cpu: CpuModel::Host,
             observer: Some(self.observer.address().to_string()),
         };
         self.host().client.run(&spec)?;

@@ -30,6 +30,7 @@ pub(super) fn run(client: &Client, run: &Run, output: Output) -> Result<()> {
         vcpus: run.vcpus,
         huge_pages: run.huge_pages,
         dirty_tracker: run.dirty_tracker,
+        cpu: run.cpu,
         observer: run.observer.map(|address| address.to_string()),
     };
     let vm = client.run(&spec)?;
@@ -199,9 +200,10 @@ pub(super) fn inspect(client: &Client, name: &str, output: Output) -> Result<()>
             ]);
             let memory = ByteCount::new(inspection.vm.memory_bytes);
             format!(
-                "{}\nmemory  {memory} of {}\ndirty tracker  {}: {}",
+                "{}\nmemory  {memory} of {}\nprocessor  {}\ndirty tracker  {}: {}",
                 table(head, &rows),
                 inspection.vm.name,
+                inspection.vm.cpu,
                 inspection.vm.dirty_tracker,
                 inspection.vm.dirty_tracker_means
             )

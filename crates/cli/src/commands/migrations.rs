@@ -1,6 +1,7 @@
 //! Commands about migrations: migrate, status, set, drain, abort, resolve.
 
 use super::machines::short;
+use super::preflight;
 use crate::arguments::{Migrate, Resolve, Set, Status};
 use crate::follow::{Follower, headline, how_slow, numbers, outcome_line, stage_name};
 use crate::output::{Align, Output, count, table, time};
@@ -42,6 +43,9 @@ pub(super) fn migrate(follower: &Follower, migrate: &Migrate) -> Result<()> {
         link: migrate.link.map(Rate::get),
         insecure: migrate.insecure,
     };
+    if migrate.dry_run {
+        return preflight::show(follower, &migrate.vm, &body);
+    }
     let id = follower.client().migrate(&migrate.vm, &body)?;
     if migrate.detach {
         return follower

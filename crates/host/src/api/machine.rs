@@ -1,6 +1,7 @@
 //! Virtual machines as the control interface tells them.
 
 use limosa_os::dirty::TrackerKind;
+use limosa_vmm::cpu::CpuModel;
 use limosa_vmm::process::console_socket;
 use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
@@ -38,6 +39,11 @@ pub struct VmSpec {
     #[serde(default)]
     #[schema(value_type = String, example = "bitmap")]
     pub dirty_tracker: TrackerKind,
+    /// What processor the guest sees: `host`, all that this host offers, or `x86-64-v2`, `x86-64-v3`,
+    /// `x86-64-v4`, which unlike hosts can exchange.
+    #[serde(default)]
+    #[schema(value_type = String, example = "host")]
+    pub cpu: CpuModel,
     /// Where the VM process sends a datagram at each heartbeat of the guest: `IP:PORT` of a UDP
     /// socket on this machine.
     #[serde(default)]
@@ -138,6 +144,9 @@ pub struct VmInfo {
         example = "a harvest reads a bit for each page; which vCPU writes how much is not known"
     )]
     pub dirty_tracker_means: String,
+    /// What processor the guest sees.
+    #[schema(value_type = String, example = "host")]
+    pub cpu: CpuModel,
     /// Units of work that the guest did over all vCPUs, for guests that report it.
     pub work: Option<u64>,
     /// Checks that failed inside the guest over all vCPUs, for guests that report it.

@@ -125,7 +125,7 @@ impl Host {
     }
 
     /// Without encryption, a peer beyond this machine needs the operator's word.
-    fn check_peer(&self, to: &str, insecure: bool) -> Result<(), Refusal> {
+    pub(super) fn check_peer(&self, to: &str, insecure: bool) -> Result<(), Refusal> {
         let addresses: Vec<SocketAddr> = to
             .to_socket_addrs()
             .map_err(|error| {

@@ -66,6 +66,7 @@ impl Host {
             huge_pages: shape.huge_pages,
             dirty_tracker: shape.dirty_tracker,
             dirty_tracker_means: shape.dirty_tracker.consequence().to_owned(),
+            cpu: shape.cpu,
             work: None,
             errors: None,
             missing_pages: 0,

@@ -14,6 +14,7 @@ use limosa_os::dirty::TrackerKind;
 use limosa_os::userfault::PageInstaller;
 use limosa_os::{PageKind, SharedMemory};
 use limosa_pages::{ByteCount, PageRange, PageSet};
+use limosa_vmm::cpu::CpuModel;
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
@@ -81,6 +82,7 @@ impl Machine for FakeMachine {
             vcpus: 1,
             huge_pages: false,
             dirty_tracker: TrackerKind::default(),
+            cpu: CpuModel::default(),
         }
     }
 
@@ -243,6 +245,10 @@ impl Machines for Arc<FakeMachines> {
     fn describe(&self, start: &Start) -> Result<Described, String> {
         let name = VmName::new(&String::from_utf8_lossy(&start.vm))?;
         Ok(Described { name })
+    }
+
+    fn differences(&self, _: &Start) -> Vec<String> {
+        Vec::new()
     }
 
     fn receive(

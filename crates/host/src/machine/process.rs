@@ -130,6 +130,7 @@ impl Machines for Processes {
             VmConfig::new(name.as_str(), ByteCount::new(spec.memory_bytes), spec.vcpus);
         config.huge_pages = spec.huge_pages;
         config.dirty_tracker = spec.dirty_tracker;
+        config.model = spec.cpu;
         config.args = spec.args.clone();
         if let Some(linux) = &spec.linux {
             (config.platform, config.irqchip) = (Platform::Pc, true);
@@ -157,10 +158,19 @@ impl Machines for Processes {
             return Err("the source contradicts itself about the size of the memory".to_owned());
         }
         let name = VmName::new(&config.name)?;
-        self.lent.check(&config)?;
-        config.check_host().map_err(|error| error.to_string())?;
-        ensure_memory(shape(&config))?;
         Ok(Described { name })
+    }
+
+    fn differences(&self, start: &Start) -> Vec<String> {
+        let mut config = match VmConfig::from_description(&start.vm) {
+            Ok(config) => config,
+            Err(error) => return vec![error.to_string()],
+        };
+        // What is not lent is not looked at either: nobody learns whether it is there.
+        let mut differences = self.lent.keep_lent(&mut config);
+        differences.extend(config.differences().iter().map(ToString::to_string));
+        differences.extend(ensure_memory(shape(&config)).err());
+        differences
     }
 
     fn receive(
@@ -388,6 +398,7 @@ fn shape(config: &VmConfig) -> Shape {
         vcpus: config.vcpus,
         huge_pages: config.huge_pages,
         dirty_tracker: config.dirty_tracker,
+        cpu: config.model,
     }
 }
 

@@ -62,6 +62,18 @@ impl MsrPlan {
     }
 }
 
+impl MsrPlan {
+    /// Those of the saved registers without which no guest goes on.
+    pub(super) fn essential(&self) -> Vec<u32> {
+        let saved = self.saved.iter().copied();
+        saved.filter(|&msr| is_essential(msr)).collect()
+    }
+}
+
+fn is_essential(msr: u32) -> bool {
+    ESSENTIAL.iter().any(|range| range.contains(&msr))
+}
+
 /// Writes what KVM takes and tells the rest.
 fn write_skipping(
     vcpu: &Vcpu,
@@ -125,10 +137,7 @@ pub(super) fn write(
             lost.push((index, value));
         }
     }
-    if let Some(&(msr, value)) = lost
-        .iter()
-        .find(|(msr, _)| ESSENTIAL.iter().any(|range| range.contains(msr)))
-    {
+    if let Some(&(msr, value)) = lost.iter().find(|(msr, _)| is_essential(*msr)) {
         return Err(MachineError::LostMsr {
             vcpu: index,
             index: msr,

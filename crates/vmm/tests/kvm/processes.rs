@@ -8,6 +8,7 @@ use limosa_pages::{PageCount, PageSet, Pfn};
 use limosa_vmm::answer::{ExitReason, RunState};
 use limosa_vmm::client::{VmError, VmHandle};
 use limosa_vmm::config::VmConfig;
+use limosa_vmm::cpu::CpuModel;
 use limosa_vmm::heartbeat::Heartbeat;
 use std::net::{Ipv4Addr, UdpSocket};
 use std::time::{Duration, Instant};
@@ -169,10 +170,54 @@ fn missing_cpu_features_are_named() {
         .create(&config, None, Phase::Preparing { id: ID })
         .unwrap_err();
     assert_eq!(error.to_string(), "this host's processor lacks amx_tile");
+    // All that a host lacks is told, and not the first of it.
+    assert!(!config.msrs.is_empty());
+    config.msrs.push(0x1234_5678);
+    let differences = config.differences();
+    let differences: Vec<String> = differences.iter().map(ToString::to_string).collect();
+    assert_eq!(
+        differences,
+        [
+            "this host's processor lacks amx_tile",
+            "this host's KVM lacks model-specific registers [12345678]"
+        ]
+    );
     config = VmConfig::from_description(&vm.description()).unwrap();
     config.tsc_khz = Some(1_000_000);
     let error = config.check_host();
     assert!(error.is_ok() || error.unwrap_err().to_string().contains("cannot be scaled"));
+}
+
+#[test]
+fn a_guest_sees_the_processor_of_its_model() {
+    if !has_kvm() {
+        return;
+    }
+    let directory = tempfile::tempdir().unwrap();
+    let process = VmProcess::start(directory.path(), "test");
+    let vm = process.connect().unwrap();
+    let mut config = config(1);
+    config.model = CpuModel::V2;
+    let created = vm.create(&config, Some(&image(&ORDERS)), Phase::Running);
+    if let Some(lacking) = config.differences().first() {
+        let error = created.unwrap_err().to_string();
+        assert_eq!(error, lacking.to_string());
+        assert!(error.contains("of CPU model x86-64-v2"), "{error}");
+        return;
+    }
+    created.unwrap();
+    let seen = VmConfig::from_description(&vm.description()).unwrap();
+    assert_eq!(seen.model, CpuModel::V2);
+    let table = seen.cpuid.as_deref().unwrap();
+    let features = |function| table.iter().find(|leaf| leaf.function == function);
+    let [_, _, has, _] = features(1).unwrap().registers;
+    let (sse4_2, avx) = (has >> 20 & 1, has >> 28 & 1);
+    assert_eq!((sse4_2, avx), (1, 0));
+    assert!(features(0xa).is_none());
+    assert!(seen.differences().is_empty(), "{:?}", seen.differences());
+    vm.run().unwrap();
+    give_order(vm.memory(), 0, 5, 3, DATA, 4096);
+    wait_done(vm.memory(), 0, 5);
 }
 
 #[test]

@@ -15,28 +15,30 @@ pub struct Lent {
 }
 
 impl Lent {
-    /// Whether an arriving machine asks for nothing else.
-    ///
-    /// # Errors
-    /// What it asks for, and how to permit it.
-    pub fn check(&self, config: &VmConfig) -> Result<(), String> {
-        for disk in &config.disks {
-            if !self.has_disk(Path::new(&disk.path)) {
-                return Err(format!(
+    /// Takes what is not lent out of what an arriving machine asks for. What that was, and how to permit it.
+    pub fn keep_lent(&self, config: &mut VmConfig) -> Vec<String> {
+        let mut refused = Vec::new();
+        config.disks.retain(|disk| {
+            let is_lent = self.has_disk(Path::new(&disk.path));
+            if !is_lent {
+                refused.push(format!(
                     "disk {} is not lent to guests that arrive: start the daemon with --lend-disk {0}, or a directory above it",
                     disk.path
                 ));
             }
-        }
-        for network in &config.networks {
-            if !self.has_tap(&network.tap) {
-                return Err(format!(
+            is_lent
+        });
+        config.networks.retain(|network| {
+            let is_lent = self.has_tap(&network.tap);
+            if !is_lent {
+                refused.push(format!(
                     "network interface {} is not lent to guests that arrive: start the daemon with --lend-tap {0}",
                     network.tap
                 ));
             }
-        }
-        Ok(())
+            is_lent
+        });
+        refused
     }
 
     /// By where the path really leads. One that leads nowhere is a matter for whoever opens it, but only

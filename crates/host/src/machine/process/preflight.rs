@@ -157,6 +157,7 @@ mod tests {
             vcpus: 1,
             huge_pages: false,
             dirty_tracker: limosa_os::dirty::TrackerKind::default(),
+            cpu: limosa_vmm::cpu::CpuModel::default(),
         };
         let error = ensure_memory(shape).unwrap_err();
         assert!(
@@ -172,7 +173,6 @@ mod tests {
         );
         let error = ensure_memory(Shape {
             huge_pages: true,
-            dirty_tracker: limosa_os::dirty::TrackerKind::default(),
             ..shape
         })
         .unwrap_err();
