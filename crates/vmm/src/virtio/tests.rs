@@ -1,5 +1,7 @@
 //! Devices as a driver sees them: registers, rings and doorbells, with the guest's part played here.
 
+mod rude;
+
 use super::*;
 use crate::config::Platform;
 use crate::layout;
