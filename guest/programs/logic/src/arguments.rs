@@ -5,6 +5,7 @@
 //! asked for would spoil a measurement without a word.
 
 use core::fmt;
+use core::net::Ipv4Addr;
 
 use limosa_micro_abi::PAGE_BYTES;
 
@@ -82,6 +83,21 @@ pub struct ComputeArguments {
     pub rate: Rate,
     /// `seed` of the table and of the random generator.
     pub seed: u64,
+}
+
+/// Arguments of the key-value program.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct KvArguments {
+    /// `ip`: its address and the bits of its network.
+    pub address: Ipv4Addr,
+    /// The bits of its network.
+    pub prefix_bits: u8,
+    /// `gateway`: who leads to other networks.
+    pub gateway: Option<Ipv4Addr>,
+    /// `port`: where it listens.
+    pub port: u16,
+    /// `connections`: most clients at a time.
+    pub connections: usize,
 }
 
 impl LifeArguments {
@@ -195,6 +211,50 @@ impl ComputeArguments {
     }
 }
 
+impl KvArguments {
+    /// Reads the key-value program's arguments.
+    ///
+    /// # Errors
+    /// The first argument that cannot be used, or that an address is missing.
+    pub fn parse(text: &str) -> Result<Self, BadArgument<'_>> {
+        let mut address = None;
+        let (mut gateway, mut port, mut connections) = (None, 6379, CONNECTIONS);
+        for argument in arguments(text) {
+            let Argument { whole, key, value } = argument?;
+            let refuse = |expected| BadArgument {
+                argument: whole,
+                expected,
+            };
+            match key {
+                "ip" => address = Some(network(value).ok_or(refuse(WANT_ADDRESS))?),
+                "gateway" => gateway = Some(value.parse().map_err(|_| refuse(WANT_GATEWAY))?),
+                "port" => port = in_range(value, 1, 65_535).ok_or(refuse(WANT_PORT))?,
+                "connections" => {
+                    let most = u64::from(CONNECTIONS_MAX);
+                    connections = in_range(value, 1, most).ok_or(refuse(WANT_CONNECTIONS))?;
+                }
+                _ if is_of_life(key) => {}
+                _ => {
+                    return Err(refuse(
+                        "known are ip, gateway, port, connections, rest, monitor",
+                    ));
+                }
+            }
+        }
+        let (address, prefix_bits) = address.ok_or(BadArgument {
+            argument: "ip",
+            expected: WANT_ADDRESS,
+        })?;
+        Ok(Self {
+            address,
+            prefix_bits,
+            gateway,
+            port,
+            connections: usize::from(connections),
+        })
+    }
+}
+
 /// Checks that there are no arguments but those of every program.
 ///
 /// # Errors
@@ -220,6 +280,15 @@ const WANT_CONTENT: &str = "one of noise, text";
 const WANT_PATTERN: &str = "one of seq, uniform, zipf, phases";
 const WANT_PERCENT: &str = "a percentage from 0 to 100";
 const WANT_NUMBER: &str = "a whole number";
+const WANT_ADDRESS: &str = "the guest's own address, such as ip=10.0.0.2/24";
+const WANT_GATEWAY: &str = "an address, such as 10.0.0.1";
+const WANT_PORT: &str = "a port from 1 to 65535";
+const WANT_CONNECTIONS: &str = "a number from 1 to 256";
+
+/// One that ends is in use until its client has heard so, while the same client makes others already.
+const CONNECTIONS: u16 = 128;
+/// Each connection has its buffers, and each packet that comes is compared with all of them.
+const CONNECTIONS_MAX: u16 = 256;
 
 /// Above this a rate cannot be reached by any machine and is a slip of the pen.
 const RATE_MAX: u64 = 1_000_000_000;
@@ -252,6 +321,21 @@ fn number(value: &str) -> Option<u64> {
         .bytes()
         .all(|byte| byte.is_ascii_digit())
         .then(|| value.parse().ok())?
+}
+
+fn in_range(value: &str, least: u64, most: u64) -> Option<u16> {
+    let number = number(value)?;
+    let is_in = (least..=most).contains(&number);
+    is_in.then(|| u16::try_from(number).ok())?
+}
+
+/// An address of one interface, with the bits of its network.
+fn network(value: &str) -> Option<(Ipv4Addr, u8)> {
+    let (address, bits) = value.split_once('/')?;
+    let address: Ipv4Addr = address.parse().ok()?;
+    let bits = in_range(bits, 1, 32)?;
+    let is_one = !address.is_unspecified() && !address.is_multicast() && !address.is_broadcast();
+    is_one.then_some((address, bits as u8))
 }
 
 fn size(value: &str) -> Option<u64> {
@@ -355,6 +439,51 @@ mod tests {
         assert!(WriterArguments::parse(both).is_ok());
         assert!(ComputeArguments::parse(both).is_ok());
         assert_eq!(parse_none(both), Ok(()));
+    }
+
+    #[test]
+    fn addresses_are_read() {
+        let expected = KvArguments {
+            address: Ipv4Addr::new(10, 0, 0, 2),
+            prefix_bits: 24,
+            gateway: Some(Ipv4Addr::new(10, 0, 0, 1)),
+            port: 7,
+            connections: 9,
+        };
+        let text = "ip=10.0.0.2/24 gateway=10.0.0.1 port=7 connections=9 rest=spin";
+        assert_eq!(KvArguments::parse(text), Ok(expected));
+        let short = KvArguments::parse("ip=10.0.0.2/24").unwrap();
+        assert_eq!((short.port, short.connections), (6379, 128));
+        let check = |text: &str, message: &str| {
+            let refused = KvArguments::parse(text).unwrap_err().to_string();
+            assert_eq!(refused, message);
+        };
+        let own = "the guest's own address, such as ip=10.0.0.2/24";
+        check("", &std::format!("bad argument 'ip': {own}"));
+        for ip in [
+            "10.0.0.2",
+            "10.0.0.2/33",
+            "10.0.0/8",
+            "224.0.0.1/4",
+            "0.0.0.0/8",
+            "::1/64",
+        ] {
+            let text = std::format!("ip={ip}");
+            check(&text, &std::format!("bad argument '{text}': {own}"));
+        }
+        for (argument, expected) in [
+            ("port=0", "a port from 1 to 65535"),
+            ("port=65536", "a port from 1 to 65535"),
+            ("connections=257", "a number from 1 to 256"),
+            ("gateway=x", "an address, such as 10.0.0.1"),
+            (
+                "ws=1M",
+                "known are ip, gateway, port, connections, rest, monitor",
+            ),
+        ] {
+            let message = std::format!("bad argument '{argument}': {expected}");
+            check(&std::format!("ip=1.2.3.4/8 {argument}"), &message);
+        }
     }
 
     fn check(text: &str, message: &str) {

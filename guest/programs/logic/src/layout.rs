@@ -52,7 +52,7 @@ impl fmt::Display for TooSmall {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(
             f,
-            "what is asked (ws, touch) needs {} bytes of guest memory, there are {}",
+            "what is asked needs {} bytes of guest memory, there are {}",
             self.needed, self.memory
         )
     }
@@ -99,6 +99,47 @@ impl Share {
             first_unit: units.start,
             units: units.end - units.start,
         })
+    }
+}
+
+/// Cuts parts off the beginning of a heap. Each begins at a page.
+#[derive(Clone, Debug)]
+pub struct Cutter {
+    rest: Range<u64>,
+}
+
+impl Cutter {
+    /// Cuts this heap.
+    #[must_use]
+    pub const fn new(heap: Range<u64>) -> Self {
+        Self { rest: heap }
+    }
+
+    /// The next part, of so many bytes.
+    ///
+    /// # Errors
+    /// There is no room for it.
+    pub fn cut(&mut self, bytes: u64) -> Result<Range<u64>, TooSmall> {
+        self.left(bytes)?;
+        let start = self.rest.start;
+        let end = start + bytes;
+        self.rest.start = end.next_multiple_of(PAGE_BYTES).min(self.rest.end);
+        Ok(start..end)
+    }
+
+    /// How much is left, if it is at least `bytes`.
+    ///
+    /// # Errors
+    /// It is less.
+    pub fn left(&self, bytes: u64) -> Result<u64, TooSmall> {
+        let left = self.rest.end.saturating_sub(self.rest.start);
+        if left < bytes {
+            return Err(TooSmall {
+                needed: self.rest.start.saturating_add(bytes),
+                memory: self.rest.end,
+            });
+        }
+        Ok(left)
     }
 }
 
@@ -153,6 +194,22 @@ mod tests {
                 }
             }
         }
+    }
+
+    #[test]
+    fn parts_are_cut_in_pages() {
+        let mut cutter = Cutter::new(0x40_0000..0x40_4000);
+        assert_eq!(cutter.cut(1), Ok(0x40_0000..0x40_0001));
+        assert_eq!(cutter.cut(4097), Ok(0x40_1000..0x40_2001));
+        assert_eq!(cutter.left(4096), Ok(4096));
+        let too_small = Err(TooSmall {
+            needed: 0x40_4001,
+            memory: 0x40_4000,
+        });
+        assert_eq!(cutter.cut(4097), too_small);
+        assert_eq!(cutter.cut(4095), Ok(0x40_3000..0x40_3fff));
+        assert_eq!(cutter.left(0), Ok(0));
+        assert!(cutter.cut(u64::MAX).is_err());
     }
 
     #[test]

@@ -2,7 +2,7 @@
 //!
 //! [`page`] is a page that proves itself, [`pattern`] chooses the next one, [`limiter`] says when,
 //! [`stall`] notices that time passed without us, [`arguments`] and [`layout`] say what belongs to
-//! whom. Time is always an argument, in ticks of the time stamp counter.
+//! whom, [`kv`] keeps values for clients. Time is always an argument, in ticks of the time stamp counter.
 //!
 //! Deliberately absent: unsafe code, floating point, allocation.
 #![no_std]
@@ -13,6 +13,7 @@
 extern crate std;
 
 pub mod arguments;
+pub mod kv;
 pub mod layout;
 pub mod limiter;
 pub mod page;
