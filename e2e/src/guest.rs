@@ -26,6 +26,7 @@ pub fn writer(name: &str, args: &str) -> VmSpec {
         huge_pages: false,
         dirty_tracker: TrackerKind::default(),
         cpu: CpuModel::default(),
+        networks: Vec::new(),
         observer: None,
     }
 }
@@ -68,7 +69,6 @@ pub fn echo(name: &str, kernel: &Path, disk: &Path, read_only: bool) -> VmSpec {
                 path: disk.display().to_string(),
                 read_only,
             }],
-            networks: Vec::new(),
         }),
         ..writer(name, "")
     }

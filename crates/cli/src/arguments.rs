@@ -193,8 +193,8 @@ pub(crate) struct Run {
     /// Disk of the kernel's guest, a raw file or a block device; repeat it for several
     #[arg(long, value_name = "PATH[,ro]", conflicts_with = "micro")]
     pub disk: Vec<Disk>,
-    /// Network interface of the kernel's guest, behind a tap device of this host; repeat it for several
-    #[arg(long, value_name = "TAP[,mac=ADDRESS]", conflicts_with = "micro")]
+    /// Network interface of the guest, behind a tap device of this host; repeat it for several
+    #[arg(long, value_name = "TAP[,mac=ADDRESS]")]
     pub net: Vec<Net>,
     /// Arguments of the program: key=value key=value
     #[arg(

@@ -5,6 +5,7 @@ mod clock;
 mod console;
 pub(crate) mod micro;
 pub(crate) mod pc;
+mod wake;
 
 use crate::answer::ExitReason;
 use crate::state::{Kind, Section, StateError, Writer};
@@ -15,6 +16,7 @@ use pc::{Pc, Terminal};
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
+pub(crate) use wake::Wake;
 
 /// What a vCPU thread has to do after the guest wrote a port.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -43,15 +45,15 @@ impl Board {
     /// Its sections: of which kind, and which of several.
     pub(crate) fn sections(&self) -> Vec<(Kind, u16)> {
         match self {
-            Self::Micro(_) => vec![(Kind::Micro, 0)],
+            Self::Micro(device) => device.sections(),
             Self::Pc(pc) => pc.sections(),
         }
     }
 
-    /// What a vCPU of this board reaches by ports.
-    pub(crate) fn ports(&self) -> Ports {
+    /// What that vCPU of this board reaches by ports.
+    pub(crate) fn ports(&self, vcpu: u8) -> Ports {
         match self {
-            Self::Micro(device) => Ports::Micro(MicroPorts::new(Arc::clone(device))),
+            Self::Micro(device) => Ports::Micro(MicroPorts::new(Arc::clone(device), vcpu)),
             Self::Pc(pc) => Ports::Pc(Arc::clone(pc)),
         }
     }
@@ -80,58 +82,53 @@ impl Board {
         }
     }
 
-    fn devices(&self) -> Option<&Devices> {
+    fn devices(&self) -> &Devices {
         match self {
-            Self::Micro(_) => None,
-            Self::Pc(pc) => Some(pc.devices()),
+            Self::Micro(device) => device.devices(),
+            Self::Pc(pc) => pc.devices(),
         }
     }
 
     /// Takes what only one machine may have, before the guest runs.
     pub(crate) fn claim(&self) -> Result<(), DeviceError> {
-        self.devices().map_or(Ok(()), Devices::claim)
+        self.devices().claim()
     }
 
     /// Gives it up: the guest goes elsewhere.
     pub(crate) fn release(&self) -> Result<(), DeviceError> {
-        self.devices().map_or(Ok(()), Devices::release)
+        self.devices().release()
     }
 
     /// The guest is about to run here and ran on another host before.
     pub(crate) fn arrive(&self) -> Result<(), DeviceError> {
-        self.devices().map_or(Ok(()), Devices::arrive)
+        self.devices().arrive()
     }
 
     /// Lets devices work.
     pub(crate) fn resume(&self) {
         if let Self::Pc(pc) = self {
             pc.set_resting(false);
-            pc.devices().resume();
         }
+        self.devices().resume();
     }
 
     /// Has devices begin nothing more, before the vCPUs stop.
     pub(crate) fn begin_rest(&self) {
-        if let Some(devices) = self.devices() {
-            devices.begin_rest();
-        }
+        self.devices().begin_rest();
     }
 
     /// Brings devices to rest, after the vCPUs.
     pub(crate) fn pause(&self) -> Result<(), DeviceError> {
-        match self {
-            Self::Micro(_) => Ok(()),
-            Self::Pc(pc) => {
-                pc.set_resting(true);
-                pc.devices().pause()
-            }
+        if let Self::Pc(pc) = self {
+            pc.set_resting(true);
         }
+        self.devices().pause()
     }
 
     /// Appends its sections.
     pub(crate) fn save(&self, writer: &mut Writer) {
         match self {
-            Self::Micro(device) => writer.write(Kind::Micro, 0, &device.save()),
+            Self::Micro(device) => device.save(writer),
             Self::Pc(pc) => pc.save(writer),
         }
     }
@@ -139,7 +136,7 @@ impl Board {
     /// Takes its sections, in the order of [`Board::sections`].
     pub(crate) fn load(&self, sections: &[Section<'_>]) -> Result<(), StateError> {
         match (self, sections) {
-            (Self::Micro(device), [section]) => device.load(*section),
+            (Self::Micro(device), [section, devices @ ..]) => device.load(*section, devices),
             (Self::Pc(pc), [serial, clock, devices @ ..]) => pc.load(*serial, *clock, devices),
             _ => unreachable!("sections are found by kind"),
         }
@@ -173,24 +170,31 @@ impl Ports {
         }
     }
 
+    /// What ends a wait of this vCPU early, beside a pause.
+    pub(crate) fn wake(&self) -> Option<&Wake> {
+        match self {
+            Self::Micro(ports) => ports.wake(),
+            Self::Pc(_) => None,
+        }
+    }
+
+    fn devices(&self) -> &Devices {
+        match self {
+            Self::Micro(ports) => ports.devices(),
+            Self::Pc(pc) => pc.devices(),
+        }
+    }
+
     /// The guest writes where it has no memory. Where nothing is, that is lost, as on a real bus.
     pub(crate) fn write_memory(&self, address: u64, bytes: &[u8]) {
-        let is_there = match self {
-            Self::Micro(_) => false,
-            Self::Pc(pc) => pc.devices().write(address, bytes),
-        };
-        if !is_there {
+        if !self.devices().write(address, bytes) {
             tracing::trace!(address, "write to memory that is not there");
         }
     }
 
     /// The guest reads there. Where nothing is, it sees all ones.
     pub(crate) fn read_memory(&self, address: u64, bytes: &mut [u8]) {
-        let is_there = match self {
-            Self::Micro(_) => false,
-            Self::Pc(pc) => pc.devices().read(address, bytes),
-        };
-        if !is_there {
+        if !self.devices().read(address, bytes) {
             tracing::trace!(address, "read from memory that is not there");
             bytes.fill(0xff);
         }

@@ -40,7 +40,7 @@ const TSC_TOLERANCE_PPM: u64 = 250;
 /// What a machine has beside memory and processors.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Platform {
-    /// The ports of a micro guest, and nothing else.
+    /// The ports of a micro guest, and the networks that it is given.
     #[default]
     Micro,
     /// What a stock kernel needs: interrupt controllers, a timer, a serial console, a real-time clock,
@@ -131,9 +131,9 @@ pub enum ConfigError {
         /// How many.
         count: usize,
     },
-    /// Devices of a micro guest.
-    #[error("a micro guest has no disks and no networks")]
-    NoDevices,
+    /// Disks of a micro guest.
+    #[error("a micro guest has no disks")]
+    NoDisks,
     /// A disk that other hosts could not find.
     #[error("'{path}' is no absolute path of a disk")]
     DiskPath {
@@ -261,9 +261,8 @@ impl VmConfig {
             return Err(ConfigError::Platform);
         }
         devices::check(&self.disks, &self.networks)?;
-        let has_devices = !self.disks.is_empty() || !self.networks.is_empty();
-        if self.platform == Platform::Micro && has_devices {
-            return Err(ConfigError::NoDevices);
+        if self.platform == Platform::Micro && !self.disks.is_empty() {
+            return Err(ConfigError::NoDisks);
         }
         if self.huge_pages && self.dirty_tracker == TrackerKind::WriteProtect {
             return Err(ConfigError::Tracker);
@@ -391,6 +390,16 @@ mod tests {
         check(
             |config| config.args = "x".repeat(2049),
             "guest arguments have 2049 bytes, at most 2048 fit",
+        );
+        check(
+            |config| {
+                config.disks = vec![DiskConfig {
+                    path: "/a".to_owned(),
+                    read_only: false,
+                    bytes: None,
+                }];
+            },
+            "a micro guest has no disks",
         );
         check(
             |config| config.tsc_khz = Some(0),

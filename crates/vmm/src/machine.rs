@@ -206,20 +206,7 @@ impl Machine {
         config.check_clock(&kvm, host_khz, guest_khz)?;
         config.tsc_khz = Some(guest_khz);
         config.cpuid = Some(neutral);
-        let board = match config.platform {
-            Platform::Micro => Board::Micro(Arc::new(MicroDevice::new(
-                &config.name,
-                host,
-                config.vcpus,
-                Arc::clone(&memory),
-            ))),
-            Platform::Pc => {
-                let line = vm.interrupt_line(pc::SERIAL_LINE)?;
-                let devices = Devices::make(&mut config, &vm)?;
-                let pc = Pc::new(&config.name, line, devices).map_err(DeviceError::Start)?;
-                Board::Pc(Arc::new(pc))
-            }
-        };
+        let board = make_board(&mut config, host, &vm, &memory)?;
         let no_observer = |source| MachineError::Io {
             action: "send heartbeats to the observer",
             source,
@@ -250,8 +237,12 @@ impl Machine {
     pub fn boot(&mut self, elf: &[u8]) -> Result<(), MachineError> {
         self.need(Life::Empty, "empty")?;
         let khz = self.config.tsc_khz.expect("set when the machine was made");
-        let entry =
-            micro::fill_memory(&self.memory, elf, self.config.vcpus, khz, &self.config.args)?;
+        let machine = micro::Shape {
+            vcpus: self.config.vcpus,
+            devices: Devices::count(&self.config),
+            tsc_khz: khz,
+        };
+        let entry = micro::fill_memory(&self.memory, elf, machine, &self.config.args)?;
         self.begin(Start::Micro { entry })
     }
 
@@ -595,6 +586,29 @@ impl Machine {
     }
 }
 
+fn make_board(
+    config: &mut VmConfig,
+    host: &str,
+    vm: &Vm,
+    memory: &Arc<SharedMemory>,
+) -> Result<Board, MachineError> {
+    Ok(match config.platform {
+        Platform::Micro => {
+            let wake = Arc::default();
+            let devices = Devices::make(config, vm, Some(&wake))?;
+            let memory = Arc::clone(memory);
+            let device = MicroDevice::new(config, host, memory, devices, wake);
+            Board::Micro(Arc::new(device))
+        }
+        Platform::Pc => {
+            let line = vm.interrupt_line(pc::SERIAL_LINE)?;
+            let devices = Devices::make(config, vm, None)?;
+            let pc = Pc::new(&config.name, line, devices).map_err(DeviceError::Start)?;
+            Board::Pc(Arc::new(pc))
+        }
+    })
+}
+
 /// Sets up each vCPU as far as that does not depend on what will run on it.
 fn make_threads(
     kvm: &Kvm,
@@ -623,7 +637,7 @@ fn make_threads(
         threads.push(VcpuThread {
             index,
             vcpu,
-            ports: board.ports(),
+            ports: board.ports(index),
             shared: Arc::clone(shared),
             fixed: vcpu_state::Fixed {
                 cpuid: vcpu_state::encode_cpuid(&table),

@@ -1,5 +1,5 @@
-//! Devices that a stock guest has beside its board: disks, networks, a source of random numbers (virtio
-//! 1.2, registers in memory: section 4.2).
+//! Devices that a guest has beside its board (virtio 1.2, registers in memory: section 4.2): disks, networks
+//! and a source of random numbers those with a kernel, networks alone micro guests.
 //!
 //! ```text
 //!  vCPU ──registers──▶ Transport ◀──rings, descriptors──▶ guest memory
@@ -19,14 +19,16 @@
 mod block;
 mod device;
 mod entropy;
+mod line;
 mod network;
 #[cfg(test)]
 mod tests;
 mod transport;
 mod worker;
 
-use crate::config::VmConfig;
+use crate::board::Wake;
 use crate::config::devices::{DiskConfig, NetworkConfig};
+use crate::config::{Platform, VmConfig};
 use crate::state::{Kind, Section, StateError, Writer};
 use block::Block;
 use device::Device;
@@ -34,6 +36,7 @@ use entropy::Entropy;
 use limosa_os::disk::Disk;
 use limosa_os::kvm::{KvmError, Vm};
 use limosa_os::tap::Tap;
+use line::Line;
 use network::Network;
 use std::io;
 use std::path::Path;
@@ -43,7 +46,7 @@ use transport::Transport;
 use worker::Worker;
 
 /// Where the registers of the first device are, within the hole below 4 GiB.
-const FIRST_ADDRESS: u64 = 0xd000_0000;
+pub(crate) const FIRST_ADDRESS: u64 = 0xd000_0000;
 /// From the registers of a device to those of the next one, of which it has so many bytes.
 pub(crate) const WINDOW_BYTES: u32 = 0x1000;
 /// The interrupt line of the first device: the first one that no device of a PC has.
@@ -134,13 +137,18 @@ pub(crate) struct Devices {
 impl Devices {
     /// How many a machine with that configuration has.
     pub(crate) fn count(config: &VmConfig) -> u16 {
-        let count = config.disks.len() + config.networks.len() + 1;
+        let others = usize::from(has_entropy(config));
+        let count = config.disks.len() + config.networks.len() + others;
         u16::try_from(count).expect("limited by the configuration")
     }
 
-    /// Opens what the devices work with and starts them, at rest. Notes the sizes of disks that nobody
-    /// knew yet.
-    pub(crate) fn make(config: &mut VmConfig, vm: &Vm) -> Result<Self, DeviceError> {
+    /// Opens what the devices work with and starts them, at rest. They interrupt the guest, or end its waits
+    /// if that is how it hears of them. Notes the sizes of disks that nobody knew yet.
+    pub(crate) fn make(
+        config: &mut VmConfig,
+        vm: &Vm,
+        wake: Option<&Arc<Wake>>,
+    ) -> Result<Self, DeviceError> {
         let mut devices: Vec<Box<dyn Device>> = Vec::new();
         for config in &mut config.disks {
             devices.push(Box::new(Block::new(open_disk(config)?, &config.path)));
@@ -149,11 +157,17 @@ impl Devices {
             let tap = Tap::open(&config.tap).map_err(|source| no_network(config, source))?;
             devices.push(Box::new(Network::new(tap, config.mac.0)));
         }
-        devices.push(Box::new(Entropy::new().map_err(DeviceError::Entropy)?));
+        if has_entropy(config) {
+            devices.push(Box::new(Entropy::new().map_err(DeviceError::Entropy)?));
+        }
         let view = Arc::new(vm.view());
         let mut all = Self::default();
         for (index, device) in (0..).zip(devices) {
-            let transport = Transport::new(index, device, vm, Arc::clone(&view))?;
+            let line = match wake {
+                Some(wake) => Line::Wake(Arc::clone(wake)),
+                None => Line::Interrupt(vm.interrupt_line(Place::of(index).line)?),
+            };
+            let transport = Transport::new(index, device, vm, line, Arc::clone(&view))?;
             let transport = Arc::new(transport);
             let worker = Worker::start(&transport).map_err(DeviceError::Start)?;
             all.transports.push(transport);
@@ -258,6 +272,11 @@ impl Devices {
         }
         Ok(())
     }
+}
+
+/// Micro guests make do with their clock.
+fn has_entropy(config: &VmConfig) -> bool {
+    config.platform == Platform::Pc
 }
 
 /// What this host lacks of what the devices work with, all of it. Keeps nothing of what it has.

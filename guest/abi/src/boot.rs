@@ -5,6 +5,7 @@ use core::mem::{offset_of, size_of};
 #[cfg(feature = "bytes")]
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
+use crate::memory_map::DEVICES_MAX;
 use crate::{ABI_VERSION, ARGS_BYTES_MAX, PAGE_BYTES, VCPUS_MAX};
 
 /// Boot information, one page at [`memory_map::BOOT_INFO`](crate::memory_map::BOOT_INFO); its
@@ -30,8 +31,8 @@ pub struct BootInfo {
     pub heap_start: u64,
     /// How many bytes of `args` count.
     pub args_len: u32,
-    /// Zero.
-    pub reserved: u32,
+    /// How many devices it has, at [`memory_map::DEVICES`](crate::memory_map::DEVICES).
+    pub device_count: u32,
     /// Arguments: text of the form `key=value key=value`.
     pub args: [u8; ARGS_BYTES_MAX],
 }
@@ -87,7 +88,7 @@ impl BootInfo {
             memory_bytes,
             heap_start,
             args_len: bytes as u32,
-            reserved: 0,
+            device_count: 0,
             args,
         })
     }
@@ -99,11 +100,19 @@ impl BootInfo {
         self.as_bytes()
     }
 
+    /// The same for a guest with so many devices.
+    #[must_use]
+    pub const fn with_devices(mut self, count: u32) -> Self {
+        self.device_count = count;
+        self
+    }
+
     /// Whether a guest of this version can start from it.
     #[must_use]
     pub fn is_usable(&self) -> bool {
         self.magic == Self::MAGIC
             && self.abi_version == ABI_VERSION
+            && self.device_count <= DEVICES_MAX
             && (1..=VCPUS_MAX).contains(&self.vcpu_count)
             && self.tsc_khz > 0
             && self.heap_start <= self.memory_bytes
@@ -125,6 +134,7 @@ const _: () = assert!(offset_of!(BootInfo, tsc_khz) == 16);
 const _: () = assert!(offset_of!(BootInfo, memory_bytes) == 24);
 const _: () = assert!(offset_of!(BootInfo, heap_start) == 32);
 const _: () = assert!(offset_of!(BootInfo, args_len) == 40);
+const _: () = assert!(offset_of!(BootInfo, device_count) == 44);
 const _: () = assert!(offset_of!(BootInfo, args) == 48);
 
 #[cfg(all(test, feature = "bytes"))]
@@ -151,5 +161,8 @@ mod tests {
         assert_eq!(boot.arguments(), None);
         boot.vcpu_count = 9;
         assert!(!boot.is_usable());
+        let boot = BootInfo::new(1, 1, 1, 1, "").unwrap();
+        assert!(boot.clone().with_devices(8).is_usable());
+        assert!(!boot.with_devices(9).is_usable());
     }
 }

@@ -3,13 +3,14 @@
 //!
 //! The monitor fills one [`BootInfo`] before the first instruction. Each vCPU writes its own
 //! [`Report`], which the monitor reads straight from the memory file, without asking the guest.
-//! Everything else goes through five I/O ports. Another monitor than limosa's can do with less ([`pvh`],
+//! Everything else goes through five I/O ports, and the registers of devices (virtio 1.2) if the guest has
+//! any ([`memory_map::DEVICES`]). Another monitor than limosa's can do with less ([`pvh`],
 //! [`memory_map::COMMAND_WORD`]). The whole contract in words is
 //! `docs/micro-guests.md`.
 //!
 //! Invariants: every structure has a fixed size and no padding, so any bytes are a value of it and
 //! neither side needs unsafe code to read what the other wrote. A change of a layout or of a
-//! meaning changes [`ABI_VERSION`].
+//! meaning changes [`ABI_VERSION`]; what guests of that version need not know does not.
 //!
 //! Deliberately absent: port instructions (they belong to the guest), page tables and segments
 //! (they belong to the monitor), and every policy about when a command is sent.

@@ -35,6 +35,15 @@ pub const IMAGE_START: u64 = 0x20_0000;
 /// The heap starts at the first multiple of this after the image.
 pub const HEAP_ALIGNMENT: u64 = 0x20_0000;
 
+/// Registers of the first device, if the boot information counts any; they are behind all memory.
+pub const DEVICES: u64 = 0x40_0000_0000;
+
+/// From the registers of a device to those of the next one.
+pub const DEVICE_BYTES: u64 = 0x1000;
+
+/// Most devices.
+pub const DEVICES_MAX: u32 = 8;
+
 /// Address of the report page of a vCPU.
 ///
 /// # Panics

@@ -24,8 +24,9 @@ pub const EXIT: u16 = 0x5010;
 /// Answer of [`WAIT`]: the time is over.
 pub const WAIT_TIME_OVER: u32 = 0;
 
-/// Answer of [`WAIT`]: something interrupted it (a pause, most often); the guest looks at its
-/// clock and waits again if it wants to.
+/// Answer of [`WAIT`]: something interrupted it (a pause, most often; on vCPU 0 also a device that has
+/// something for its driver, or had before the wait began); the guest looks at its clock and its
+/// devices and waits again if it wants to.
 pub const WAIT_LOOK_AGAIN: u32 = 1;
 
 /// Exit status: finished as commanded, no error seen.

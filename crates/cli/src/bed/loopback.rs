@@ -153,6 +153,7 @@ impl Loopback {
             huge_pages: self.setup.pages == Backing::Reserved,
             dirty_tracker: self.setup.dirty_tracker,
             cpu: CpuModel::Host,
+            networks: Vec::new(),
             observer: Some(self.observer.address().to_string()),
         };
         self.host().client.run(&spec)?;

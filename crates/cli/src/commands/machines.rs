@@ -19,7 +19,6 @@ pub(super) fn run(client: &Client, run: &Run, output: Output) -> Result<()> {
         initrd: run.initrd.as_deref().map(absolute),
         cmdline: run.cmdline.clone(),
         disks: run.disk.iter().map(|Disk(disk)| here(disk)).collect(),
-        networks: run.net.iter().map(|Net(net)| net.clone()).collect(),
     });
     let spec = VmSpec {
         name: run.name.clone().context("a name has to be given")?,
@@ -31,6 +30,7 @@ pub(super) fn run(client: &Client, run: &Run, output: Output) -> Result<()> {
         huge_pages: run.huge_pages,
         dirty_tracker: run.dirty_tracker,
         cpu: run.cpu,
+        networks: run.net.iter().map(|Net(net)| net.clone()).collect(),
         observer: run.observer.map(|address| address.to_string()),
     };
     let vm = client.run(&spec)?;

@@ -44,6 +44,9 @@ pub struct VmSpec {
     #[serde(default)]
     #[schema(value_type = String, example = "host")]
     pub cpu: CpuModel,
+    /// Its network interfaces, at most seven.
+    #[serde(default)]
+    pub networks: Vec<NetworkSpec>,
     /// Where the VM process sends a datagram at each heartbeat of the guest: `IP:PORT` of a UDP
     /// socket on this machine.
     #[serde(default)]
@@ -64,12 +67,10 @@ pub struct LinuxSpec {
     #[serde(default)]
     #[schema(example = "console=ttyS0 root=/dev/vda")]
     pub cmdline: String,
-    /// Its disks: `/dev/vda`, `/dev/vdb` and so on.
+    /// Its disks: `/dev/vda`, `/dev/vdb` and so on. It has at most seven disks and network interfaces
+    /// together.
     #[serde(default)]
     pub disks: Vec<DiskSpec>,
-    /// Its network interfaces. It has at most seven disks and interfaces together.
-    #[serde(default)]
-    pub networks: Vec<NetworkSpec>,
 }
 
 /// A disk of a guest.

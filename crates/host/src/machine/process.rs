@@ -135,8 +135,8 @@ impl Machines for Processes {
         if let Some(linux) = &spec.linux {
             (config.platform, config.irqchip) = (Platform::Pc, true);
             config.disks = preflight::disks(linux);
-            config.networks = preflight::networks(name, linux).map_err(Refusal::bad_request)?;
         }
+        config.networks = preflight::networks(name, spec).map_err(Refusal::bad_request)?;
         config.observer = spec.observer.as_deref().and_then(|text| text.parse().ok());
         config
             .check()

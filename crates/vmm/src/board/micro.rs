@@ -1,13 +1,17 @@
-//! The ports of a micro guest: heartbeats and commands, waiting, the console, the end.
+//! The ports of a micro guest: heartbeats and commands, waiting, the console, the end; and behind them the
+//! networks that it is given, which end its waits in place of interrupting it.
 //!
 //! [`MicroDevice`] is what all vCPUs share, [`MicroPorts`] what each has for itself; both are part of the
 //! machine's state. Ports are handled on the vCPU's own thread and never write the guest's memory.
 
 use super::console::Console;
+use super::wake::Wake;
 use super::{AfterOut, Answer};
 use crate::answer::ExitReason;
+use crate::config::VmConfig;
 use crate::heartbeat::{Heartbeat, Observer};
-use crate::state::{Section, StateError};
+use crate::state::{Kind, Section, StateError, Writer};
+use crate::virtio::Devices;
 use limosa_engine::Timestamp;
 use limosa_micro_abi::{Command, CommandKind, Report, command, memory_map, port};
 use limosa_os::SharedMemory;
@@ -30,23 +34,46 @@ pub(crate) struct MicroDevice {
     heartbeats: AtomicU64,
     observer: Mutex<Option<Observer>>,
     console: Mutex<Console>,
+    devices: Devices,
+    /// By which devices end the waits of the first vCPU.
+    wake: Arc<Wake>,
 }
 
 impl MicroDevice {
     /// Bytes of its section.
     pub(crate) const STATE_BYTES: usize = 16;
 
-    pub(crate) fn new(name: &str, host: &str, vcpus: u8, memory: Arc<SharedMemory>) -> Self {
+    /// The board of a machine with that configuration, on a host of that name.
+    pub(crate) fn new(
+        config: &VmConfig,
+        host: &str,
+        memory: Arc<SharedMemory>,
+        devices: Devices,
+        wake: Arc<Wake>,
+    ) -> Self {
         Self {
-            name: name.to_owned(),
+            name: config.name.clone(),
             host: host.to_owned(),
-            vcpus,
+            vcpus: config.vcpus,
             memory,
             command: AtomicU32::new(Command::NONE.to_word()),
             heartbeats: AtomicU64::new(0),
             observer: Mutex::new(None),
-            console: Mutex::new(Console::new(name, LINE_BYTES_MAX)),
+            console: Mutex::new(Console::new(&config.name, LINE_BYTES_MAX)),
+            devices,
+            wake,
         }
+    }
+
+    pub(crate) const fn devices(&self) -> &Devices {
+        &self.devices
+    }
+
+    /// See [`super::Board::sections`].
+    pub(crate) fn sections(&self) -> Vec<(Kind, u16)> {
+        let mut sections = vec![(Kind::Micro, 0)];
+        sections.extend(self.devices.sections());
+        sections
     }
 
     pub(crate) fn set_observer(&self, address: Option<SocketAddr>) -> std::io::Result<()> {
@@ -64,14 +91,21 @@ impl MicroDevice {
         sequence
     }
 
-    pub(crate) fn save(&self) -> [u8; Self::STATE_BYTES] {
+    /// Appends its sections.
+    pub(crate) fn save(&self, writer: &mut Writer) {
         let mut bytes = [0; Self::STATE_BYTES];
         bytes[..4].copy_from_slice(&self.command.load(Ordering::SeqCst).to_le_bytes());
         bytes[8..].copy_from_slice(&self.heartbeats.load(Ordering::SeqCst).to_le_bytes());
-        bytes
+        writer.write(Kind::Micro, 0, &bytes);
+        self.devices.save(writer);
     }
 
-    pub(crate) fn load(&self, section: Section<'_>) -> Result<(), StateError> {
+    /// Takes its sections.
+    pub(crate) fn load(
+        &self,
+        section: Section<'_>,
+        devices: &[Section<'_>],
+    ) -> Result<(), StateError> {
         let bytes: [u8; Self::STATE_BYTES] = section
             .bytes
             .try_into()
@@ -81,7 +115,7 @@ impl MicroDevice {
         let heartbeats = u64::from_le_bytes(heartbeats.try_into().expect("eight bytes"));
         self.command.store(command, Ordering::SeqCst);
         self.heartbeats.store(heartbeats, Ordering::SeqCst);
-        Ok(())
+        self.devices.load(devices)
     }
 
     fn heartbeat(&self) -> u32 {
@@ -119,6 +153,8 @@ impl MicroDevice {
 #[derive(Debug)]
 pub(crate) struct MicroPorts {
     device: Arc<MicroDevice>,
+    /// Whether this is the vCPU whose waits devices end.
+    is_first: bool,
     /// How long its next wait lasts.
     wait_microseconds: u32,
 }
@@ -127,9 +163,10 @@ impl MicroPorts {
     /// Bytes of its section.
     pub(crate) const STATE_BYTES: usize = 4;
 
-    pub(crate) const fn new(device: Arc<MicroDevice>) -> Self {
+    pub(crate) const fn new(device: Arc<MicroDevice>, vcpu: u8) -> Self {
         Self {
             device,
+            is_first: vcpu == 0,
             wait_microseconds: 0,
         }
     }
@@ -153,6 +190,15 @@ impl MicroPorts {
             _ => tracing::trace!(port, "write to a port that nobody has"),
         }
         AfterOut::GoOn
+    }
+
+    pub(crate) fn devices(&self) -> &Devices {
+        self.device.devices()
+    }
+
+    /// What ends its waits early, beside a pause.
+    pub(crate) fn wake(&self) -> Option<&Wake> {
+        self.is_first.then_some(&*self.device.wake)
     }
 
     /// The guest reads a port.
@@ -183,18 +229,26 @@ impl MicroPorts {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::state::{Kind, Writer, parse};
+    use crate::state::parse;
     use limosa_os::PageKind;
     use limosa_pages::ByteCount;
 
     fn device() -> Arc<MicroDevice> {
         let memory = SharedMemory::create(ByteCount::new(1 << 20), PageKind::Small).unwrap();
-        Arc::new(MicroDevice::new("vm", "a", 2, Arc::new(memory)))
+        let config = VmConfig::new("vm", memory.size(), 2);
+        let (devices, wake) = (Devices::default(), Arc::default());
+        Arc::new(MicroDevice::new(
+            &config,
+            "a",
+            Arc::new(memory),
+            devices,
+            wake,
+        ))
     }
 
     #[test]
     fn a_wait_holds_once() {
-        let mut ports = MicroPorts::new(device());
+        let mut ports = MicroPorts::new(device(), 0);
         assert_eq!(ports.read(port::WAIT), Answer::Wait(Duration::ZERO));
         ports.write(port::WAIT_MICROSECONDS, &700u32.to_le_bytes());
         let state = ports.save();
@@ -214,7 +268,7 @@ mod tests {
     fn commands_and_heartbeats_go_on_after_a_move() {
         let source = device();
         assert_eq!(source.command(CommandKind::Sweep), 1);
-        let mut ports = MicroPorts::new(Arc::clone(&source));
+        let mut ports = MicroPorts::new(Arc::clone(&source), 0);
         let word = Command {
             kind: CommandKind::Sweep,
             sequence: 1,
@@ -222,10 +276,10 @@ mod tests {
         .to_word();
         assert_eq!(ports.read(port::HEARTBEAT), Answer::Word(word));
         let mut writer = Writer::default();
-        writer.write(Kind::Micro, 0, &source.save());
+        source.save(&mut writer);
         let state = Writer::join(&[writer]);
         let target = device();
-        target.load(parse(&state).unwrap()[0]).unwrap();
+        target.load(parse(&state).unwrap()[0], &[]).unwrap();
         assert_eq!(target.heartbeats.load(Ordering::SeqCst), 1);
         assert_eq!(target.command(CommandKind::Finish), 2);
         let short = Section {
@@ -233,12 +287,12 @@ mod tests {
             instance: 0,
             bytes: &[0; 3],
         };
-        assert!(target.load(short).is_err());
+        assert!(target.load(short, &[]).is_err());
     }
 
     #[test]
     fn the_end_and_unknown_ports() {
-        let mut ports = MicroPorts::new(device());
+        let mut ports = MicroPorts::new(device(), 0);
         assert_eq!(
             ports.write(port::EXIT, &3u32.to_le_bytes()),
             AfterOut::End(ExitReason::Finished { status: 3 })

@@ -3,8 +3,8 @@
 //! The guest runs at privilege level 3 in 64-bit mode from its first instruction: everything that
 //! would need a kernel is made here. Page tables with 2 MiB pages map the memory file densely from
 //! address zero, so that the hole in the physical addresses is not seen; a task state segment with
-//! an all-zero bitmap (and I/O privilege level 3) permits ports; there are no interrupts. The areas
-//! are those of the start protocol.
+//! an all-zero bitmap (and I/O privilege level 3) permits ports; there are no interrupts. Registers of
+//! devices, if there are any, are mapped behind all memory. The areas are those of the start protocol.
 //!
 //! Accessed and dirty bits of the tables are set from the start, so that the processor never writes
 //! them and the tables never count as dirty.
@@ -12,7 +12,9 @@
 use super::BootError;
 use super::Width;
 use super::elf::Image;
+use crate::config::devices::DEVICES_MAX;
 use crate::layout;
+use crate::virtio;
 use limosa_micro_abi::{BootInfo, memory_map};
 use limosa_os::SharedMemory;
 use limosa_os::kvm::{kvm_regs, kvm_segment, kvm_sregs};
@@ -32,6 +34,8 @@ const ENTRIES: u64 = 512;
 const ROOT_TABLE: u64 = GDT + TABLE_BYTES;
 const UPPER_TABLE: u64 = ROOT_TABLE + TABLE_BYTES;
 const FIRST_TABLE: u64 = UPPER_TABLE + TABLE_BYTES;
+/// Behind those of the largest memory: the one for devices.
+const DEVICE_TABLE: u64 = FIRST_TABLE + crate::config::MEMORY_MAX.get() / GIBIBYTE * TABLE_BYTES;
 const LARGE_PAGE: u64 = 2 << 20;
 const GIBIBYTE: u64 = 1 << 30;
 
@@ -39,6 +43,9 @@ const GIBIBYTE: u64 = 1 << 30;
 const TABLE_ENTRY: u64 = 0b10_0111;
 /// The same, dirty, and large.
 const PAGE_ENTRY: u64 = TABLE_ENTRY | 1 << 6 | 1 << 7;
+
+/// The same for registers: each access goes there.
+const DEVICE_ENTRY: u64 = PAGE_ENTRY | 1 << 3 | 1 << 4;
 
 const CODE_SELECTOR: u16 = 0x33;
 const DATA_SELECTOR: u16 = 0x2b;
@@ -54,25 +61,46 @@ const EFER: u64 = 0x501;
 /// The bit that is always one, and I/O privilege level 3.
 const RFLAGS: u64 = 0x3002;
 
+/// What a guest is told about its machine.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Shape {
+    pub(crate) vcpus: u8,
+    pub(crate) devices: u16,
+    pub(crate) tsc_khz: u32,
+}
+
 /// Writes everything that a micro guest finds in its memory; the address of its first instruction.
 pub(crate) fn fill_memory(
     memory: &SharedMemory,
     elf: &[u8],
-    vcpus: u8,
-    tsc_khz: u32,
+    machine: Shape,
     args: &str,
 ) -> Result<u64, BootError> {
     let image = Image::parse(elf, memory.size())?;
     let size = memory.size().get();
     let heap = memory_map::heap_start(image.end).min(size);
-    let boot = BootInfo::new(u32::from(vcpus), u64::from(tsc_khz), size, heap, args)?;
+    let (vcpus, khz) = (u32::from(machine.vcpus), u64::from(machine.tsc_khz));
+    let boot = BootInfo::new(vcpus, khz, size, heap, args)?;
+    let boot = boot.with_devices(u32::from(machine.devices));
     for segment in &image.segments {
         memory.write_at(segment.address, &elf[segment.file.clone()])?;
     }
     memory.write_at(memory_map::BOOT_INFO, boot.as_bytes())?;
     write_segments(memory)?;
     write_page_tables(memory)?;
+    if machine.devices > 0 {
+        map_devices(memory)?;
+    }
     Ok(image.entry)
+}
+
+fn map_devices(memory: &SharedMemory) -> io::Result<()> {
+    let upper = UPPER_TABLE + memory_map::DEVICES / GIBIBYTE * 8;
+    memory.write_at(upper, &(DEVICE_TABLE | TABLE_ENTRY).to_le_bytes())?;
+    memory.write_at(
+        DEVICE_TABLE,
+        &(virtio::FIRST_ADDRESS | DEVICE_ENTRY).to_le_bytes(),
+    )
 }
 
 fn write_segments(memory: &SharedMemory) -> io::Result<()> {
@@ -149,10 +177,14 @@ pub(crate) fn set_special_registers(registers: &mut kvm_sregs) {
 }
 
 const _: () = assert!(TSS + TSS_BYTES <= GDT);
-const _: () = assert!(
-    FIRST_TABLE + crate::config::MEMORY_MAX.get() / GIBIBYTE * TABLE_BYTES
-        <= memory_map::MONITOR_END
-);
+const _: () = assert!(DEVICE_TABLE + TABLE_BYTES <= memory_map::MONITOR_END);
+// One entry of the upper table, and one large page, map all of them.
+const _: () = assert!(memory_map::DEVICES.is_multiple_of(GIBIBYTE));
+const _: () = assert!(memory_map::DEVICES >= crate::config::MEMORY_MAX.get());
+const _: () = assert!(memory_map::DEVICES / GIBIBYTE < ENTRIES);
+const _: () = assert!(virtio::FIRST_ADDRESS.is_multiple_of(LARGE_PAGE));
+const _: () = assert!(memory_map::DEVICE_BYTES == virtio::WINDOW_BYTES as u64);
+const _: () = assert!(DEVICES_MAX < memory_map::DEVICES_MAX as usize + 1);
 
 #[cfg(test)]
 mod tests {
@@ -182,10 +214,13 @@ mod tests {
         const SIZE: u64 = (4 << 30) + LARGE_PAGE;
         let memory = SharedMemory::create(ByteCount::new(SIZE), PageKind::Small).unwrap();
         let elf = image(0x20_0000, &[(0x20_0000, b"code", 0x20_0001)]);
-        assert_eq!(
-            fill_memory(&memory, &elf, 2, 1000, "a=b").unwrap(),
-            0x20_0000
-        );
+        let mut machine = Shape {
+            vcpus: 2,
+            devices: 0,
+            tsc_khz: 1000,
+        };
+        let entry = fill_memory(&memory, &elf, machine, "a=b").unwrap();
+        assert_eq!(entry, 0x20_0000);
         let check =
             |address: u64, expect: Option<u64>| assert_eq!(translate(&memory, address), expect);
         check(0, Some(0));
@@ -193,10 +228,17 @@ mod tests {
         check(3 << 30, Some(4 << 30));
         check(SIZE - 1, Some(SIZE - 1 + GIBIBYTE));
         check(SIZE, None);
+        check(memory_map::DEVICES, None);
+        machine.devices = 2;
+        fill_memory(&memory, &elf, machine, "a=b").unwrap();
+        let second = memory_map::DEVICES + memory_map::DEVICE_BYTES;
+        check(second + 4, Some(virtio::Place::of(1).address + 4));
+        check(memory_map::DEVICES + LARGE_PAGE, None);
         let mut page = [0; 4096];
         memory.read_at(memory_map::BOOT_INFO, &mut page).unwrap();
         let (boot, _) = <BootInfo as zerocopy::FromBytes>::read_from_prefix(&page).unwrap();
         assert!(boot.is_usable());
+        assert_eq!(boot.device_count, 2);
         assert_eq!(
             (boot.heap_start, boot.memory_bytes, boot.arguments()),
             (6 << 20, SIZE, Some("a=b"))

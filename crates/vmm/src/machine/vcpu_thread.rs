@@ -10,7 +10,7 @@ use super::seat::Shared;
 use super::time::ClockPair;
 use super::vcpu_state::{self, Fixed, Resume, SavedVcpu, VcpuState};
 use crate::answer::{ExitReason, RefusedMsr};
-use crate::board::{AfterOut, Answer, Ports};
+use crate::board::{AfterOut, Answer, Ports, Wake};
 use crate::boot::{Start, linux, micro, pvh};
 use crate::protocol::in_one_line;
 use limosa_micro_abi::port::{WAIT_LOOK_AGAIN, WAIT_TIME_OVER};
@@ -270,7 +270,9 @@ impl VcpuThread {
                 Exit::PortIn(port, bytes) => {
                     let answer = match self.ports.read(port) {
                         Answer::Word(word) => word,
-                        Answer::Wait(time) => wait(time, &self.shared, &mut stop.at),
+                        Answer::Wait(time) => {
+                            wait(time, self.ports.wake(), &self.shared, &mut stop.at)
+                        }
                     };
                     fill(bytes, answer);
                 }
@@ -314,13 +316,19 @@ fn be_ordinary() {
     }
 }
 
-/// Holds the vCPU until the time is over or it is to halt; the guest's answer. A guest that waits
-/// has stopped when its wait was cut short.
-fn wait(time: Duration, shared: &Shared, stopped_at: &mut u64) -> u32 {
+/// Holds the vCPU until the time is over, a device has something for it, or it is to halt; the guest's
+/// answer. A guest that waits has stopped when its wait was cut short.
+fn wait(time: Duration, wake: Option<&Wake>, shared: &Shared, stopped_at: &mut u64) -> u32 {
     let end = Instant::now() + time;
+    if let Some(wake) = wake {
+        wake.attend();
+    }
     loop {
         if shared.is_halting() {
             *stopped_at = limosa_os::monotonic_nanos();
+            return WAIT_LOOK_AGAIN;
+        }
+        if wake.is_some_and(Wake::take) {
             return WAIT_LOOK_AGAIN;
         }
         let left = end.saturating_duration_since(Instant::now());

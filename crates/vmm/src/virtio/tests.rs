@@ -82,7 +82,7 @@ impl Bed {
         vm.set_memory(Arc::clone(&memory), &layout::regions(MEMORY))
             .unwrap();
         vm.create_irqchip().unwrap();
-        let devices = Devices::make(config, &vm).unwrap();
+        let devices = Devices::make(config, &vm, None).unwrap();
         Some(Self {
             view: vm.view(),
             vm,

@@ -12,9 +12,10 @@
 //! A state may be loaded while pages of the guest are missing still: nothing here reads memory then.
 
 use super::device::{Device, Input, Ring, Served};
+use super::line::Line;
 use super::{DeviceError, Place, REST_MAX};
 use crate::state::{Section, StateError};
-use limosa_os::kvm::{Doorbell, InterruptLine, Vm};
+use limosa_os::kvm::{Doorbell, Vm};
 use limosa_os::memory::GuestView;
 use serde::{Deserialize, Serialize};
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
@@ -66,7 +67,7 @@ const FEATURES: u64 =
 pub(super) struct Transport {
     index: u16,
     memory: Arc<GuestView>,
-    line: InterruptLine,
+    line: Line,
     /// One for each queue.
     bells: Vec<Doorbell>,
     /// Why the driver was interrupted, until it says that it knows.
@@ -191,6 +192,7 @@ impl Transport {
         index: u16,
         device: Box<dyn Device>,
         vm: &Vm,
+        line: Line,
         memory: Arc<GuestView>,
     ) -> Result<Self, DeviceError> {
         let place = Place::of(index);
@@ -201,7 +203,7 @@ impl Transport {
         Ok(Self {
             index,
             memory,
-            line: vm.interrupt_line(place.line)?,
+            line,
             bells,
             interrupt: AtomicU32::new(0),
             rests: AtomicBool::new(true),

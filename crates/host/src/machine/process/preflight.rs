@@ -54,8 +54,8 @@ pub fn disks(linux: &LinuxSpec) -> Vec<DiskConfig> {
 }
 
 /// The networks that it names, each with an address.
-pub fn networks(name: &VmName, linux: &LinuxSpec) -> Result<Vec<NetworkConfig>, String> {
-    let networks = linux.networks.iter().enumerate();
+pub fn networks(name: &VmName, spec: &VmSpec) -> Result<Vec<NetworkConfig>, String> {
+    let networks = spec.networks.iter().enumerate();
     let network = |(number, network): (usize, &NetworkSpec)| {
         let mac = network.mac.as_deref().map(str::parse).transpose()?;
         Ok(NetworkConfig {
