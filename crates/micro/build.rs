@@ -2,8 +2,8 @@
 //!
 //! They need their own profile and their own way of linking, so this is a cargo of its own: with
 //! its own target directory (the outer cargo holds the lock of its own), without the flags and
-//! profile variables of the outer build, and with the lock file of the guests. They have no
-//! foreign dependencies, so nothing is fetched.
+//! profile variables of the outer build, and with the lock file of the guests, which names what one of
+//! them needs from elsewhere.
 
 use std::env;
 use std::ffi::OsStr;
@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode, Output};
 use std::{fs, io};
 
-const PROGRAMS: [&str; 4] = ["writer", "idle", "compute", "pvh"];
+const PROGRAMS: [&str; 5] = ["writer", "idle", "compute", "kv", "pvh"];
 const TARGET: &str = "x86_64-unknown-linux-gnu";
 
 fn main() -> ExitCode {

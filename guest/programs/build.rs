@@ -7,6 +7,7 @@ fn main() {
         ("writer", programs),
         ("idle", programs),
         ("compute", programs),
+        ("kv", programs),
         ("pvh", start),
     ] {
         println!("cargo::rerun-if-changed={script}");

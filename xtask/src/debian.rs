@@ -16,11 +16,16 @@ struct DebianPackage {
     reason: &'static str,
 }
 
-const NEEDED: [DebianPackage; 2] = [
+const NEEDED: [DebianPackage; 3] = [
     DebianPackage {
         name: "gcc",
         brings: "cc",
         reason: "rustc links with it, guests included",
+    },
+    DebianPackage {
+        name: "iproute2",
+        brings: "ip",
+        reason: "tests of networks make taps and namespaces",
     },
     DebianPackage {
         name: "git",

@@ -155,6 +155,7 @@ Examples:
   limosa run web --micro writer --args 'ws=64M rate=50000' --memory 1G --vcpus 2
   limosa run calm --micro idle --memory 256M
   limosa run mine --micro ./my-guest.elf --memory 64M
+  limosa run store --micro kv --net tap0 --args 'ip=10.0.0.2/24' --memory 256M
   limosa run debian --kernel vmlinuz --initrd initrd.img --cmdline console=ttyS0 --memory 1G
   limosa run web --kernel vmlinuz --disk web.raw --disk tools.raw,ro --net tap0 \
       --cmdline 'console=ttyS0 root=/dev/vda'
@@ -173,7 +174,7 @@ pub(crate) struct Run {
         "dirty_tracker", "cpu", "observer",
     ])]
     pub config: Option<PathBuf>,
-    /// Program of a guest without a kernel: writer, idle, compute, or an ELF file
+    /// Program of a guest without a kernel: writer, idle, compute, kv, or an ELF file
     #[arg(long, value_name = "PROGRAM|FILE")]
     pub micro: Option<String>,
     /// Stock Linux kernel to boot: a bzImage, as distributions have in /boot/vmlinuz

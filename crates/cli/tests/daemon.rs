@@ -212,7 +212,7 @@ fn a_daemon_refuses_what_it_must() {
     daemon.refused(&["run", "a/b", "--micro", "idle"], "cannot name a VM");
     daemon.refused(
         &["run", "web", "--micro", "writr"],
-        "known are writer, idle, compute",
+        "known are writer, idle, compute, kv",
     );
     daemon.refused(
         &["run", "web", "--micro", "idle", "--memory", "5000"],

@@ -15,12 +15,15 @@ pub static IDLE: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/idle"));
 /// Reads much, writes little, checks its results.
 pub static COMPUTE: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/compute"));
 
+/// Keeps values for clients that speak as redis does.
+pub static KV: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/kv"));
+
 /// What a PVH loader enters, for images that other monitors load: no program of its own, but the way
 /// from there to one of them. `limosa_micro_abi::pvh` says what it finds where.
 pub static PVH: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/pvh"));
 
 /// Names of all programs, for help texts.
-pub const NAMES: [&str; 3] = ["writer", "idle", "compute"];
+pub const NAMES: [&str; 4] = ["writer", "idle", "compute", "kv"];
 
 /// The image of the program with that name.
 #[must_use]
@@ -29,6 +32,7 @@ pub fn by_name(name: &str) -> Option<&'static [u8]> {
         "writer" => Some(WRITER),
         "idle" => Some(IDLE),
         "compute" => Some(COMPUTE),
+        "kv" => Some(KV),
         _ => None,
     }
 }

@@ -14,6 +14,8 @@ mod linux;
 mod machines;
 #[path = "kvm/moves.rs"]
 mod moves;
+#[path = "kvm/networks.rs"]
+mod networks;
 #[path = "kvm/processes.rs"]
 mod processes;
 #[path = "kvm/state.rs"]

@@ -8,6 +8,8 @@
 //! Invariants: a vCPU touches only its own report, stack and share of the heap, and the few
 //! atomics of [`command_board`]; it never waits longer than until its next beat.
 //!
+//! Programs that need one have a network interface ([`network`]).
+//!
 //! Deliberately absent: interrupts, system calls, allocation, thread-local storage, floating
 //! point. There is no kernel below.
 #![no_std]
@@ -21,6 +23,8 @@ mod program;
 mod vcpu;
 
 pub mod command_board;
+pub mod network;
+pub mod virtio;
 
 pub use console::refuse;
 pub use entry::micro_entry_of;

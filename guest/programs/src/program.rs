@@ -28,6 +28,11 @@ pub trait Program: Sized {
     /// Does one operation if one is due, and says whether it did.
     fn step(&mut self, vcpu: &mut Vcpu, now: u64) -> bool;
 
+    /// Nothing was due at `now`: rests until the next beat, or as long as the program knows better.
+    fn rest(&mut self, vcpu: &mut Vcpu, now: u64) {
+        vcpu.rest(now);
+    }
+
     /// Checks all memory of this vCPU once, noting what is wrong; looks at the clock all the
     /// while.
     fn sweep(&mut self, vcpu: &mut Vcpu) -> Swept;
@@ -67,6 +72,8 @@ pub enum Refusal<'a> {
     Memory(TooSmall),
     /// There is less to share than there are vCPUs.
     Vcpus,
+    /// The machine is not one on which it can run: why.
+    Needs(&'static str),
 }
 
 impl fmt::Display for Refusal<'_> {
@@ -75,6 +82,7 @@ impl fmt::Display for Refusal<'_> {
             Self::Argument(argument) => argument.fmt(f),
             Self::Memory(memory) => memory.fmt(f),
             Self::Vcpus => f.write_str("bad argument 'ws': less than one unit for each vCPU"),
+            Self::Needs(what) => f.write_str(what),
         }
     }
 }
@@ -116,7 +124,7 @@ pub(crate) fn run<P: Program>(mut vcpu: Vcpu, boot: &BootInfo) -> ! {
             obey(&mut program, &mut vcpu, command);
         }
         if !program.step(&mut vcpu, now) {
-            vcpu.rest(now);
+            program.rest(&mut vcpu, now);
         }
     }
 }

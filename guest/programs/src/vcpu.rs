@@ -101,6 +101,20 @@ impl Vcpu {
         }
     }
 
+    /// Nothing is to be done before `deadline`, unless a device has something: rests until then on the host,
+    /// if that is worth it. The next beat may become late by that.
+    pub fn rest_until(&mut self, deadline: u64) {
+        let now = port::tsc();
+        if deadline.saturating_sub(now) < self.wait_ticks_min.min(deadline) {
+            core::hint::spin_loop();
+            return;
+        }
+        let microseconds = self.ticks.to_microseconds(deadline - now);
+        port::wait(u32::try_from(microseconds).unwrap_or(u32::MAX));
+        let now = port::tsc();
+        self.watch.look_after_wait(deadline, now, &mut self.report);
+    }
+
     /// Notes the result of a check of a page.
     #[inline]
     pub fn note(&mut self, page: u64, result: Result<(), Fault>) -> Sound {

@@ -14,7 +14,7 @@ pub struct VmSpec {
     /// Letters, digits, `-`, `_` and `.`, at most 64, beginning with a letter or digit; unique on a host.
     #[schema(example = "web")]
     pub name: String,
-    /// The micro guest: `writer`, `idle`, `compute`, or the path of an ELF file on the daemon's host.
+    /// The micro guest: `writer`, `idle`, `compute`, `kv`, or the path of an ELF file on the daemon's host.
     /// Either this or `linux` has to be there.
     #[serde(default)]
     #[schema(example = "writer")]

@@ -81,7 +81,7 @@ fn read_program(micro: &str) -> Result<Vec<u8>, String> {
     let file = fs::metadata(micro).map_err(|error| {
         if error.kind() == io::ErrorKind::NotFound && !micro.contains('/') {
             format!(
-                "no micro program {micro:?}: known are writer, idle, compute; or give the path of an ELF file"
+                "no micro program {micro:?}: known are writer, idle, compute, kv; or give the path of an ELF file"
             )
         } else {
             format!("cannot read the program {micro}: {error}")
@@ -142,7 +142,7 @@ mod tests {
             let error = read_program(micro).unwrap_err();
             assert!(error.contains(expect), "{error}");
         };
-        check("write", "known are writer, idle, compute");
+        check("write", "known are writer, idle, compute, kv");
         check(
             "/nonexistent/program",
             "cannot read the program /nonexistent/program",
