@@ -39,6 +39,17 @@ const CARRYING: [&str; 14] = [
     "resolve",
 ];
 
+/// Where a daemon runs, other than among the processes of the test.
+#[derive(Clone, Debug)]
+pub struct Place {
+    /// Name of its network namespace.
+    pub namespace: String,
+    /// Where it listens there.
+    pub address: String,
+    /// The tap device that it lends.
+    pub tap: String,
+}
+
 /// `limosa host`, running or killed.
 #[derive(Debug)]
 pub struct Daemon {
@@ -47,6 +58,8 @@ pub struct Daemon {
     /// Where it listens for other daemons, once it was started.
     peer_address: String,
     state_dir: PathBuf,
+    /// Where it runs, if not here.
+    place: Option<Place>,
     /// What it shows to other daemons, if connections are encrypted.
     certificates: Option<PathBuf>,
     /// Removed after the destructor of this type has run.
@@ -75,6 +88,22 @@ impl Daemon {
     /// # Panics
     /// If it does not answer.
     pub fn start_so(hold: Option<&Hold>, certificates: Option<&Path>) -> Self {
+        Self::start_anywhere(hold, certificates, None)
+    }
+
+    /// Starts a daemon in a network of its own, without certificates.
+    ///
+    /// # Panics
+    /// If it does not answer.
+    pub fn start_at(place: &Place) -> Self {
+        Self::start_anywhere(None, None, Some(place))
+    }
+
+    fn start_anywhere(
+        hold: Option<&Hold>,
+        certificates: Option<&Path>,
+        place: Option<&Place>,
+    ) -> Self {
         let directory = tempfile::Builder::new()
             .prefix("limosa-e2e-")
             .tempdir()
@@ -83,8 +112,12 @@ impl Daemon {
         let mut daemon = Self {
             client: Client::new(state_dir.join("host.sock")),
             child: None,
-            peer_address: format!("{}:0", own_loopback()),
+            peer_address: match place {
+                Some(place) => format!("{}:0", place.address),
+                None => format!("{}:0", own_loopback()),
+            },
             state_dir,
+            place: place.cloned(),
             certificates: certificates.map(Path::to_owned),
             _directory: directory,
         };
@@ -173,7 +206,15 @@ impl Daemon {
                 .append(true)
                 .open(self.log_path())
         };
-        let mut command = Command::new(binary::limosa());
+        let mut command = match &self.place {
+            None => Command::new(binary::limosa()),
+            Some(place) => {
+                let mut command = Command::new("ip");
+                command.args(["netns", "exec", &place.namespace]);
+                command.arg(binary::limosa());
+                command
+            }
+        };
         command
             .arg("host")
             .arg("--lend-disk")
@@ -188,6 +229,9 @@ impl Daemon {
             .stderr(open().expect("a log file"));
         if let Some(certificates) = &self.certificates {
             command.arg("--tls").arg(certificates);
+        }
+        if let Some(place) = &self.place {
+            command.args(["--insecure", "--lend-tap", &place.tap]);
         }
         if let Some(hold) = hold {
             command.env(hold::VARIABLE, hold.value());

@@ -211,10 +211,15 @@ pub fn until_stage(from: &Daemon, id: &str, stages: &[Stage]) -> MigrationInfo {
 /// If anything is not as it should be.
 #[track_caller]
 pub fn move_whole(name: &str, from: &Daemon, to: &Daemon, mode: Mode) -> Report {
-    finish_whole(name, from, to, &body(to, mode))
+    move_with(name, from, to, &body(to, mode))
 }
 
-fn finish_whole(name: &str, from: &Daemon, to: &Daemon, body: &MigrateBody) -> Report {
+/// The same with whatever is asked for.
+///
+/// # Panics
+/// If anything is not as it should be.
+#[track_caller]
+pub fn move_with(name: &str, from: &Daemon, to: &Daemon, body: &MigrateBody) -> Report {
     let id = from
         .client()
         .migrate(name, body)
@@ -232,7 +237,7 @@ fn finish_whole(name: &str, from: &Daemon, to: &Daemon, body: &MigrateBody) -> R
 /// If anything is not as it should be.
 #[track_caller]
 pub fn move_so(from: &Daemon, to: &Daemon, manner: Manner) -> Report {
-    finish_whole(VM, from, to, &manner.body(to.peer_address()))
+    move_with(VM, from, to, &manner.body(to.peer_address()))
 }
 
 /// The migration was carried out, and its report is complete.

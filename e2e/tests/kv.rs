@@ -1,0 +1,124 @@
+//! A guest that keeps values for clients, moved by every technique while they work: each connection lives on,
+//! no count is lost or made twice, every value is the one that was written.
+
+use limosa_e2e::lan::{GUEST, Lan, TAP};
+use limosa_e2e::pair::{body, move_with};
+use limosa_e2e::redis::{Answer, Connection, Done, Load};
+use limosa_e2e::{Daemon, VM, guest, has_kvm, wait};
+use limosa_engine::policy::Mode;
+use limosa_host::api::{NetworkSpec, VmSpec};
+use std::time::Duration;
+
+const PORT: u16 = 6379;
+const MODES: [Mode; 6] = [
+    Mode::PreCopy,
+    Mode::PostCopy,
+    Mode::Hybrid,
+    Mode::StopAndCopy,
+    Mode::Demand,
+    Mode::Auto,
+];
+/// Clients that count, and one that each of them counts with.
+const SHARED: &str = "shared";
+
+fn spec() -> VmSpec {
+    VmSpec {
+        micro: Some("kv".to_owned()),
+        networks: vec![NetworkSpec {
+            tap: TAP.to_owned(),
+            mac: None,
+        }],
+        ..guest::writer(VM, &format!("ip={GUEST}"))
+    }
+}
+
+fn connect(lan: &Lan) -> Connection {
+    let stream = wait::until("the guest listens", || lan.connect(PORT).ok());
+    Connection::new(stream).expect("a connection")
+}
+
+/// Clients of a guest: of each kind two.
+struct Loads {
+    closed: Vec<Load>,
+    open: Vec<Load>,
+}
+
+impl Loads {
+    fn start(lan: &Lan) -> Self {
+        let names = ["one", "two"];
+        let closed = |name: &str| Load::closed(connect(lan), name, &format!("own-{name}"));
+        let period = Duration::from_millis(2);
+        Self {
+            closed: names.map(closed).into(),
+            open: names
+                .map(|_| Load::open(connect(lan), SHARED, period))
+                .into(),
+        }
+    }
+
+    /// Ends them; every count of each counter was answered once, and in order.
+    fn end(self) -> Vec<(&'static str, i64)> {
+        let mut last = Vec::new();
+        for (load, counter) in self.closed.into_iter().zip(["own-one", "own-two"]) {
+            let done = load.end();
+            println!(
+                "closed: {} answers, longest {:?}",
+                done.answered, done.longest
+            );
+            last.push((counter, check_complete(done.counts)));
+        }
+        let open: Vec<Done> = self.open.into_iter().map(Load::end).collect();
+        for done in &open {
+            println!(
+                "open: {} answers, longest {:?}",
+                done.answered, done.longest
+            );
+            assert!(done.counts.is_sorted(), "answers come in order");
+        }
+        let mut shared: Vec<i64> = open.into_iter().flat_map(|done| done.counts).collect();
+        shared.sort_unstable();
+        last.push((SHARED, check_complete(shared)));
+        last
+    }
+}
+
+/// Counted from one, none left out and none twice; the last one.
+fn check_complete(counts: Vec<i64>) -> i64 {
+    for (found, expected) in counts.iter().zip(1..) {
+        assert_eq!(*found, expected, "a count is lost, or was made twice");
+    }
+    assert!(counts.len() > 100, "there was work: {}", counts.len());
+    *counts.last().expect("there are some")
+}
+
+#[test]
+fn clients_keep_their_connections_and_every_count() {
+    if !has_kvm() {
+        return;
+    }
+    let Some(lan) = Lan::make() else { return };
+    let hosts = [0, 1].map(|index| Daemon::start_at(&lan.host(index)));
+    let [a, b] = &hosts;
+    guest::boot(a, &spec());
+    let loads = Loads::start(&lan);
+    for mode in MODES {
+        for (from, to) in [(a, b), (b, a)] {
+            let mut body = body(to, mode);
+            body.insecure = true;
+            let report = move_with(VM, from, to, &body);
+            println!(
+                "{mode:?}: downtime {:?} ms",
+                report.downtime_ms.map(|downtime| downtime.total)
+            );
+        }
+    }
+    // Those that came after the moves are of the same store.
+    let mut late = connect(&lan);
+    for (counter, last) in loads.end() {
+        let value = late.ask(&[b"GET", counter.as_bytes()]).expect("an answer");
+        assert_eq!(value, Answer::Value(Some(last.to_string().into_bytes())));
+    }
+    let keys = late.ask(&[b"DBSIZE"]).expect("an answer");
+    assert_eq!(keys, Answer::Number(103));
+    guest::assert_whole(a, VM);
+}
