@@ -20,7 +20,7 @@ const MODES: [&str; 6] = [
     "auto",
 ];
 /// What a kernel says when something is wrong with its time, its processors or its memory.
-const ALARMS: [&str; 13] = [
+const ALARMS: [&str; 14] = [
     "BUG:",
     "WARNING:",
     "Oops",
@@ -31,6 +31,7 @@ const ALARMS: [&str; 13] = [
     "CLOCK-WENT-BACK",
     "MEMORY-BAD",
     "DISK-BAD",
+    "FILES-BAD",
     "EXT4-fs error",
     "I/O error",
     "FAILURE",
@@ -106,10 +107,10 @@ fn moves(series: &str, vcpus: u8, modes: &[&str]) {
         let line = said.iter().find(|line| line.contains(alarm));
         assert_eq!(line, None, "the guest is not well");
     }
-    assert!(
-        said.iter().any(|line| line.contains("MEMORY-GOOD")),
-        "its memory was tested"
-    );
+    for work in ["MEMORY-GOOD", "FILES-GOOD"] {
+        let is_done = said.iter().any(|line| line.contains(work));
+        assert!(is_done, "nothing said {work}");
+    }
     // Each beat is there once, wherever it was said: nothing was lost, and nothing ran twice.
     let mut beats: Vec<u32> = numbers(said.iter().copied(), "beat ").collect();
     beats.sort_unstable();
@@ -133,11 +134,30 @@ fn moves(series: &str, vcpus: u8, modes: &[&str]) {
         "{safe} numbers were said to be safe, {on_disk:?} are there"
     );
     check_clock(output);
+    check_streams(output, modes.len());
     let moved = output.matches("downtime").count();
     assert!(
         moved >= modes.len(),
         "{moved} of {} moves told how it was",
         modes.len()
+    );
+}
+
+/// Both streams stood through all moves and carried something in between.
+fn check_streams(output: &str, moves: usize) {
+    assert!(!output.contains("STREAMS-BAD"), "{output}");
+    let told = output
+        .lines()
+        .find_map(|line| line.split_once("STREAMS-CARRIED "));
+    let (_, told) = told.unwrap_or_else(|| panic!("the streams tell nothing: {output}"));
+    let carried: Vec<usize> = told
+        .split(' ')
+        .map_while(|word| word.parse().ok())
+        .collect();
+    // Told every five seconds; a move takes about as long.
+    assert!(
+        carried.len() == 2 && carried.iter().all(|&times| times * 2 > moves),
+        "{told}"
     );
 }
 
