@@ -3,13 +3,18 @@
 //! They are opened past the page cache (`O_DIRECT`) where the file system lets one: two hosts that
 //! share a disk would otherwise each believe their own cache. Who writes a disk holds a lock on it (an
 //! open-file-description lock, fcntl(2)), so that no two guests write the same one; it is given up while
-//! the guest is stopped, and so goes over to whoever runs the guest next.
+//! the guest is stopped, and so goes over to whoever runs the guest next. [`DiskQueue`] has several
+//! operations under way at a time.
+
+mod queue;
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Seek, SeekFrom};
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
 use std::path::Path;
+
+pub use queue::{Action, Completed, DiskQueue, Way};
 
 /// Bytes of a sector: what offsets and sizes are multiples of.
 pub const SECTOR_BYTES: u64 = 512;

@@ -3,13 +3,14 @@
 //!
 //! ```text
 //!  vCPU ──registers──▶ Transport ◀──rings, descriptors──▶ guest memory
-//!    └────doorbell────▶ worker: one request at a time under the device's lock ──▶ disk, tap
+//!    └────doorbell────▶ worker: one step at a time under the device's lock ──▶ disk, tap
 //! ```
 //!
-//! Each device has a [`transport`], whose registers vCPUs reach, and a thread that serves its queues. A
-//! request is served under the device's lock, from its descriptors to its place in the used ring; so
-//! whoever has the lock sees no request half done. A pause takes the lock of each device: what was in
-//! flight is finished, what the guest has queued since stays queued and travels in its memory.
+//! Each device has a [`transport`], whose registers vCPUs reach, and a thread that serves its queues. Most
+//! requests are served under the device's lock, from their descriptors to their place in the used ring; those
+//! of a disk are begun under it and finished under it, and the device says how many it has begun. A pause
+//! waits until that is none, with a limit: what was in flight is finished by the device's thread, what the guest
+//! has queued since stays queued and travels in its memory.
 //!
 //! All guest memory is reached through [`limosa_os::memory::view`], which notes what devices write, so a
 //! migration sends it.
@@ -33,7 +34,7 @@ use crate::state::{Kind, Section, StateError, Writer};
 use block::Block;
 use device::Device;
 use entropy::Entropy;
-use limosa_os::disk::Disk;
+use limosa_os::disk::{Disk, Way};
 use limosa_os::kvm::{KvmError, Vm};
 use limosa_os::tap::Tap;
 use line::Line;
@@ -149,9 +150,20 @@ impl Devices {
         vm: &Vm,
         wake: Option<&Arc<Wake>>,
     ) -> Result<Self, DeviceError> {
+        Self::make_with(config, vm, wake, Way::Best)
+    }
+
+    /// The same, with a say in how disks are read and written.
+    fn make_with(
+        config: &mut VmConfig,
+        vm: &Vm,
+        wake: Option<&Arc<Wake>>,
+        way: Way,
+    ) -> Result<Self, DeviceError> {
         let mut devices: Vec<Box<dyn Device>> = Vec::new();
         for config in &mut config.disks {
-            devices.push(Box::new(Block::new(open_disk(config)?, &config.path)));
+            let disk = open_disk(config)?;
+            devices.push(Box::new(Block::new(disk, &config.path, way)));
         }
         for config in &config.networks {
             let tap = Tap::open(&config.tap).map_err(|source| no_network(config, source))?;

@@ -32,7 +32,7 @@ pub(super) trait Device: fmt::Debug + Send {
     /// The driver is there and has taken these features; the same after a load.
     fn begin(&mut self, _features: u64) {}
 
-    /// The driver is gone.
+    /// The driver is gone, and with it what was begun for it.
     fn reset(&mut self) {}
 
     /// Does one thing for a queue.
@@ -40,6 +40,20 @@ pub(super) trait Device: fmt::Debug + Send {
     /// # Errors
     /// The guest has broken its queue.
     fn serve(&mut self, queue: usize, ring: &mut Ring<'_>) -> Result<Served, QueueError>;
+
+    /// How many requests it has begun and not put into a used ring yet. Nothing of these is saved, so a
+    /// device rests only when there are none.
+    fn under_way(&self) -> usize {
+        0
+    }
+
+    /// Does one thing for what was begun of a queue, and begins nothing.
+    ///
+    /// # Errors
+    /// As [`Device::serve`].
+    fn finish(&mut self, _queue: usize, _ring: &mut Ring<'_>) -> Result<Served, QueueError> {
+        Ok(Served::NoInput)
+    }
 
     /// What else brings it work, for its first queue; `None` while it could not take any.
     fn input(&self) -> Option<Input> {
@@ -91,6 +105,8 @@ pub(super) trait Device: fmt::Debug + Send {
 pub(super) enum Served {
     /// Something was put into the used ring.
     Request,
+    /// Something was begun.
+    Begun,
     /// The guest has queued nothing that could be done.
     RingEmpty,
     /// The device has nothing for what the guest has queued, or waits to be told of more.

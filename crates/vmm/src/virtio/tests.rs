@@ -1,5 +1,6 @@
 //! Devices as a driver sees them: registers, rings and doorbells, with the guest's part played here.
 
+mod disks;
 mod rude;
 
 use super::*;
@@ -72,6 +73,10 @@ impl Disks {
 
 impl Bed {
     fn new(config: &mut VmConfig) -> Option<Self> {
+        Self::with(config, Way::Best)
+    }
+
+    fn with(config: &mut VmConfig, way: Way) -> Option<Self> {
         let Ok(kvm) = Kvm::open() else {
             eprintln!("skipped: no /dev/kvm");
             return None;
@@ -82,7 +87,7 @@ impl Bed {
         vm.set_memory(Arc::clone(&memory), &layout::regions(MEMORY))
             .unwrap();
         vm.create_irqchip().unwrap();
-        let devices = Devices::make(config, &vm, None).unwrap();
+        let devices = Devices::make_with(config, &vm, None, way).unwrap();
         Some(Self {
             view: vm.view(),
             vm,
@@ -105,6 +110,11 @@ impl Bed {
 
     /// What a driver does to get a device with one queue to work.
     fn start(&self, device: u16) {
+        self.start_with(device, SIZE);
+    }
+
+    /// The same, with a queue of that size.
+    fn start_with(&self, device: u16, size: u16) {
         self.write(device, VIRTIO_MMIO_STATUS, 0);
         self.write(device, VIRTIO_MMIO_STATUS, 3);
         for (half, features) in (0..).zip(FEATURES) {
@@ -118,7 +128,7 @@ impl Bed {
             "features are agreed on"
         );
         self.write(device, VIRTIO_MMIO_QUEUE_SEL, 0);
-        self.write(device, VIRTIO_MMIO_QUEUE_NUM, SIZE.into());
+        self.write(device, VIRTIO_MMIO_QUEUE_NUM, size.into());
         let places = [
             (VIRTIO_MMIO_QUEUE_DESC_LOW, DESCRIPTORS),
             (VIRTIO_MMIO_QUEUE_AVAIL_LOW, AVAILABLE),
@@ -163,6 +173,22 @@ impl Bed {
         while self.used() != expect {
             assert!(Instant::now() < end, "the device does not answer");
             thread::sleep(Duration::from_millis(1));
+        }
+    }
+
+    fn wait_for_failure(&self) {
+        let end = Instant::now() + Duration::from_secs(10);
+        while self.read(0, VIRTIO_MMIO_STATUS) & 0x40 == 0 {
+            assert!(Instant::now() < end, "the broken queue is not noticed");
+            thread::sleep(Duration::from_millis(1));
+        }
+    }
+
+    fn copy_memory_to(&self, target: &Self) {
+        let mut page = vec![0; 4096];
+        for pfn in 0..self.memory.page_count().get() {
+            self.memory.read_at(pfn * PAGE_SIZE, &mut page).unwrap();
+            target.memory.write_at(pfn * PAGE_SIZE, &page).unwrap();
         }
     }
 
@@ -299,11 +325,7 @@ fn what_a_disk_cannot_do_is_an_answer() {
         (STATUS, 1, true),
     ]);
     bed.write(0, VIRTIO_MMIO_QUEUE_NOTIFY, 0);
-    let end = Instant::now() + Duration::from_secs(10);
-    while bed.read(0, VIRTIO_MMIO_STATUS) & 0x40 == 0 {
-        assert!(Instant::now() < end, "the broken queue is not noticed");
-        thread::sleep(Duration::from_millis(1));
-    }
+    bed.wait_for_failure();
     bed.start(0);
 }
 
@@ -364,11 +386,7 @@ fn a_request_is_carried_out_once_on_either_side_of_a_move() {
     assert_eq!((source.used(), source.status()), (1, 0xff));
     let sections = source.sections();
     let target = Bed::new(&mut config).unwrap();
-    let mut page = vec![0; 4096];
-    for pfn in 0..source.memory.page_count().get() {
-        source.memory.read_at(pfn * PAGE_SIZE, &mut page).unwrap();
-        target.memory.write_at(pfn * PAGE_SIZE, &page).unwrap();
-    }
+    source.copy_memory_to(&target);
     target
         .devices
         .load(&state::parse(&sections).unwrap())

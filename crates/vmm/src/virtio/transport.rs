@@ -7,7 +7,7 @@
 //! ```
 //!
 //! Everything is under one lock but what a driver reaches for with each interrupt. Only a live device
-//! that does not rest is served. To let a device work needs no lock, so a guest that ran can always run on.
+//! that does not rest begins anything; what it has begun it finishes in any case. To let a device work needs no lock, so a guest that ran can always run on.
 //!
 //! A state may be loaded while pages of the guest are missing still: nothing here reads memory then.
 
@@ -167,16 +167,28 @@ impl Core {
         ready.all(|queue| queue.is_valid(memory))
     }
 
-    fn step(&mut self, index: usize, memory: &GuestView) -> Result<Next, QueueError> {
+    /// Does one thing for a queue; begins nothing new unless it `may_begin`.
+    fn step(
+        &mut self,
+        index: usize,
+        memory: &GuestView,
+        may_begin: bool,
+    ) -> Result<Next, QueueError> {
         let queue = &mut self.queues[index];
         if !queue.ready() {
             return Ok(Next::Wait);
         }
         let mut ring = Ring { queue, memory };
-        match self.device.serve(index, &mut ring)? {
+        let served = if may_begin {
+            self.device.serve(index, &mut ring)
+        } else {
+            self.device.finish(index, &mut ring)
+        };
+        match served? {
             Served::Request => Ok(Next::GoOn {
                 interrupts: queue.needs_notification(memory)?,
             }),
+            Served::Begun => Ok(Next::GoOn { interrupts: false }),
             // Whoever has queued something since has not rung.
             Served::RingEmpty if queue.enable_notification(memory)? => {
                 Ok(Next::GoOn { interrupts: false })
@@ -267,7 +279,7 @@ impl Transport {
     /// What its thread waits for beside its bells, and until when.
     pub(super) fn waits_for(&self) -> (Option<Input>, Option<Instant>) {
         let core = self.core();
-        if self.rests() || !core.is_live() {
+        if !self.has_work(&core) {
             return (None, None);
         }
         let takes = core.queues.first().is_some_and(Queue::ready);
@@ -279,6 +291,17 @@ impl Transport {
         self.rests.load(Ordering::SeqCst)
     }
 
+    /// Whether requests may be begun. Asked under the lock: whoever wants it to rest has the lock
+    /// afterwards.
+    fn may_begin(&self, core: &Core) -> bool {
+        !self.rests() && core.is_live()
+    }
+
+    /// Whether there may be something to do: to begin requests, or to finish those that were begun.
+    fn has_work(&self, core: &Core) -> bool {
+        self.may_begin(core) || core.device.under_way() > 0
+    }
+
     /// Serves a queue until there is nothing to do, or it is to rest, or others have waited for long enough:
     /// then the rest is called for again.
     pub(super) fn serve(&self, queue: usize) {
@@ -287,18 +310,18 @@ impl Transport {
                 thread::yield_now();
             }
             let mut core = self.core();
-            // Under the lock: whoever wants it to rest has the lock afterwards.
-            if self.rests() || !core.is_live() {
+            if !self.has_work(&core) {
                 return;
             }
-            match core.step(queue, &self.memory) {
+            let may_begin = self.may_begin(&core);
+            match core.step(queue, &self.memory, may_begin) {
                 Ok(Next::Wait) => return,
                 Ok(Next::GoOn { interrupts: false }) => {}
                 Ok(Next::GoOn { interrupts: true }) => self.interrupt(INT_VRING),
                 Err(error) => {
                     tracing::warn!(%error, device = self.index, queue, "the guest broke a queue");
+                    // What was begun before is finished still.
                     self.fail(&mut core);
-                    return;
                 }
             }
         }
@@ -316,7 +339,7 @@ impl Transport {
     pub(super) fn tick(&self) {
         let mut core = self.core();
         let is_due = core.device.due().is_some_and(|due| due <= Instant::now());
-        if is_due && !self.rests() && core.is_live() {
+        if is_due && self.has_work(&core) {
             core.device.tick();
         }
     }
@@ -338,7 +361,11 @@ impl Transport {
 
     /// See [`super::Devices::release`].
     pub(super) fn release(&self) -> Result<(), DeviceError> {
-        self.core_in_time()?.device.release()?;
+        let mut core = self.core_in_time()?;
+        if core.device.under_way() > 0 {
+            return Err(DeviceError::Stuck { index: self.index });
+        }
+        core.device.release()?;
         self.is_claimed.store(false, Ordering::SeqCst);
         Ok(())
     }
@@ -348,9 +375,20 @@ impl Transport {
         self.rests.store(true, Ordering::SeqCst);
     }
 
-    /// What was begun is finished, or it takes longer than until then.
+    /// What was begun is finished, or it takes longer than until then. The device's thread does that: a
+    /// page of the guest that is needed for it may never come.
     pub(super) fn finish_rest(&self, end: Instant) -> Result<(), DeviceError> {
-        self.core_until(end)?.device.rest()
+        loop {
+            let mut core = self.core_until(end)?;
+            if core.device.under_way() == 0 {
+                return core.device.rest();
+            }
+            drop(core);
+            if Instant::now() > end {
+                return Err(DeviceError::Stuck { index: self.index });
+            }
+            thread::sleep(LOOK_AGAIN);
+        }
     }
 
     /// The guest is about to run here and ran elsewhere before.
