@@ -373,9 +373,10 @@ Examples:
   limosa set web --bandwidth-max none --deadline 30s
   limosa set web --mode hybrid
   limosa set web --throttle auto
-  limosa set web --streams 4")]
+  limosa set web --streams 4
+  limosa set web --balloon 512M")]
 #[command(group(clap::ArgGroup::new("changes").required(true).multiple(true)
-    .args(["mode", "downtime_max", "bandwidth_max", "deadline", "rounds_max", "compress", "throttle", "defer", "streams"])))]
+    .args(["mode", "downtime_max", "bandwidth_max", "deadline", "rounds_max", "compress", "throttle", "defer", "streams", "balloon"])))]
 pub(crate) struct Set {
     /// Name of the virtual machine, or (the beginning of) the id of the migration
     #[arg(value_name = "VM|ID")]
@@ -407,6 +408,11 @@ pub(crate) struct Set {
     /// Leave hot pages out of rounds that go out while the guest runs; off has the next one send them
     #[arg(long, value_name = "auto|off")]
     pub defer: Option<Deferral>,
+    /// Memory that the guest is to give up by its balloon, 0 for none; a setting of the VM, which needs no
+    /// migration and may not be in one
+    #[arg(long, value_name = "SIZE", conflicts_with_all = ["mode", "downtime_max", "bandwidth_max",
+        "deadline", "rounds_max", "compress", "throttle", "defer", "streams"])]
+    pub balloon: Option<Size>,
     #[command(flatten)]
     pub format: Format,
 }

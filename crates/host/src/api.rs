@@ -18,8 +18,8 @@ pub use limosa_engine::throttle::Throttling;
 pub use limosa_os::dirty::TrackerKind;
 pub use limosa_vmm::cpu::CpuModel;
 pub use machine::{
-    CommandBody, CommandKind, DiskSpec, FirstError, GuestReport, LinuxSpec, NetworkSpec,
-    SectionInfo, Stall, StallGroup, VcpuReport, VmInfo, VmSpec, VmState,
+    BalloonBody, BalloonInfo, CommandBody, CommandKind, DiskSpec, FirstError, GuestReport,
+    LinuxSpec, NetworkSpec, SectionInfo, Stall, StallGroup, VcpuReport, VmInfo, VmSpec, VmState,
 };
 pub use migration::{
     Downtime, FaultLatency, IncomingInfo, LimitsInfo, LimitsPatch, MigrateAnswer, MigrateBody,

@@ -6,9 +6,9 @@
 //! broken or not ours: its head and body are limited, and so is the time.
 
 use crate::api::{
-    CommandBody, CommandKind, ErrorBody, ErrorKind, GuestReport, HostInfo, IncomingInfo,
-    LimitsPatch, MigrateAnswer, MigrateBody, MigrationInfo, PreflightInfo, ResolveBody,
-    ResolveWord, SectionInfo, VmInfo, VmSpec,
+    BalloonBody, CommandBody, CommandKind, ErrorBody, ErrorKind, GuestReport, HostInfo,
+    IncomingInfo, LimitsPatch, MigrateAnswer, MigrateBody, MigrationInfo, PreflightInfo,
+    ResolveBody, ResolveWord, SectionInfo, VmInfo, VmSpec,
 };
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -164,6 +164,16 @@ impl Client {
     pub fn preflight(&self, name: &str, body: &MigrateBody) -> Result<PreflightInfo, ClientError> {
         let path = format!("/v1/vms/{}/preflight", encode(name));
         self.request("POST", &path, Some(body))
+    }
+
+    /// Has a guest give up so much of its memory, or take back what is above; the answer tells how it
+    /// stands at the beginning.
+    ///
+    /// # Errors
+    /// As for all requests.
+    pub fn set_balloon(&self, name: &str, target_bytes: u64) -> Result<VmInfo, ClientError> {
+        let path = format!("/v1/vms/{}/balloon", encode(name));
+        self.request("PUT", &path, Some(&BalloonBody { target_bytes }))
     }
 
     /// Starts a migration and gives its id.

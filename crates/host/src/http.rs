@@ -5,9 +5,9 @@
 //! layer included, so that a client reads one form only.
 
 use crate::api::{
-    CommandBody, ErrorBody, ErrorKind, GuestReport, HostInfo, IncomingInfo, LimitsPatch,
-    MigrateAnswer, MigrateBody, MigrationInfo, PreflightInfo, ResolveBody, SectionInfo, VmInfo,
-    VmSpec,
+    BalloonBody, CommandBody, ErrorBody, ErrorKind, GuestReport, HostInfo, IncomingInfo,
+    LimitsPatch, MigrateAnswer, MigrateBody, MigrationInfo, PreflightInfo, ResolveBody,
+    SectionInfo, VmInfo, VmSpec,
 };
 use crate::host::Host;
 use crate::refusal::Refusal;
@@ -49,6 +49,7 @@ fn routes() -> (Router<Arc<Host>>, OpenApi) {
         .routes(routes!(inspect_vm))
         .routes(routes!(show_guest))
         .routes(routes!(command_guest))
+        .routes(routes!(set_balloon))
         .routes(routes!(migrate_vm))
         .routes(routes!(preflight_vm))
         .routes(routes!(list_migrations))
@@ -147,6 +148,18 @@ async fn command_guest(
     Body(body): Body<CommandBody>,
 ) -> Answer<Done> {
     blocking(move || host.command(&name, body.kind).map(|()| Done {})).await
+}
+
+/// Have a guest give up memory, or take it back
+#[utoipa::path(put, path = "/v1/vms/{name}/balloon", params(("name" = String, Path)),
+    request_body = BalloonBody,
+    responses((status = 200, body = VmInfo), (status = "4XX", body = ErrorBody), (status = "5XX", body = ErrorBody)))]
+async fn set_balloon(
+    State(host): Of,
+    Path(name): Path<String>,
+    Body(body): Body<BalloonBody>,
+) -> Answer<VmInfo> {
+    blocking(move || host.set_balloon(&name, body.target_bytes)).await
 }
 
 /// Start to move a virtual machine to another host
@@ -320,7 +333,7 @@ mod tests {
     fn every_route_says_what_it_answers() {
         let document = serde_json::to_value(openapi()).unwrap();
         let paths = document["paths"].as_object().unwrap();
-        assert_eq!(paths.len(), 14);
+        assert_eq!(paths.len(), 15);
         for (path, methods) in paths {
             for (method, route) in methods.as_object().unwrap() {
                 assert!(route["summary"].is_string(), "{method} {path}");

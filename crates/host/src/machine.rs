@@ -14,6 +14,7 @@ use limosa_carrier::{Guest, GuestError};
 use limosa_engine::handover::{MigrationId, Phase};
 use limosa_engine::wire::Start;
 use limosa_os::dirty::TrackerKind;
+use limosa_vmm::answer::BalloonInfo;
 use limosa_vmm::cpu::CpuModel;
 use serde::{Deserialize, Serialize};
 use std::sync::Arc;
@@ -42,6 +43,8 @@ pub struct Look {
     pub phase: Phase,
     /// What the vCPUs do.
     pub activity: Activity,
+    /// What the guest has given up of its memory; `None` if it has no balloon.
+    pub balloon: Option<BalloonInfo>,
 }
 
 /// What the vCPUs of a virtual machine do.
@@ -99,6 +102,12 @@ pub trait Machine: Send + Sync {
     /// # Errors
     /// The VM process does not answer.
     fn command(&self, kind: CommandKind) -> Result<(), GuestError>;
+
+    /// Has the guest give up so many bytes of its memory, or take back what is above.
+    ///
+    /// # Errors
+    /// It cannot, that is too much, or the VM process does not answer.
+    fn set_balloon(&self, target_bytes: u64) -> Result<(), GuestError>;
 
     /// Ends it in order.
     ///

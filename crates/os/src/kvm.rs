@@ -22,7 +22,7 @@ use crate::dirty::device::DeviceWrites;
 use crate::dirty::{
     DirtyLog, DirtyRings, DirtyTracker, RING_BYTES_WANTED, RingTracker, TrackerKind, WriteProtect,
 };
-use crate::memory::{self, GuestView, SharedMemory};
+use crate::memory::{self, GuestView, HoldOff, Reclaim, SharedMemory};
 use kvm_bindings as abi;
 use kvm_ioctls::{Cap, VmFd};
 use limosa_pages::PageRange;
@@ -176,6 +176,7 @@ impl Kvm {
             tracker,
             is_tracking: false,
             device_writes: None,
+            reclaim: None,
         })
     }
 }
@@ -241,6 +242,8 @@ pub struct Vm {
     is_tracking: bool,
     /// What devices write; there once the machine has its memory.
     device_writes: Option<Arc<DeviceWrites>>,
+    /// Takes what the guest gives up; likewise.
+    reclaim: Option<Arc<Reclaim>>,
 }
 
 impl fmt::Debug for Vm {
@@ -269,6 +272,8 @@ impl Vm {
     ) -> Result<(), KvmError> {
         let writes = DeviceWrites::nothing(memory.page_count());
         self.device_writes = Some(Arc::new(writes));
+        let reclaim = Reclaim::new(Arc::clone(&memory), regions);
+        self.reclaim = Some(Arc::new(reclaim));
         self.slots.fill(memory, regions)
     }
 
@@ -279,6 +284,14 @@ impl Vm {
     pub fn view(&self) -> GuestView {
         let writes = self.device_writes.as_ref().expect("the machine has memory");
         memory::view(self.slots.memory(), self.slots.regions(), writes)
+    }
+
+    /// Takes pages that the guest gives up; nothing while writes are tracked.
+    ///
+    /// # Panics
+    /// If the machine has no memory yet.
+    pub const fn reclaim(&self) -> &Arc<Reclaim> {
+        self.reclaim.as_ref().expect("the machine has memory")
     }
 
     /// Interrupt controllers and timer in the kernel, before the first vCPU.
@@ -406,7 +419,10 @@ impl Vm {
     /// KVM refuses.
     pub fn start_tracking(&mut self) -> Result<(), KvmError> {
         if !self.is_tracking {
-            self.tracker.start(&self.slots)?;
+            self.hold_off(true);
+            let started = self.tracker.start(&self.slots);
+            self.hold_off(started.is_ok());
+            started?;
             self.is_tracking = true;
         }
         Ok(())
@@ -423,8 +439,15 @@ impl Vm {
             if let Some(writes) = &self.device_writes {
                 writes.forget_all();
             }
+            self.hold_off(false);
         }
         Ok(())
+    }
+
+    fn hold_off(&self, is_so: bool) {
+        if let Some(reclaim) = &self.reclaim {
+            reclaim.hold_off(HoldOff::Tracking, is_so);
+        }
     }
 
     /// True while writes are noticed.

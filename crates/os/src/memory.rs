@@ -13,6 +13,7 @@
 mod existing;
 mod extents;
 mod folios;
+mod reclaim;
 mod transfer;
 mod view;
 mod warm;
@@ -32,6 +33,7 @@ use xxhash_rust::xxh3::xxh3_64;
 
 pub use existing::ExistingPages;
 pub use folios::chosen_word;
+pub use reclaim::{HoldOff, Reclaim};
 pub use view::{GuestView, ViewPart, view};
 pub use warm::warm_free_memory;
 
@@ -366,6 +368,7 @@ impl SharedMemory {
         Err(io::ErrorKind::ResourceBusy.into())
     }
 
+    /// The same in one attempt, which may leave zeros and no hole.
     fn punch_once(&self, range: PageRange) -> io::Result<()> {
         let (first, end) = (range.first.file_offset(), range.end().file_offset());
         if end > self.size().get() {

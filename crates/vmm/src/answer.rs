@@ -1,7 +1,7 @@
 //! What a machine answers: where it is in its life, what a pause found, what a load refused.
 
 use limosa_engine::Timestamp;
-use limosa_pages::{PageSet, Pfn};
+use limosa_pages::{ByteCount, PageSet, Pfn};
 use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::time::Duration;
@@ -136,6 +136,33 @@ pub struct RefusedMsr {
     pub index: u32,
     /// The value that it should have had.
     pub value: u64,
+}
+
+/// What a guest has given up of its memory, and what it says of the rest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BalloonInfo {
+    /// Whether its driver is there.
+    pub has_driver: bool,
+    /// How much its balloon is to hold.
+    pub target: ByteCount,
+    /// How much it holds, by its driver's word.
+    pub held: ByteCount,
+    /// How much was taken out of its memory since it is here, what it reported as free included; a page
+    /// that was touched again and given up again counts twice.
+    pub reclaimed: ByteCount,
+    /// What its driver has told last, if it has; some seconds old, perhaps.
+    pub memory: Option<GuestMemory>,
+}
+
+/// A guest's memory as the guest sees it; what it does not tell is `None`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct GuestMemory {
+    /// All, without what is in the balloon where the driver counts so.
+    pub total: Option<ByteCount>,
+    /// Used for nothing.
+    pub free: Option<ByteCount>,
+    /// What programs could have without swapping: free, and caches that can go.
+    pub available: Option<ByteCount>,
 }
 
 /// A part of the state that moves.

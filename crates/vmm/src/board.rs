@@ -82,6 +82,14 @@ impl Board {
         }
     }
 
+    /// Its virtio devices, if one of them is a balloon; a micro guest has none.
+    pub(crate) fn with_balloon(&self) -> Option<&Devices> {
+        match self {
+            Self::Micro(_) => None,
+            Self::Pc(pc) => Some(pc.devices()),
+        }
+    }
+
     fn devices(&self) -> &Devices {
         match self {
             Self::Micro(device) => device.devices(),

@@ -5,7 +5,7 @@
 //! written without asking. A request that gets no answer in time ends the connection, since a late
 //! answer would be taken for that of the next one.
 
-use crate::answer::{Loaded, RunState, Running, Saved, SectionInfo};
+use crate::answer::{BalloonInfo, Loaded, RunState, Running, Saved, SectionInfo};
 use crate::boot::linux::LinuxImage;
 use crate::config::{Platform, VmConfig};
 use crate::process::command_number;
@@ -24,7 +24,7 @@ use limosa_os::dirty::TrackerKind;
 use limosa_os::process::Process;
 use limosa_os::userfault::{FaultPath, InstallError, PageInstaller};
 use limosa_os::{MemoryError, SharedBitmap, SharedMemory, socket};
-use limosa_pages::{PageCount, PageRange, PageSet, Pfn};
+use limosa_pages::{ByteCount, PageCount, PageRange, PageSet, Pfn};
 use std::io;
 use std::net::{Shutdown, SocketAddr};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -122,6 +122,8 @@ pub struct Status {
     pub missing: Option<PageCount>,
     /// How fast the guest may write; `None` if as fast as it can.
     pub throttle: Option<Throttle>,
+    /// What the guest has given up of its memory; `None` if it cannot.
+    pub balloon: Option<BalloonInfo>,
 }
 
 /// A VM process. Dropping it leaves the process to its own rules for a lost daemon.
@@ -320,11 +322,13 @@ impl VmHandle {
                 run_state,
                 missing,
                 throttle,
+                balloon,
             } => Ok(Status {
                 phase,
                 run_state,
                 missing,
                 throttle,
+                balloon,
             }),
             _ => Err(self.foreign()),
         }
@@ -548,6 +552,15 @@ impl VmHandle {
     /// There is no socket for that address.
     pub fn set_observer(&self, address: Option<SocketAddr>) -> Result<(), VmError> {
         self.order(&Request::SetObserver { address })
+    }
+
+    /// Has the guest give up so much of its memory, in whole pages, or take back what is above. That takes
+    /// it some time: [`Status::balloon`] tells.
+    ///
+    /// # Errors
+    /// It has no balloon, that is all of its memory, or its memory is of huge pages.
+    pub fn set_balloon(&self, target: ByteCount) -> Result<(), VmError> {
+        self.order(&Request::SetBalloon { target })
     }
 
     /// Tells a micro guest to do something; the command's number, which its reports show when it is

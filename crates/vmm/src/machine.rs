@@ -30,7 +30,7 @@ mod vcpu_state;
 mod vcpu_thread;
 
 use crate::acpi;
-use crate::answer::{ExitReason, Loaded, RunState, Running, SaveTimes};
+use crate::answer::{BalloonInfo, ExitReason, Loaded, RunState, Running, SaveTimes};
 use crate::board::Board;
 use crate::board::micro::MicroDevice;
 use crate::board::pc::{self, Pc, Terminal};
@@ -52,7 +52,7 @@ use limosa_os::bitmap::BitmapError;
 use limosa_os::kvm::{Kvm, KvmError, Vcpu, Vm};
 use limosa_os::userfault::GateError;
 use limosa_os::{MemoryError, SharedBitmap, SharedMemory};
-use limosa_pages::{PageCount, PageRange, Pfn};
+use limosa_pages::{ByteCount, PAGE_SIZE, PageCount, PageRange, Pfn};
 use msrs::MsrPlan;
 use seat::{Seats, Shared};
 use snapshot::{MachineSections, MachineState};
@@ -122,6 +122,9 @@ pub enum MachineError {
     /// A disk or a network is not here, or fails.
     #[error(transparent)]
     Device(#[from] DeviceError),
+    /// The guest cannot be asked for memory.
+    #[error("there is no balloon to fill: {0}")]
+    Balloon(&'static str),
     /// A throttle that cannot be carried out.
     #[error("the guest cannot be slowed down: {0}")]
     Throttle(&'static str),
@@ -547,6 +550,29 @@ impl Machine {
         self.board.set_observer(address).map_err(no_observer)?;
         self.config.observer = address;
         Ok(())
+    }
+
+    /// Has the guest give up that much memory by its balloon, or take back what is above.
+    ///
+    /// # Errors
+    /// It has no balloon, its memory cannot be given up, that is more than it has, or the device is stuck.
+    pub fn set_balloon(&self, target: ByteCount) -> Result<(), MachineError> {
+        let devices = self.board.with_balloon();
+        let devices = devices.ok_or(MachineError::Balloon("a micro guest has none"))?;
+        if !self.vm.reclaim().is_possible() {
+            let why = "huge pages are reserved for the guest and stay so";
+            return Err(MachineError::Balloon(why));
+        }
+        if target >= self.config.memory {
+            return Err(MachineError::Balloon("it would hold all of the memory"));
+        }
+        let pages = PageCount::new(target.get() / PAGE_SIZE);
+        Ok(devices.set_balloon(pages)?)
+    }
+
+    /// What the guest has given up; `None` if it has no balloon.
+    pub fn balloon(&self) -> Option<BalloonInfo> {
+        Some(self.board.with_balloon()?.balloon())
     }
 
     /// Tells the micro guest to do something; the command's number, `None` if it is none.

@@ -355,6 +355,7 @@ impl Process<'_> {
                 run_state: self.run_state(),
                 missing: self.machine.as_ref().and_then(Machine::missing),
                 throttle: self.machine.as_ref().and_then(Machine::throttled),
+                balloon: self.machine.as_ref().and_then(Machine::balloon),
             },
             Request::Inspect => Reply::Sections(self.inspect()?),
             Request::StartTracking => done(self.machine()?.start_tracking())?,
@@ -392,6 +393,7 @@ impl Process<'_> {
                 Reply::Done
             }
             Request::SetObserver { address } => done(self.machine()?.set_observer(address))?,
+            Request::SetBalloon { target } => done(self.machine()?.set_balloon(target))?,
             Request::Command { kind } => {
                 let command = self.machine()?.command(command_kind(kind)?);
                 Reply::Sequence(command.ok_or(RequestError::NotMicro)?)

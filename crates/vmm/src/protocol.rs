@@ -5,14 +5,14 @@
 //! first bytes of a frame. Neither side trusts the other: lengths are limited, buffers grow as bytes
 //! arrive, and whatever does not fit ends the connection.
 
-use crate::answer::{Loaded, RunState, Running, SaveTimes, SectionInfo};
+use crate::answer::{BalloonInfo, Loaded, RunState, Running, SaveTimes, SectionInfo};
 use crate::config::VmConfig;
 use limosa_engine::Timestamp;
 use limosa_engine::handover::{MigrationId, Phase};
 use limosa_engine::source::Writers;
 use limosa_engine::throttle::Throttle;
 use limosa_os::descriptor;
-use limosa_pages::{PageCount, PageRange, Pfn};
+use limosa_pages::{ByteCount, PageCount, PageRange, Pfn};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use std::error::Error;
@@ -91,6 +91,10 @@ pub(crate) enum Request {
     Command {
         kind: u8,
     },
+    /// Have the guest give up so much memory.
+    SetBalloon {
+        target: ByteCount,
+    },
 }
 
 /// What a machine is to boot.
@@ -120,6 +124,8 @@ pub(crate) enum Reply {
         /// How many pages are missing, if faults are held back.
         missing: Option<PageCount>,
         throttle: Option<Throttle>,
+        /// If it has one.
+        balloon: Option<BalloonInfo>,
     },
     Running(Running),
     /// The dirty log is in the shared bitmap.

@@ -1,5 +1,5 @@
-//! Devices that a guest has beside its board (virtio 1.2, registers in memory: section 4.2): disks, networks
-//! and a source of random numbers those with a kernel, networks alone micro guests.
+//! Devices that a guest has beside its board (virtio 1.2, registers in memory: section 4.2): disks, networks,
+//! a source of random numbers and a balloon those with a kernel, networks alone micro guests.
 //!
 //! ```text
 //!  vCPU ──registers──▶ Transport ◀──rings, descriptors──▶ guest memory
@@ -17,26 +17,31 @@
 //!
 //! Deliberately absent: PCI, packed rings, several queues of a kind.
 
+mod balloon;
 mod block;
 mod device;
 mod entropy;
 mod line;
 mod network;
+mod places;
 #[cfg(test)]
 mod tests;
 mod transport;
 mod worker;
 
+use crate::answer::BalloonInfo;
 use crate::board::Wake;
 use crate::config::devices::{DiskConfig, NetworkConfig};
 use crate::config::{Platform, VmConfig};
 use crate::state::{Kind, Section, StateError, Writer};
+use balloon::Balloon;
 use block::Block;
 use device::Device;
 use entropy::Entropy;
 use limosa_os::disk::{Disk, Way};
 use limosa_os::kvm::{KvmError, Vm};
 use limosa_os::tap::Tap;
+use limosa_pages::PageCount;
 use line::Line;
 use network::Network;
 use std::io;
@@ -50,8 +55,9 @@ use worker::Worker;
 pub(crate) const FIRST_ADDRESS: u64 = 0xd000_0000;
 /// From the registers of a device to those of the next one, of which it has so many bytes.
 pub(crate) const WINDOW_BYTES: u32 = 0x1000;
-/// The interrupt line of the first device: the first one that no device of a PC has.
-const FIRST_LINE: u32 = 16;
+/// The interrupt lines of devices, in their order: first those that no device of a PC has, then two of the
+/// others that are free, since the controller has 24.
+const LINES: [u32; 10] = [16, 17, 18, 19, 20, 21, 22, 23, 10, 11];
 
 /// How long devices may take to finish what they are at before the guest's owner gives up waiting.
 const REST_MAX: Duration = Duration::from_secs(5);
@@ -64,10 +70,14 @@ pub(crate) struct Place {
 }
 
 impl Place {
+    /// Of the device with that index.
+    ///
+    /// # Panics
+    /// If a machine cannot have so many.
     pub(crate) fn of(index: u16) -> Self {
         Self {
             address: FIRST_ADDRESS + u64::from(index) * u64::from(WINDOW_BYTES),
-            line: FIRST_LINE + u32::from(index),
+            line: LINES[usize::from(index)],
         }
     }
 }
@@ -133,12 +143,14 @@ pub(crate) struct Devices {
     /// Dropped first, which ends the threads.
     workers: Vec<Worker>,
     transports: Vec<Arc<Transport>>,
+    /// Of the balloon, which is the last device.
+    balloon: Arc<balloon::Ledger>,
 }
 
 impl Devices {
     /// How many a machine with that configuration has.
     pub(crate) fn count(config: &VmConfig) -> u16 {
-        let others = usize::from(has_entropy(config));
+        let others = if has_all(config) { 2 } else { 0 };
         let count = config.disks.len() + config.networks.len() + others;
         u16::try_from(count).expect("limited by the configuration")
     }
@@ -169,11 +181,13 @@ impl Devices {
             let tap = Tap::open(&config.tap).map_err(|source| no_network(config, source))?;
             devices.push(Box::new(Network::new(tap, config.mac.0)));
         }
-        if has_entropy(config) {
+        let mut all = Self::default();
+        if has_all(config) {
             devices.push(Box::new(Entropy::new().map_err(DeviceError::Entropy)?));
+            let balloon = Balloon::new(Arc::clone(&all.balloon), Arc::clone(vm.reclaim()));
+            devices.push(Box::new(balloon));
         }
         let view = Arc::new(vm.view());
-        let mut all = Self::default();
         for (index, device) in (0..).zip(devices) {
             let line = match wake {
                 Some(wake) => Line::Wake(Arc::clone(wake)),
@@ -271,6 +285,24 @@ impl Devices {
         first_failed
     }
 
+    /// Has the guest give up that much memory, or take back what is above.
+    pub(crate) fn set_balloon(&self, target: PageCount) -> Result<(), DeviceError> {
+        self.balloon.set_target(target);
+        self.transports
+            .last()
+            .map_or(Ok(()), |device| device.tell_of_change())
+    }
+
+    /// What the guest has given up, as its driver said last, which is asked to say it anew.
+    pub(crate) fn balloon(&self) -> BalloonInfo {
+        let info = self.balloon.look();
+        self.balloon.ask();
+        if let Some(device) = self.transports.last() {
+            device.ring(balloon::STATISTICS);
+        }
+        info
+    }
+
     pub(crate) fn save(&self, writer: &mut Writer) {
         for transport in &self.transports {
             writer.write(Kind::Virtio, transport.index(), &transport.save());
@@ -286,8 +318,8 @@ impl Devices {
     }
 }
 
-/// Micro guests make do with their clock.
-fn has_entropy(config: &VmConfig) -> bool {
+/// Whether it has random numbers and a balloon: micro guests make do with their clock and their memory.
+fn has_all(config: &VmConfig) -> bool {
     config.platform == Platform::Pc
 }
 

@@ -4,7 +4,7 @@ use crate::arguments::{Disk, Net, Run, Stop};
 use crate::output::{Align, Output, count, table};
 use crate::run_file;
 use anyhow::{Context, Result};
-use limosa_host::api::{DiskSpec, LinuxSpec, SectionInfo, VmInfo, VmSpec, VmState};
+use limosa_host::api::{BalloonInfo, DiskSpec, LinuxSpec, SectionInfo, VmInfo, VmSpec, VmState};
 use limosa_host::client::Client;
 use limosa_pages::ByteCount;
 use serde::Serialize;
@@ -199,8 +199,10 @@ pub(super) fn inspect(client: &Client, name: &str, output: Output) -> Result<()>
                 count(inspection.state_bytes),
             ]);
             let memory = ByteCount::new(inspection.vm.memory_bytes);
+            let given_up = inspection.vm.balloon.as_ref();
+            let given_up = given_up.map_or_else(String::new, |info| format!("\n{}", balloon(info)));
             format!(
-                "{}\nmemory  {memory} of {}\nprocessor  {}\ndirty tracker  {}: {}",
+                "{}\nmemory  {memory} of {}{given_up}\nprocessor  {}\ndirty tracker  {}: {}",
                 table(head, &rows),
                 inspection.vm.name,
                 inspection.vm.cpu,
@@ -209,6 +211,23 @@ pub(super) fn inspect(client: &Client, name: &str, output: Output) -> Result<()>
             )
         },
     )
+}
+
+/// What a guest has given up of its memory, in a line.
+pub(super) fn balloon(info: &BalloonInfo) -> String {
+    if !info.has_driver {
+        return "balloon  the guest has no driver for it".to_owned();
+    }
+    let bytes = |count: u64| ByteCount::new(count).to_string();
+    let (held, target) = (bytes(info.held_bytes), bytes(info.target_bytes));
+    let guest = match (info.guest_free_bytes, info.guest_total_bytes) {
+        (Some(free), Some(total)) => {
+            format!("; the guest has {} free of {}", bytes(free), bytes(total))
+        }
+        _ => String::new(),
+    };
+    let reclaimed = bytes(info.reclaimed_bytes);
+    format!("balloon  {held} of {target}; {reclaimed} given back to this host so far{guest}")
 }
 
 /// An answer about a virtual machine that is gone.

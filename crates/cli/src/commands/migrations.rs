@@ -1,6 +1,6 @@
 //! Commands about migrations: migrate, status, set, drain, abort, resolve.
 
-use super::machines::short;
+use super::machines::{self, short};
 use super::preflight;
 use crate::arguments::{Migrate, Resolve, Set, Status};
 use crate::follow::{Follower, headline, how_slow, numbers, outcome_line, stage_name};
@@ -81,6 +81,13 @@ pub(super) fn status(follower: &Follower, status: &Status) -> Result<()> {
 
 /// Changes limits.
 pub(super) fn set(client: &Client, set: &Set, output: Output) -> Result<()> {
+    if let Some(size) = set.balloon {
+        let vm = client.set_balloon(&set.which, size.bytes())?;
+        return output.answer(&vm, |vm| match &vm.balloon {
+            Some(balloon) => format!("{}: {}", vm.name, machines::balloon(balloon)),
+            None => vm.name.clone(),
+        });
+    }
     let patch = LimitsPatch {
         mode: set.mode,
         downtime_max_ms: set.downtime_max.map(Milliseconds::get),

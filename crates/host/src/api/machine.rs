@@ -159,6 +159,9 @@ pub struct VmInfo {
         example = "running with residual dependency: 512 pages (2.00 MiB) are still at its source, 192.0.2.7"
     )]
     pub residual_dependency: Option<String>,
+    /// What it has given up of its memory; not told while a migration holds it, and `null` for guests
+    /// that have no balloon.
+    pub balloon: Option<BalloonInfo>,
     /// The migration that moves it away now, or moved it here.
     pub migration: Option<String>,
     /// How it ended, once it has.
@@ -174,6 +177,34 @@ impl VmInfo {
     pub fn console_socket(&self) -> PathBuf {
         console_socket(Path::new(&self.socket))
     }
+}
+
+/// What a guest has given up of its memory, and what its driver told last of the rest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct BalloonInfo {
+    /// Whether the balloon's driver is there.
+    pub has_driver: bool,
+    /// How much its balloon is to hold.
+    pub target_bytes: u64,
+    /// How much it holds.
+    pub held_bytes: u64,
+    /// How much was taken out of its memory since it is on this host, what it reported as free
+    /// included.
+    pub reclaimed_bytes: u64,
+    /// The guest's memory as it sees it.
+    pub guest_total_bytes: Option<u64>,
+    /// What of it is used for nothing.
+    pub guest_free_bytes: Option<u64>,
+    /// What of it programs could have: free, and caches that can go.
+    pub guest_available_bytes: Option<u64>,
+}
+
+/// How much a guest is to give up.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct BalloonBody {
+    /// So much of its memory its balloon is to hold; less than all of it.
+    pub target_bytes: u64,
 }
 
 /// A part of the state that moves with a guest.

@@ -1,7 +1,7 @@
 //! Requests about virtual machines: make, list, look into, end.
 
 use super::{ABORT_MAX, Host, parse_name};
-use crate::api::{CommandKind, GuestReport, SectionInfo, VmInfo, VmSpec, VmState};
+use crate::api::{BalloonInfo, CommandKind, GuestReport, SectionInfo, VmInfo, VmSpec, VmState};
 use crate::machine::{Activity, Machine, OnEnd};
 use crate::refusal::Refusal;
 use crate::registry::{Hold, Slot, Vm};
@@ -9,7 +9,8 @@ use crate::state_dir::VmName;
 use limosa_carrier::{GuestError, Listener, Migration};
 use limosa_engine::handover::{MigrationId, Phase};
 use limosa_engine::source::Stage;
-use limosa_pages::PageCount;
+use limosa_pages::{ByteCount, PageCount};
+use limosa_vmm::answer;
 use limosa_vmm::config::PC_VCPUS_MAX;
 use std::fs::{self, File};
 use std::io::{Read, Seek, SeekFrom};
@@ -71,6 +72,7 @@ impl Host {
             errors: None,
             missing_pages: 0,
             residual_dependency: None,
+            balloon: None,
             migration: None,
             ended,
             socket: self.state.vm_socket(name).display().to_string(),
@@ -282,6 +284,18 @@ impl Host {
         machine.sections().map_err(|error| silent(&name, &error))
     }
 
+    /// Has a guest give up memory, or take it back, and tells how it stands at the beginning.
+    ///
+    /// # Errors
+    /// It is not resident, has no balloon, or that is too much.
+    pub fn set_balloon(&self, name: &str, target_bytes: u64) -> Result<VmInfo, Refusal> {
+        let parsed = parse_name(name)?;
+        let machine = self.registry().resident(&parsed)?;
+        let set = machine.set_balloon(target_bytes);
+        set.map_err(|error| Refusal::bad_request(error.to_string()))?;
+        self.vm(name)
+    }
+
     /// What a micro guest says about itself.
     ///
     /// # Errors
@@ -308,6 +322,7 @@ fn tell_look(info: &mut VmInfo, machine: &dyn Machine) {
     match machine.look() {
         Ok(look) => {
             info.phase = look.phase.to_string();
+            info.balloon = look.balloon.as_ref().map(balloon);
             info.state = match look.activity {
                 Activity::Running => VmState::Running,
                 Activity::Paused => VmState::Paused,
@@ -326,6 +341,20 @@ fn tell_look(info: &mut VmInfo, machine: &dyn Machine) {
             };
             info.phase = error.to_string();
         }
+    }
+}
+
+fn balloon(info: &answer::BalloonInfo) -> BalloonInfo {
+    let memory = info.memory.unwrap_or_default();
+    let bytes = |count: Option<ByteCount>| count.map(ByteCount::get);
+    BalloonInfo {
+        has_driver: info.has_driver,
+        target_bytes: info.target.get(),
+        held_bytes: info.held.get(),
+        reclaimed_bytes: info.reclaimed.get(),
+        guest_total_bytes: bytes(memory.total),
+        guest_free_bytes: bytes(memory.free),
+        guest_available_bytes: bytes(memory.available),
     }
 }
 

@@ -96,6 +96,7 @@ impl Machine for FakeMachine {
             None => Ok(Look {
                 phase: self.phase(),
                 activity: Activity::Running,
+                balloon: None,
             }),
         }
     }
@@ -121,6 +122,10 @@ impl Machine for FakeMachine {
 
     fn command(&self, _: CommandKind) -> Result<(), GuestError> {
         Ok(())
+    }
+
+    fn set_balloon(&self, _: u64) -> Result<(), GuestError> {
+        Err(GuestError("a fake has no balloon".to_owned()))
     }
 
     fn stop(&self) -> Result<(), GuestError> {

@@ -321,6 +321,7 @@ impl Machine for Process {
         Ok(Look {
             phase: status.phase,
             activity: activity(&status.run_state),
+            balloon: status.balloon,
         })
     }
 
@@ -362,6 +363,11 @@ impl Machine for Process {
             .command(kind)
             .map(drop)
             .map_err(GuestError::from)
+    }
+
+    fn set_balloon(&self, target_bytes: u64) -> Result<(), GuestError> {
+        let target = ByteCount::new(target_bytes);
+        self.handle.set_balloon(target).map_err(GuestError::from)
     }
 
     fn stop(&self) -> Result<(), GuestError> {

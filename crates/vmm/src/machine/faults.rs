@@ -7,6 +7,7 @@ use super::{Machine, MachineError};
 use limosa_os::SharedBitmap;
 use limosa_os::SharedMemory;
 use limosa_os::bitmap::BitmapError;
+use limosa_os::memory::HoldOff;
 use limosa_os::userfault::{FaultGate, GateError};
 use limosa_pages::PageCount;
 use std::sync::Arc;
@@ -41,6 +42,8 @@ impl Machine {
     /// Holds back every access to a page that is not there, from now on. Where that is not possible,
     /// [`Machine::faults`] says why, and the machine can be used as it is.
     pub fn arm(&mut self) {
+        let reclaim = self.vm.reclaim();
+        reclaim.hold_off(HoldOff::MissingPages, true);
         self.faults = HeldFaults::new(&self.memory).map_err(|error| {
             let why = crate::protocol::in_one_line(&error);
             tracing::warn!(why, "the guest cannot run before its memory is complete");
@@ -81,11 +84,11 @@ impl Machine {
     pub fn disarm(&mut self) -> Result<(), MachineError> {
         let complete = Err("its memory is complete".to_owned());
         match std::mem::replace(&mut self.faults, complete) {
-            Ok(held) => Ok(held.gate.close()?),
-            Err(why) => {
-                self.faults = Err(why);
-                Ok(())
-            }
+            Ok(held) => held.gate.close()?,
+            Err(why) => self.faults = Err(why),
         }
+        let reclaim = self.vm.reclaim();
+        reclaim.hold_off(HoldOff::MissingPages, false);
+        Ok(())
     }
 }

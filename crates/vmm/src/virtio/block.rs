@@ -9,13 +9,11 @@
 //! While the guest rests nothing is under way, so none is lost and none is done twice, and its disk is
 //! flushed; a guest that leaves gives up its lock, for whoever runs it next.
 
-mod places;
-
 use super::DeviceError;
 use super::device::{Device, Input, Ring, Served};
+use super::places::Places;
 use limosa_os::disk::{Action, Completed, Disk, DiskBuffer, DiskQueue, SECTOR_BYTES, Way};
 use limosa_os::memory::GuestView;
-use places::Places;
 use std::io;
 use std::thread;
 use std::time::{Duration, Instant};

@@ -10,7 +10,7 @@ use std::time::Instant;
 use virtio_queue::{DescriptorChain, Error as QueueError, Queue, QueueOwnedT, QueueT};
 
 /// Most queues of a device.
-pub(super) const QUEUES_MAX: usize = 3;
+pub(super) const QUEUES_MAX: usize = 5;
 
 /// A descriptor for which a device's thread waits, beside its doorbells.
 pub(super) type Input = Arc<dyn AsFd + Send + Sync>;
@@ -28,6 +28,9 @@ pub(super) trait Device: fmt::Debug + Send {
 
     /// Its configuration, as the driver reads it.
     fn configuration(&self) -> Vec<u8>;
+
+    /// The driver writes a word of the configuration.
+    fn configure(&mut self, _offset: u32, _value: u32) {}
 
     /// The driver is there and has taken these features; the same after a load.
     fn begin(&mut self, _features: u64) {}

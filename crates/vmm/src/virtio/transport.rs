@@ -136,6 +136,10 @@ impl Core {
         self.registers.status & (WANTED | FAILED | NEEDS_RESET) == WANTED
     }
 
+    const fn change_generation(&mut self) {
+        self.registers.generation = self.registers.generation.wrapping_add(1);
+    }
+
     fn offered(&self) -> u64 {
         FEATURES | self.device.features()
     }
@@ -329,7 +333,7 @@ impl Transport {
     }
 
     /// Calls the device's thread to a queue.
-    fn ring(&self, queue: usize) {
+    pub(super) fn ring(&self, queue: usize) {
         if let Some(Err(error)) = self.bells.get(queue).map(Doorbell::ring) {
             tracing::warn!(%error, device = self.index, queue, "a device does not wake up");
         }
@@ -395,8 +399,18 @@ impl Transport {
     pub(super) fn arrive(&self) -> Result<(), DeviceError> {
         let mut core = self.core_in_time()?;
         if core.is_live() && core.device.arrive() {
-            core.registers.generation = core.registers.generation.wrapping_add(1);
+            core.change_generation();
             self.interrupt.fetch_or(INT_CONFIG, Ordering::SeqCst);
+        }
+        Ok(())
+    }
+
+    /// Has the driver look at the configuration, which has changed.
+    pub(super) fn tell_of_change(&self) -> Result<(), DeviceError> {
+        let mut core = self.core_in_time()?;
+        if core.is_live() {
+            core.change_generation();
+            self.interrupt(INT_CONFIG);
         }
         Ok(())
     }
@@ -463,6 +477,10 @@ impl Transport {
             }
             QUEUE_NOTIFY => self.ring(usize::try_from(value).unwrap_or(usize::MAX)),
             STATUS => self.write_status(value),
+            CONFIG.. => self
+                .core_for_driver()
+                .device
+                .configure(offset - CONFIG, value),
             _ => self.write_register(offset, value),
         }
     }

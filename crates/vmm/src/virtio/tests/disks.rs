@@ -421,7 +421,8 @@ fn who_waits_for_a_request_that_never_ends_is_told() {
         return;
     };
     let view = Arc::new(bed.vm.view());
-    let transport = Transport::new(5, Box::new(Endless), &bed.vm, view).unwrap();
+    let line = Line::Interrupt(bed.vm.interrupt_line(Place::of(5).line).unwrap());
+    let transport = Transport::new(5, Box::new(Endless), &bed.vm, line, view).unwrap();
     transport.resume();
     transport.begin_rest();
     let begun = Instant::now();

@@ -53,6 +53,11 @@ impl Places {
         self.bytes
     }
 
+    /// Their addresses and lengths.
+    pub(super) fn pieces(&self) -> impl Iterator<Item = (GuestAddress, u32)> + '_ {
+        self.pieces.iter().copied()
+    }
+
     /// Takes the last byte away; `None` if there is none.
     pub(super) fn take_last(&mut self) -> Option<GuestAddress> {
         let (address, len) = self.pieces.pop_back()?;

@@ -1,0 +1,304 @@
+//! A balloon and its driver.
+
+use super::*;
+use limosa_os::memory::HoldOff;
+
+/// The balloon of a bed with one disk.
+const BALLOON: u16 = 2;
+const QUEUES: u16 = 5;
+/// Rings and buffer of each queue.
+const PLACES: u64 = 0x30_0000;
+const PLACE_BYTES: u64 = 0x8000;
+/// Statistics and reports, as Linux takes them.
+const TAKEN: u32 = 1 << 1 | 1 << 5;
+const FILLED: u16 = 0;
+const STATISTICS: u16 = 2;
+/// Where Linux has the queue of reports.
+const REPORTS: u16 = 3;
+/// Pages that tests give up: those from here on exist, sixteen of them.
+const GIVEN: u64 = 0x80_0000;
+
+struct Driver<'a> {
+    bed: &'a Bed,
+    next: [u16; QUEUES as usize],
+}
+
+impl<'a> Driver<'a> {
+    fn start(bed: &'a Bed, features: u32) -> Self {
+        bed.write(BALLOON, VIRTIO_MMIO_STATUS, 0);
+        bed.write(BALLOON, VIRTIO_MMIO_STATUS, 3);
+        for (half, features) in [(0, FEATURES[0] | features), (1, FEATURES[1])] {
+            bed.write(BALLOON, VIRTIO_MMIO_DRIVER_FEATURES_SEL, half);
+            bed.write(BALLOON, VIRTIO_MMIO_DRIVER_FEATURES, features);
+        }
+        bed.write(BALLOON, VIRTIO_MMIO_STATUS, 11);
+        assert_eq!(bed.read(BALLOON, VIRTIO_MMIO_STATUS), 11);
+        for queue in 0..QUEUES {
+            bed.write(BALLOON, VIRTIO_MMIO_QUEUE_SEL, queue.into());
+            bed.write(BALLOON, VIRTIO_MMIO_QUEUE_NUM, SIZE.into());
+            for (register, offset) in [
+                (VIRTIO_MMIO_QUEUE_DESC_LOW, 0),
+                (VIRTIO_MMIO_QUEUE_AVAIL_LOW, 0x1000),
+                (VIRTIO_MMIO_QUEUE_USED_LOW, 0x2000),
+            ] {
+                let address = Self::place(queue) + offset;
+                bed.write(BALLOON, register, u32::try_from(address).unwrap());
+            }
+            let empty = GuestAddress(Self::place(queue) + 0x1000);
+            bed.view.write_slice(&[0; 0x2000], empty).unwrap();
+            bed.write(BALLOON, VIRTIO_MMIO_QUEUE_READY, 1);
+        }
+        bed.write(BALLOON, VIRTIO_MMIO_STATUS, 15);
+        for page in 0..16 {
+            bed.fill(GIVEN + page * PAGE_SIZE, 7, 8);
+        }
+        Self {
+            bed,
+            next: [0; QUEUES as usize],
+        }
+    }
+
+    fn place(queue: u16) -> u64 {
+        PLACES + u64::from(queue) * PLACE_BYTES
+    }
+
+    /// Where a queue's buffer is.
+    fn buffer(queue: u16) -> u64 {
+        Self::place(queue) + 0x4000
+    }
+
+    fn used(&self, queue: u16) -> u16 {
+        let place = GuestAddress(Self::place(queue) + 0x2002);
+        self.bed.view.read_obj(place).unwrap()
+    }
+
+    /// Queues one piece for each of these, and rings.
+    fn queue(&mut self, queue: u16, pieces: &[(u64, u32)], is_written: bool) {
+        let write = |offset: u64, bytes: &[u8]| {
+            let place = GuestAddress(Self::place(queue) + offset);
+            self.bed.view.write_slice(bytes, place).unwrap();
+        };
+        for (index, (address, len)) in (0_u16..).zip(pieces) {
+            let has_next = usize::from(index) + 1 < pieces.len();
+            let flags = u16::from(has_next) | u16::from(is_written) << 1;
+            let descriptor = 16 * u64::from(index);
+            write(descriptor, &address.to_le_bytes());
+            write(descriptor + 8, &len.to_le_bytes());
+            write(descriptor + 12, &flags.to_le_bytes());
+            write(descriptor + 14, &(index + 1).to_le_bytes());
+        }
+        let next = &mut self.next[usize::from(queue)];
+        write(0x1004 + 2 * u64::from(*next % SIZE), &[0, 0]);
+        *next += 1;
+        write(0x1002, &next.to_le_bytes());
+        self.bed
+            .write(BALLOON, VIRTIO_MMIO_QUEUE_NOTIFY, queue.into());
+    }
+
+    fn wait(&self, queue: u16) {
+        let end = Instant::now() + Duration::from_secs(10);
+        while self.used(queue) != self.next[usize::from(queue)] {
+            assert!(Instant::now() < end, "the balloon does not answer");
+            thread::sleep(Duration::from_millis(1));
+        }
+    }
+
+    fn fill(&mut self, pages: &[u32]) {
+        let bytes: Vec<u8> = pages.iter().flat_map(|page| page.to_le_bytes()).collect();
+        let buffer = Self::buffer(FILLED);
+        self.bed
+            .view
+            .write_slice(&bytes, GuestAddress(buffer))
+            .unwrap();
+        self.queue(
+            FILLED,
+            &[(buffer, u32::try_from(bytes.len()).unwrap())],
+            false,
+        );
+        self.wait(FILLED);
+    }
+
+    fn report(&mut self, pieces: &[(u64, u32)]) {
+        self.queue(REPORTS, pieces, true);
+        self.wait(REPORTS);
+    }
+
+    /// Which of the sixteen pages exist.
+    fn left(&self) -> String {
+        let first = Pfn::new(GIVEN / PAGE_SIZE);
+        let pages = PageRange::new(first, PageCount::new(16));
+        let runs = self.bed.memory.data_extents(pages).unwrap();
+        let runs: Vec<String> = runs
+            .iter()
+            .map(|run| format!("{}+{}", run.first.get() - first.get(), run.count.get()))
+            .collect();
+        runs.join(" ")
+    }
+
+    fn wait_for_failure(&self) {
+        let end = Instant::now() + Duration::from_secs(10);
+        while self.bed.read(BALLOON, VIRTIO_MMIO_STATUS) & 0x40 == 0 {
+            assert!(Instant::now() < end, "the broken queue is not noticed");
+            thread::sleep(Duration::from_millis(1));
+        }
+    }
+}
+
+fn bed() -> Option<(Disks, VmConfig, Bed)> {
+    let disks = Disks::new(1 << 20);
+    let mut config = disks.config(false);
+    let bed = Bed::new(&mut config)?;
+    assert_eq!(bed.read(BALLOON, VIRTIO_MMIO_DEVICE_ID), 5);
+    bed.run();
+    Some((disks, config, bed))
+}
+
+#[test]
+fn what_is_in_the_balloon_is_a_hole() {
+    let Some((_disks, _, bed)) = bed() else {
+        return;
+    };
+    let mut driver = Driver::start(&bed, TAKEN);
+    let page = |index: u32| u32::try_from(GIVEN / PAGE_SIZE).unwrap() + index;
+    // In any order, one of them twice, and some that are no memory.
+    driver.fill(&[page(5), page(4), page(9), page(4), 0x8_0000, u32::MAX]);
+    assert_eq!(driver.left(), "0+4 6+3 10+6");
+    assert_eq!(bed.devices.balloon().reclaimed, PageCount::new(3).bytes());
+    bed.write(BALLOON, VIRTIO_MMIO_CONFIG + 4, 3);
+    assert_eq!(bed.read(BALLOON, VIRTIO_MMIO_CONFIG + 4), 3);
+    assert_eq!(bed.devices.balloon().held, PageCount::new(3).bytes());
+    // Taken back by being touched.
+    bed.fill(GIVEN + 4 * PAGE_SIZE, 1, 8);
+    driver.queue(1, &[(Driver::buffer(FILLED), 4)], false);
+    driver.wait(1);
+    assert_eq!(driver.left(), "0+5 6+3 10+6");
+    // More numbers than anybody sends.
+    driver.queue(FILLED, &[(DATA, 4 * 4096 + 4)], false);
+    driver.wait_for_failure();
+    assert_eq!(driver.left(), "0+5 6+3 10+6");
+}
+
+#[test]
+fn what_is_reported_as_free_is_a_hole() {
+    let Some((_disks, _, bed)) = bed() else {
+        return;
+    };
+    // By the count of Linux, of the standard, and of Linux without statistics.
+    for (features, queue) in [(TAKEN, 3), (TAKEN, 4), (1 << 5, 2)] {
+        let mut driver = Driver::start(&bed, features);
+        let pieces = [
+            (GIVEN, 8192),
+            (GIVEN + 0x4800, 0x2000),
+            (GIVEN + 0xf000, 4096),
+        ];
+        driver.queue(queue, &pieces, true);
+        driver.wait(queue);
+        assert_eq!(driver.left(), "2+3 6+9");
+    }
+    let mut driver = Driver::start(&bed, TAKEN);
+    driver.queue(REPORTS, &[(GIVEN, 4096), (MEMORY.get() - 4096, 8192)], true);
+    driver.wait_for_failure();
+    assert_eq!(driver.left(), "0+16", "nothing of what is wrong is taken");
+}
+
+#[test]
+fn nothing_is_taken_while_the_guest_is_moved() {
+    let Some((_disks, _, mut bed)) = bed() else {
+        return;
+    };
+    Driver::start(&bed, TAKEN);
+    bed.vm.start_tracking().unwrap();
+    let mut driver = Driver::start(&bed, TAKEN);
+    driver.report(&[(GIVEN, 8192)]);
+    driver.fill(&[u32::try_from(GIVEN / PAGE_SIZE).unwrap()]);
+    assert_eq!(driver.left(), "0+16");
+    bed.vm.stop_tracking().unwrap();
+    bed.vm.reclaim().hold_off(HoldOff::MissingPages, true);
+    let mut driver = Driver::start(&bed, TAKEN);
+    driver.report(&[(GIVEN, 8192)]);
+    assert_eq!(driver.left(), "0+16");
+    bed.vm.reclaim().hold_off(HoldOff::MissingPages, false);
+    driver.report(&[(GIVEN, 8192)]);
+    assert_eq!(driver.left(), "2+14");
+}
+
+#[test]
+fn statistics_come_when_somebody_has_asked() {
+    let Some((_disks, _, bed)) = bed() else {
+        return;
+    };
+    let mut driver = Driver::start(&bed, TAKEN);
+    assert_eq!(bed.devices.balloon().memory, None);
+    let tell = |driver: &mut Driver<'_>, free: u64| {
+        let mut bytes = Vec::new();
+        for (tag, value) in [(4_u16, free), (99, 1), (5, 1000)] {
+            bytes.extend(tag.to_le_bytes());
+            bytes.extend(value.to_le_bytes());
+        }
+        // A statistic that is cut off.
+        bytes.extend([6, 0, 1]);
+        let buffer = Driver::buffer(STATISTICS);
+        bed.view.write_slice(&bytes, GuestAddress(buffer)).unwrap();
+        driver.queue(
+            STATISTICS,
+            &[(buffer, u32::try_from(bytes.len()).unwrap())],
+            false,
+        );
+    };
+    // Asked before there was anything: answered at once.
+    tell(&mut driver, 500);
+    driver.wait(STATISTICS);
+    let told = |free: u64| {
+        Some(crate::answer::GuestMemory {
+            total: Some(ByteCount::new(1000)),
+            free: Some(ByteCount::new(free)),
+            available: None,
+        })
+    };
+    tell(&mut driver, 400);
+    let end = Instant::now() + Duration::from_secs(10);
+    while bed.devices.balloon.look().memory != told(400) {
+        assert!(Instant::now() < end, "the statistics are not read");
+        thread::sleep(Duration::from_millis(1));
+    }
+    assert_eq!(driver.used(STATISTICS), 1, "the buffer is kept");
+    assert_eq!(bed.devices.balloon().memory, told(400));
+    driver.wait(STATISTICS);
+    // Kept again, and read anew where the guest goes.
+    tell(&mut driver, 300);
+    thread::sleep(Duration::from_millis(5));
+    bed.devices.pause().unwrap();
+    assert_eq!(driver.used(STATISTICS), 2);
+}
+
+#[test]
+fn a_balloon_keeps_its_size_on_the_way() {
+    let Some((_disks, mut config, bed)) = bed() else {
+        return;
+    };
+    let _driver = Driver::start(&bed, TAKEN);
+    let generation = bed.read(BALLOON, VIRTIO_MMIO_CONFIG_GENERATION);
+    bed.devices.set_balloon(PageCount::new(77)).unwrap();
+    assert_eq!(bed.read(BALLOON, VIRTIO_MMIO_CONFIG), 77);
+    assert_eq!(bed.read(BALLOON, VIRTIO_MMIO_INTERRUPT_STATUS), 2);
+    assert_ne!(bed.read(BALLOON, VIRTIO_MMIO_CONFIG_GENERATION), generation);
+    bed.write(BALLOON, VIRTIO_MMIO_CONFIG + 4, 76);
+    bed.devices.pause().unwrap();
+    let sections = bed.sections();
+    let target = Bed::new(&mut config).unwrap();
+    bed.copy_memory_to(&target);
+    target
+        .devices
+        .load(&state::parse(&sections).unwrap())
+        .unwrap();
+    assert_eq!(target.sections(), sections);
+    let info = target.devices.balloon();
+    assert_eq!(
+        (info.has_driver, info.target, info.held),
+        (true, PageCount::new(77).bytes(), PageCount::new(76).bytes())
+    );
+    // Gone with its driver.
+    bed.write(BALLOON, VIRTIO_MMIO_STATUS, 0);
+    let info = bed.devices.balloon();
+    assert_eq!((info.has_driver, info.held), (false, ByteCount::new(0)));
+}
