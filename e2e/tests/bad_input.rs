@@ -73,6 +73,13 @@ run new --micro writer --args ws=1M,rate=5
 run new --micro writer --vcpus 0
 run new --micro writer --vcpus 9
 run new --micro writer --observer 192.0.2.1:99
+run new --micro kv
+run new --micro kv --args ip=10.0.0.2
+run new --micro kv --args ip=10.0.0.2/24
+run new --micro kv --args ip=10.0.0.2/24 --vcpus 2
+run new --micro kv --args ip=10.0.0.2/24 --net limosa-none
+run new --micro kv --args ip=10.0.0.2/24 --net limosa-none,mac=1
+run new --micro kv --disk $DIR/text
 run ../new --micro writer
 run web --micro idle
 migrate web --to $CLOSED

@@ -11,6 +11,7 @@ use core::ops::Range;
 use core::sync::atomic::{AtomicU16, AtomicU32, AtomicU64, Ordering, fence};
 
 use limosa_micro_abi::{BootInfo, PAGE_BYTES, memory_map};
+use limosa_micro_logic::ring;
 
 use crate::vcpu::claim;
 
@@ -267,8 +268,7 @@ impl Queue {
         // What we have shown is seen by the device before we see what it wants, or the other way round.
         fence(Ordering::SeqCst);
         let wanted = self.used.available_event.load(Ordering::Relaxed);
-        // The entry that it wants to hear of is among the new ones.
-        if self.queued.wrapping_sub(wanted).wrapping_sub(1) < self.queued.wrapping_sub(before) {
+        if ring::is_among(wanted, before, self.queued) {
             self.bell.write(QUEUE_NOTIFY, self.number);
         }
     }

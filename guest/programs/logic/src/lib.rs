@@ -2,7 +2,8 @@
 //!
 //! [`page`] is a page that proves itself, [`pattern`] chooses the next one, [`limiter`] says when,
 //! [`stall`] notices that time passed without us, [`arguments`] and [`layout`] say what belongs to
-//! whom, [`kv`] keeps values for clients. Time is always an argument, in ticks of the time stamp counter.
+//! whom, [`kv`] keeps values for clients, [`ring`] calls devices. Time is always an argument, in ticks of
+//! the time stamp counter.
 //!
 //! Deliberately absent: unsafe code, floating point, allocation.
 #![no_std]
@@ -19,6 +20,7 @@ pub mod limiter;
 pub mod page;
 pub mod pattern;
 pub mod random;
+pub mod ring;
 pub mod stall;
 pub mod table;
 pub mod ticks;
