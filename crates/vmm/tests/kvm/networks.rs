@@ -122,7 +122,7 @@ fn create_again(config: &VmConfig) -> Machine {
     }
 }
 
-/// A packet ends the guest's wait: the guest looks by itself only every 20 ms.
+/// A packet ends the guest's wait: the guest looks by itself only every 100 ms.
 #[test]
 fn a_micro_guest_answers_as_soon_as_it_is_asked() {
     let Some(wire) = Wire::new(0) else { return };

@@ -40,8 +40,9 @@ limosa_micro_runtime::program!(Kv);
 const PACKETS_MAX: u32 = 32;
 /// Most rounds in which every connection sends a packet, before packets are taken.
 const SENDING_ROUNDS_MAX: u32 = 8;
-/// Longest rest: the monitor's commands come with beats.
-const REST_MICROSECONDS_MAX: u64 = 20_000;
+/// Longest rest: the monitor's commands come with beats. Each costs the host some exits, for nothing if
+/// nobody asks.
+const REST_MICROSECONDS_MAX: u64 = 100_000;
 /// The shortest, which is also how long one lasts that waits for the device to send.
 const REST_MICROSECONDS_MIN: u64 = 200;
 /// Groups that a sweep looks at before clients are served: some ten microseconds.
