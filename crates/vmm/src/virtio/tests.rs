@@ -74,10 +74,19 @@ impl Disks {
 
 impl Bed {
     fn new(config: &mut VmConfig) -> Option<Self> {
-        Self::with(config, Way::Best)
+        Self::made(config, Way::Best, None)
     }
 
     fn with(config: &mut VmConfig, way: Way) -> Option<Self> {
+        Self::made(config, way, None)
+    }
+
+    /// Devices that end the waits of their driver, if there is such a way.
+    fn waking(config: &mut VmConfig, wake: Option<&Arc<Wake>>) -> Option<Self> {
+        Self::made(config, Way::Best, wake)
+    }
+
+    fn made(config: &mut VmConfig, way: Way, wake: Option<&Arc<Wake>>) -> Option<Self> {
         let Ok(kvm) = Kvm::open() else {
             eprintln!("skipped: no /dev/kvm");
             return None;
@@ -88,7 +97,7 @@ impl Bed {
         vm.set_memory(Arc::clone(&memory), &layout::regions(MEMORY))
             .unwrap();
         vm.create_irqchip().unwrap();
-        let devices = Devices::make_with(config, &vm, None, way).unwrap();
+        let devices = Devices::make_with(config, &vm, wake, way).unwrap();
         Some(Self {
             view: vm.view(),
             vm,
@@ -408,6 +417,38 @@ fn a_request_is_carried_out_once_on_either_side_of_a_move() {
     let file = File::open(&disks.path).unwrap();
     file.read_exact_at(&mut sector, 512).unwrap();
     assert!(sector.iter().all(|&byte| byte == 2));
+}
+
+/// A driver that has not said that it knows is called again where it runs next.
+#[test]
+fn a_wake_up_that_nobody_has_taken_comes_again_after_a_move() {
+    let disks = Disks::new(1 << 20);
+    let mut config = disks.config(false);
+    let wake = Arc::new(Wake::default());
+    let Some(source) = Bed::waking(&mut config, Some(&wake)) else {
+        return;
+    };
+    source.run();
+    source.start(0);
+    assert!(!wake.take());
+    source.fill(DATA, 1, 512);
+    assert_eq!(source.block(OUT, 0, &[(DATA, 512, false)]), 0);
+    source.devices.pause().unwrap();
+    assert!(wake.take());
+    let check = |expect: bool| {
+        let sections = source.sections();
+        let there = Arc::new(Wake::default());
+        let target = Bed::waking(&mut config.clone(), Some(&there)).unwrap();
+        let sections = state::parse(&sections).unwrap();
+        source.copy_memory_to(&target);
+        target.devices.load(&sections).unwrap();
+        assert!(!there.take());
+        target.devices.resume();
+        assert_eq!(there.take(), expect);
+    };
+    check(true);
+    source.write(0, VIRTIO_MMIO_INTERRUPT_ACK, 1);
+    check(false);
 }
 
 #[test]
