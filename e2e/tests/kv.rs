@@ -1,12 +1,13 @@
-//! A guest that keeps values for clients, moved by every technique while they work: each connection lives on,
-//! no count is lost or made twice, every value is the one that was written.
+//! A guest that keeps values for clients, moved by every technique while they work, and put back once: each
+//! connection lives on, no count is lost or made twice, every value is the one that was written.
 
 use limosa_e2e::lan::{GUEST, Lan, TAP};
-use limosa_e2e::pair::{body, move_with};
+use limosa_e2e::pair::{assert_is_at, body, end, move_with, until_stage};
 use limosa_e2e::redis::{Answer, Connection, Done, Load};
 use limosa_e2e::{Daemon, VM, guest, has_kvm, wait};
 use limosa_engine::policy::Mode;
-use limosa_host::api::{NetworkSpec, VmSpec};
+use limosa_engine::source::Stage;
+use limosa_host::api::{MigrateBody, NetworkSpec, VmSpec};
 use std::time::Duration;
 
 const PORT: u16 = 6379;
@@ -18,6 +19,8 @@ const MODES: [Mode; 6] = [
     Mode::Demand,
     Mode::Auto,
 ];
+/// Bytes a second by which the little that the guest has takes seconds.
+const SLOW: u64 = 200_000;
 /// Clients that count, and one that each of them counts with.
 const SHARED: &str = "shared";
 
@@ -91,6 +94,27 @@ fn check_complete(counts: Vec<i64>) -> i64 {
     *counts.last().expect("there are some")
 }
 
+fn over_the_lan(to: &Daemon, mode: Mode) -> MigrateBody {
+    MigrateBody {
+        insecure: true,
+        ..body(to, mode)
+    }
+}
+
+/// Pauses the guest for a move, and lets it run on where it was.
+fn abort_in_the_pause(from: &Daemon, to: &Daemon) {
+    let body = MigrateBody {
+        bandwidth_max: Some(SLOW),
+        ..over_the_lan(to, Mode::StopAndCopy)
+    };
+    let id = from.client().migrate(VM, &body).expect("it is accepted");
+    until_stage(from, &id, &[Stage::Paused]);
+    from.client().abort(&id).expect("an abort in time");
+    let report = end(from, &id);
+    assert_eq!(report.outcome.as_deref(), Some("aborted"), "{report:?}");
+    assert_is_at(VM, from, to);
+}
+
 #[test]
 fn clients_keep_their_connections_and_every_count() {
     if !has_kvm() {
@@ -101,11 +125,10 @@ fn clients_keep_their_connections_and_every_count() {
     let [a, b] = &hosts;
     guest::boot(a, &spec());
     let loads = Loads::start(&lan);
+    abort_in_the_pause(a, b);
     for mode in MODES {
         for (from, to) in [(a, b), (b, a)] {
-            let mut body = body(to, mode);
-            body.insecure = true;
-            let report = move_with(VM, from, to, &body);
+            let report = move_with(VM, from, to, &over_the_lan(to, mode));
             println!(
                 "{mode:?}: downtime {:?} ms",
                 report.downtime_ms.map(|downtime| downtime.total)
