@@ -163,6 +163,23 @@ pub trait Guest: Send + Sync {
         keeps_faults: bool,
     ) -> Result<Running, CommitError>;
 
+    /// What has come from outside for the guest since it was committed to another host, for
+    /// [`Guest::give_strays`] there; empty if that is nothing.
+    ///
+    /// # Errors
+    /// The VM process does not answer.
+    fn take_strays(&self) -> Result<Vec<u8>, GuestError> {
+        Ok(Vec::new())
+    }
+
+    /// Gives the guest, which runs here, what has come for it where it was before.
+    ///
+    /// # Errors
+    /// The VM process does not answer.
+    fn give_strays(&self, _strays: &[u8]) -> Result<(), GuestError> {
+        Ok(())
+    }
+
     /// Ends the VM process.
     ///
     /// # Errors

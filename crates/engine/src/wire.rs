@@ -33,6 +33,8 @@ pub const MISSING_PAGES_MAX: u32 = 32_768;
 pub const STREAMS_MAX: u8 = 16;
 /// Longest text (a reason, a name) in a control frame, in bytes.
 pub const TEXT_BYTES_MAX: usize = 1024;
+/// Most bytes of packets that go after a guest at once.
+pub const STRAYS_BYTES_MAX: usize = (1 << 20) + (64 << 10);
 /// Most differences that a target names.
 pub const DIFFERENCES_MAX: usize = 64;
 /// Most bytes behind one [`ControlFrame::Probe`].
@@ -301,6 +303,11 @@ pub enum ControlFrame {
     },
     /// Target: they are here.
     Probed,
+    /// Source, after *runs*: packets that came for the guest where it was before. No answer.
+    Strays {
+        /// Understood by the VMM only; at most [`STRAYS_BYTES_MAX`].
+        packets: Vec<u8>,
+    },
 }
 
 impl ControlFrame {
@@ -357,6 +364,7 @@ impl ControlFrame {
             Self::Differences(all) => {
                 all.len() <= DIFFERENCES_MAX && all.iter().all(|one| one.len() <= TEXT_BYTES_MAX)
             }
+            Self::Strays { packets } => packets.len() <= STRAYS_BYTES_MAX,
             Self::Probe { bytes } => *bytes <= PROBE_BYTES_MAX,
             _ => true,
         };
@@ -395,6 +403,7 @@ impl ControlFrame {
             Self::Differences(_) => "differences",
             Self::Probe { .. } => "probe",
             Self::Probed => "probed",
+            Self::Strays { .. } => "strays",
         }
     }
 }
@@ -684,13 +693,16 @@ mod tests {
     }
 
     #[test]
-    fn what_a_preflight_says_is_limited() {
+    fn what_has_a_limit_is_not_longer() {
         let long = "x".repeat(TEXT_BYTES_MAX + 1);
         for frame in [
             ControlFrame::Differences(alloc::vec![String::new(); DIFFERENCES_MAX + 1]),
             ControlFrame::Differences(alloc::vec![long]),
             ControlFrame::Probe {
                 bytes: PROBE_BYTES_MAX + 1,
+            },
+            ControlFrame::Strays {
+                packets: alloc::vec![0; STRAYS_BYTES_MAX + 1],
             },
         ] {
             let bytes = frame.encode();

@@ -125,6 +125,16 @@ impl Board {
         self.devices().begin_rest();
     }
 
+    /// See [`Devices::take_strays`].
+    pub(crate) fn take_strays(&self) -> Result<Vec<u8>, DeviceError> {
+        self.devices().take_strays()
+    }
+
+    /// See [`Devices::give_strays`].
+    pub(crate) fn give_strays(&self, strays: &[u8]) -> Result<(), DeviceError> {
+        self.devices().give_strays(strays)
+    }
+
     /// Brings devices to rest, after the vCPUs.
     pub(crate) fn pause(&self) -> Result<(), DeviceError> {
         if let Self::Pc(pc) = self {

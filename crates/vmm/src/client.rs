@@ -554,6 +554,30 @@ impl VmHandle {
         self.order(&Request::SetObserver { address })
     }
 
+    /// What has come from outside for the guest, which was committed to another host and runs there; empty if
+    /// that is nothing.
+    ///
+    /// # Errors
+    /// The process does not answer, or the guest was not committed to another host.
+    pub fn take_strays(&self) -> Result<Vec<u8>, VmError> {
+        let frame = self.exchange(&Request::TakeStrays, &[])?;
+        match frame.message {
+            Reply::Done if frame.bytes.len() <= STATE_BYTES_MAX => Ok(frame.bytes),
+            _ => Err(self.foreign()),
+        }
+    }
+
+    /// Gives the guest what has come for it where it was before, as [`VmHandle::take_strays`] gave it there.
+    ///
+    /// # Errors
+    /// The process does not answer.
+    pub fn give_strays(&self, strays: &[u8]) -> Result<(), VmError> {
+        match self.exchange(&Request::GiveStrays, strays)?.message {
+            Reply::Done => Ok(()),
+            _ => Err(self.foreign()),
+        }
+    }
+
     /// Has the guest give up so much of its memory, in whole pages, or take back what is above. That takes
     /// it some time: [`Status::balloon`] tells.
     ///

@@ -552,6 +552,22 @@ impl Machine {
         Ok(())
     }
 
+    /// What has come from outside for the guest, which runs elsewhere now; empty if that is nothing.
+    ///
+    /// # Errors
+    /// A device is stuck.
+    pub fn take_strays(&self) -> Result<Vec<u8>, MachineError> {
+        Ok(self.board.take_strays()?)
+    }
+
+    /// Gives the guest what has come for it where it was before.
+    ///
+    /// # Errors
+    /// A device is stuck.
+    pub fn give_strays(&self, strays: &[u8]) -> Result<(), MachineError> {
+        Ok(self.board.give_strays(strays)?)
+    }
+
     /// Has the guest give up that much memory by its balloon, or take back what is above.
     ///
     /// # Errors

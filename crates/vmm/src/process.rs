@@ -130,6 +130,8 @@ enum RequestError {
     Transition(#[from] IllegalTransition),
     #[error("the guest must not run here: it is {0}")]
     MustNotRun(Phase),
+    #[error("the guest may run here still: its record is '{0}'")]
+    IsHere(Phase),
     #[error("there is no machine yet")]
     NoMachine,
     #[error("there is a machine already")]
@@ -198,7 +200,9 @@ impl Image {
 impl RequestError {
     const fn refusal(&self) -> Refusal {
         match self {
-            Self::Transition(_) | Self::MustNotRun(_) | Self::MustNotLoad(_) => Refusal::Phase,
+            Self::Transition(_) | Self::MustNotRun(_) | Self::MustNotLoad(_) | Self::IsHere(_) => {
+                Refusal::Phase
+            }
             Self::Machine(MachineError::Exited(_)) => Refusal::Exited,
             _ => Refusal::Other,
         }
@@ -393,6 +397,14 @@ impl Process<'_> {
                 Reply::Done
             }
             Request::SetObserver { address } => done(self.machine()?.set_observer(address))?,
+            Request::TakeStrays => {
+                if !matches!(self.phase, Phase::Committed { .. }) {
+                    return Err(RequestError::IsHere(self.phase.clone()));
+                }
+                let strays = self.machine()?.take_strays()?;
+                return Ok(Outcome::Reply(Reply::Done, strays));
+            }
+            Request::GiveStrays => done(self.machine()?.give_strays(&frame.bytes))?,
             Request::SetBalloon { target } => done(self.machine()?.set_balloon(target))?,
             Request::Command { kind } => {
                 let command = self.machine()?.command(command_kind(kind)?);

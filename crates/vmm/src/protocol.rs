@@ -91,6 +91,10 @@ pub(crate) enum Request {
     Command {
         kind: u8,
     },
+    /// What has come from outside for a guest that was committed to another host; in the bytes.
+    TakeStrays,
+    /// In the bytes is what has come for the guest where it was before.
+    GiveStrays,
     /// Have the guest give up so much memory.
     SetBalloon {
         target: ByteCount,

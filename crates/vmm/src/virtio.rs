@@ -59,6 +59,11 @@ pub(crate) const WINDOW_BYTES: u32 = 0x1000;
 /// others that are free, since the controller has 24.
 const LINES: [u32; 10] = [16, 17, 18, 19, 20, 21, 22, 23, 10, 11];
 
+/// Most bytes of what has come for a guest where it does not run any more.
+const STRAYS_BYTES_MAX: usize = 1 << 20;
+/// Such things, with the place of their device among all.
+type Strays = (u16, Vec<Vec<u8>>);
+
 /// How long devices may take to finish what they are at before the guest's owner gives up waiting.
 const REST_MAX: Duration = Duration::from_secs(5);
 
@@ -283,6 +288,38 @@ impl Devices {
             first_failed = first_failed.and(transport.finish_rest(end));
         }
         first_failed
+    }
+
+    /// What has come from outside for a guest that runs elsewhere now, for [`Devices::give_strays`] there;
+    /// empty if that is nothing.
+    pub(crate) fn take_strays(&self) -> Result<Vec<u8>, DeviceError> {
+        let mut all: Vec<Strays> = Vec::new();
+        let mut left = STRAYS_BYTES_MAX;
+        for transport in &self.transports {
+            let strays = transport.take_strays(left)?;
+            left -= strays.iter().map(Vec::len).sum::<usize>();
+            if !strays.is_empty() {
+                all.push((transport.index(), strays));
+            }
+        }
+        if all.is_empty() {
+            return Ok(Vec::new());
+        }
+        Ok(postcard::to_extend(&all, Vec::new()).expect("bytes can always be written"))
+    }
+
+    /// Gives the guest, which runs here now, what has come for it where it was before. What is not
+    /// understood is lost, as networks lose packets.
+    pub(crate) fn give_strays(&self, bytes: &[u8]) -> Result<(), DeviceError> {
+        let Ok((all, [])) = postcard::take_from_bytes::<Vec<Strays>>(bytes) else {
+            return Ok(());
+        };
+        for (index, strays) in all {
+            if let Some(transport) = self.transports.get(usize::from(index)) {
+                transport.give_strays(strays)?;
+            }
+        }
+        Ok(())
     }
 
     /// Has the guest give up that much memory, or take back what is above.

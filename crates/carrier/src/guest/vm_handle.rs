@@ -114,6 +114,14 @@ impl Guest for VmHandle {
         Ok(self.disarm()?)
     }
 
+    fn take_strays(&self) -> Result<Vec<u8>, GuestError> {
+        Ok(self.take_strays()?)
+    }
+
+    fn give_strays(&self, strays: &[u8]) -> Result<(), GuestError> {
+        Ok(self.give_strays(strays)?)
+    }
+
     fn is_gone(&self) -> bool {
         self.is_gone()
     }

@@ -13,7 +13,7 @@ use limosa_engine::Timestamp;
 use limosa_engine::handover::Resolution;
 use limosa_engine::source::{Paused, Piece, SourceAction, SourceConfig, SourceEvent};
 use limosa_engine::throttle::Throttle;
-use limosa_engine::wire::{ControlFrame, Preamble, Role};
+use limosa_engine::wire::{ControlFrame, Preamble, Role, STRAYS_BYTES_MAX};
 use limosa_pages::{PageCount, PageRange, PageSet, Pfn};
 use std::collections::VecDeque;
 use std::io;
@@ -223,7 +223,12 @@ impl Driver {
             return;
         }
         match inbox.news {
-            News::Event(event) => self.handle(event),
+            News::Event(event) => {
+                if matches!(event, SourceEvent::Frame(ControlFrame::Runs { .. })) {
+                    self.send_strays();
+                }
+                self.handle(event);
+            }
             News::Reconciled(missing) => {
                 let dirty = self.counts(&missing);
                 self.handle(SourceEvent::Reconciled { dirty });
@@ -316,6 +321,7 @@ impl Driver {
             }
             SourceAction::Hash => self.hash(),
             SourceAction::Release => {
+                self.send_strays();
                 self.guest.stop()?;
                 return Ok(Some(SourceEvent::Released));
             }
@@ -483,6 +489,16 @@ impl Driver {
         if let Err(error) = links.control.send(frame) {
             let reason = broken(&error);
             self.reporter()(News::Event(SourceEvent::ConnectionLost { reason }));
+        }
+    }
+
+    /// Sends after the guest what came for it here before the network heard that it has gone. What cannot be
+    /// sent is lost, as networks lose packets.
+    fn send_strays(&self) {
+        match self.guest.take_strays() {
+            Ok(packets) if packets.is_empty() || packets.len() > STRAYS_BYTES_MAX => {}
+            Ok(packets) => self.send(&ControlFrame::Strays { packets }),
+            Err(error) => tracing::debug!(%error, "packets do not go after the guest"),
         }
     }
 

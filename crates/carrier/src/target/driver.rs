@@ -103,8 +103,12 @@ impl Driver {
         match news {
             News::Event(event) => self.handle(event),
             News::Of(generation, event) => {
-                if self.session.inside().generation == generation {
-                    self.handle(event);
+                if self.session.inside().generation != generation {
+                    return;
+                }
+                match event {
+                    TargetEvent::Frame(ControlFrame::Strays { packets }) => self.pass_on(&packets),
+                    event => self.handle(event),
                 }
             }
             News::Resumed(generation, control) => {
@@ -115,6 +119,14 @@ impl Driver {
                     self.detach_streams();
                 }
             }
+        }
+    }
+
+    /// Gives a guest that runs here what came for it where it was before: no matter of the engine.
+    fn pass_on(&self, packets: &[u8]) {
+        let guest = self.guest.as_ref().filter(|_| self.engine.is_committed());
+        if let Some(Err(error)) = guest.map(|guest| guest.give_strays(packets)) {
+            tracing::debug!(%error, "packets that came to the source are lost");
         }
     }
 

@@ -92,6 +92,15 @@ pub(super) trait Device: fmt::Debug + Send {
         false
     }
 
+    /// What has come from outside for a guest that runs elsewhere now, in pieces of at most `bytes_max`
+    /// bytes together.
+    fn take_strays(&mut self, _bytes_max: usize) -> Vec<Vec<u8>> {
+        Vec::new()
+    }
+
+    /// What has come for the guest where it was before. It gets that first.
+    fn give_strays(&mut self, _strays: Vec<Vec<u8>>) {}
+
     /// What of it moves, beside registers and queues. Has to name every field of the device, so that a
     /// new one is not forgotten.
     fn save(&self) -> Vec<u8>;

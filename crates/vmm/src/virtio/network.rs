@@ -7,10 +7,14 @@
 //! A guest that has arrived is announced, so that the network sends its packets here: by a reverse ARP
 //! request with its address (RFC 903), repeated since it may be lost, and by asking its driver to
 //! announce its addresses of IP itself (`VIRTIO_NET_F_GUEST_ANNOUNCE`).
+//!
+//! Until the network has heard that, packets come to the tap device that the guest has left. They are taken
+//! from there and go after it: a packet that is lost would be missed by its sender for 200 ms and more.
 
 use super::device::{Device, Input, Ring, Served};
 use limosa_os::tap::{HEADER_BYTES, Offloads, Tap};
 use serde::{Deserialize, Serialize};
+use std::collections::VecDeque;
 use std::io::{Read, Write};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -30,6 +34,8 @@ const SEND: usize = 1;
 const PACKET_BYTES_MAX: usize = HEADER_BYTES + 22 + (64 << 10);
 /// Where in the header it says in how many buffers the packet lies.
 const BUFFERS_OFFSET: usize = 10;
+/// Most packets that wait for the guest beside those that its tap device holds: as many as that does.
+const STRAYS_MAX: usize = 1000;
 /// What the control queue answers.
 const OK: u8 = 0;
 const FAILED: u8 = 1;
@@ -59,6 +65,8 @@ pub(super) struct Network {
     is_broken: bool,
     outgoing: Box<[u8]>,
     announcement: Option<Announcement>,
+    /// Packets that came to where the guest was before.
+    strays: VecDeque<Vec<u8>>,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -89,6 +97,7 @@ impl Network {
             is_broken: false,
             outgoing: buffer(),
             announcement: None,
+            strays: VecDeque::new(),
         }
     }
 
@@ -96,18 +105,29 @@ impl Network {
         self.features & 1 << feature != 0
     }
 
+    /// Takes the next packet for the guest, those first that came to where it was before; false if there is
+    /// none.
+    fn take_next(&mut self) -> bool {
+        if let Some(stray) = self.strays.pop_front() {
+            self.incoming[..stray.len()].copy_from_slice(&stray);
+            self.incoming_bytes = stray.len();
+            return true;
+        }
+        match self.tap.read(&mut self.incoming) {
+            Ok(Some(bytes)) if bytes > HEADER_BYTES => self.incoming_bytes = bytes,
+            Ok(_) => {}
+            Err(error) => {
+                tracing::warn!(%error, "no packet comes from the host any more");
+                self.is_broken = true;
+            }
+        }
+        self.incoming_bytes > 0
+    }
+
     /// Puts a packet from the host into the guest's buffers.
     fn receive(&mut self, ring: &mut Ring<'_>) -> Result<Served, QueueError> {
-        if self.incoming_bytes == 0 {
-            match self.tap.read(&mut self.incoming) {
-                Ok(Some(bytes)) if bytes > HEADER_BYTES => self.incoming_bytes = bytes,
-                Ok(_) => return Ok(Served::NoInput),
-                Err(error) => {
-                    tracing::warn!(%error, "no packet comes from the host any more");
-                    self.is_broken = true;
-                    return Ok(Served::NoInput);
-                }
-            }
+        if self.incoming_bytes == 0 && !self.take_next() {
+            return Ok(Served::NoInput);
         }
         // A driver that has given all its buffers gives no more before it gets some back.
         let buffers_max = if self.has(VIRTIO_NET_F_MRG_RXBUF) {
@@ -260,6 +280,7 @@ impl Device for Network {
         self.incoming_bytes = 0;
         self.is_waiting = false;
         self.announcement = None;
+        self.strays.clear();
     }
 
     fn serve(&mut self, queue: usize, ring: &mut Ring<'_>) -> Result<Served, QueueError> {
@@ -301,6 +322,26 @@ impl Device for Network {
         asks_guest
     }
 
+    fn take_strays(&mut self, bytes_max: usize) -> Vec<Vec<u8>> {
+        let mut strays = Vec::new();
+        let mut left = bytes_max;
+        // One that there is no room for is lost, and so are those after it.
+        while (self.incoming_bytes > 0 || self.take_next()) && self.incoming_bytes <= left {
+            left -= self.incoming_bytes;
+            strays.push(self.incoming[..self.incoming_bytes].to_vec());
+            self.incoming_bytes = 0;
+        }
+        strays
+    }
+
+    fn give_strays(&mut self, strays: Vec<Vec<u8>>) {
+        let is_packet =
+            |stray: &Vec<u8>| (HEADER_BYTES + 1..=PACKET_BYTES_MAX).contains(&stray.len());
+        let room = STRAYS_MAX.saturating_sub(self.strays.len());
+        self.strays
+            .extend(strays.into_iter().filter(is_packet).take(room));
+    }
+
     fn save(&self) -> Vec<u8> {
         let Self {
             // Each host has its own, under the same name.
@@ -317,6 +358,8 @@ impl Device for Network {
             outgoing: _,
             // Those of an earlier arrival are over.
             announcement: _,
+            // They go after the guest once more.
+            strays: _,
         } = self;
         let saved = Saved { status: *status };
         postcard::to_extend(&saved, Vec::new()).expect("a state can always be written")
@@ -469,6 +512,46 @@ mod tests {
         }
         assert_eq!(received[BUFFERS_OFFSET..HEADER_BYTES], [3, 0]);
         assert_eq!(received[HEADER_BYTES..], sent[HEADER_BYTES..]);
+    }
+
+    #[test]
+    fn packets_that_come_to_the_source_go_after_the_guest() {
+        let mut source = Bed::new();
+        let mut target = Bed::new();
+        let sent = [packet(60), packet(90), packet(70)];
+        // The first one has no room when the guest leaves, the others come after that.
+        source.wire.send(&sent[0]).unwrap();
+        assert_eq!(source.serve(RECEIVE), Served::NoInput);
+        for late in &sent[1..] {
+            source.wire.send(late).unwrap();
+        }
+        let strays = source.network.take_strays(150);
+        assert_eq!(strays, sent[..2], "no more than there is room for");
+        assert!(source.network.take_strays(1000).len() == 1);
+        assert!(source.network.take_strays(1000).is_empty());
+        // Foreign ones of no length that a packet has are left out.
+        let foreign = [vec![0; HEADER_BYTES], vec![0; PACKET_BYTES_MAX + 1]];
+        target.network.give_strays(foreign.into());
+        target.network.give_strays(strays);
+        target.wire.send(&sent[2]).unwrap();
+        for number in 0..3 {
+            target.queue(number, 1500, true);
+            assert_eq!(target.serve(RECEIVE), Served::Request);
+        }
+        assert_eq!(target.serve(RECEIVE), Served::NoInput);
+        for (number, sent) in (0..).zip(&sent) {
+            let mut bytes = vec![0; sent.len() - HEADER_BYTES];
+            let place = BUFFERS + 0x1000 * number + HEADER_BYTES as u64;
+            target
+                .memory
+                .read_slice(&mut bytes, GuestAddress(place))
+                .unwrap();
+            assert_eq!(bytes, sent[HEADER_BYTES..]);
+        }
+        // However many come, those that wait have an end.
+        let many = vec![packet(60); STRAYS_MAX + 10];
+        target.network.give_strays(many);
+        assert_eq!(target.network.strays.len(), STRAYS_MAX);
     }
 
     #[test]

@@ -405,6 +405,25 @@ impl Transport {
         Ok(())
     }
 
+    /// See [`super::Devices::take_strays`].
+    pub(super) fn take_strays(&self, bytes_max: usize) -> Result<Vec<Vec<u8>>, DeviceError> {
+        if !self.rests() {
+            return Ok(Vec::new());
+        }
+        Ok(self.core_in_time()?.device.take_strays(bytes_max))
+    }
+
+    /// See [`super::Devices::give_strays`].
+    pub(super) fn give_strays(&self, strays: Vec<Vec<u8>>) -> Result<(), DeviceError> {
+        let mut core = self.core_in_time()?;
+        if core.is_live() {
+            core.device.give_strays(strays);
+            drop(core);
+            self.ring(0);
+        }
+        Ok(())
+    }
+
     /// Has the driver look at the configuration, which has changed.
     pub(super) fn tell_of_change(&self) -> Result<(), DeviceError> {
         let mut core = self.core_in_time()?;
