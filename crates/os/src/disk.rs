@@ -156,15 +156,21 @@ impl Disk {
             libc::off_t::try_from(value).map_err(|_| io::Error::from(io::ErrorKind::InvalidInput))
         };
         let (offset, bytes) = (number(offset)?, number(bytes)?);
-        // SAFETY: the call takes numbers and an open descriptor.
-        let failed = unsafe { libc::fallocate(self.file.as_raw_fd(), mode, offset, bytes) } != 0;
-        if !failed {
-            return Ok(());
-        }
-        let error = io::Error::last_os_error();
-        match error.raw_os_error() {
-            Some(libc::EOPNOTSUPP | libc::ENODEV) => Err(io::ErrorKind::Unsupported.into()),
-            _ => Err(error),
+        loop {
+            // SAFETY: the call takes numbers and an open descriptor.
+            let done = unsafe { libc::fallocate(self.file.as_raw_fd(), mode, offset, bytes) } == 0;
+            if done {
+                return Ok(());
+            }
+            let error = io::Error::last_os_error();
+            match error.raw_os_error() {
+                Some(libc::EOPNOTSUPP | libc::ENODEV) => {
+                    return Err(io::ErrorKind::Unsupported.into());
+                }
+                // Completions of other operations interrupt the thread that began them.
+                Some(libc::EINTR) => {}
+                _ => return Err(error),
+            }
         }
     }
 

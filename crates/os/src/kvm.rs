@@ -142,8 +142,7 @@ impl Kvm {
     /// KVM refuses or lacks what the tracker needs.
     pub fn create_vm(&self, tracker: TrackerKind) -> Result<Vm, KvmError> {
         let vm = self
-            .0
-            .create_vm()
+            .create_bare_vm()
             .map_err(failed("make a virtual machine"))?;
         let mut rings = None;
         let tracker: Box<dyn DirtyTracker> = match tracker {
@@ -178,6 +177,20 @@ impl Kvm {
             device_writes: None,
             reclaim: None,
         })
+    }
+
+    /// KVM gives up when something interrupts the thread, be it only that a ring of io_uring(7) which it once
+    /// made is gone. Whatever interrupts is over after some attempts.
+    fn create_bare_vm(&self) -> Result<VmFd, kvm_ioctls::Error> {
+        const ATTEMPTS: u32 = 10;
+        let mut last = self.0.create_vm();
+        for _ in 1..ATTEMPTS {
+            match last {
+                Err(error) if error.errno() == libc::EINTR => last = self.0.create_vm(),
+                other => return other,
+            }
+        }
+        last
     }
 }
 
