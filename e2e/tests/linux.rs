@@ -1,5 +1,6 @@
 //! A stock Debian kernel under limosa, moved between two emulated hosts by every technique while it works:
-//! it tests memory, writes to a disk that the hosts share, and serves clients on both.
+//! it tests memory, writes to a disk that the hosts share, and serves clients on both. And one that frees memory,
+//! and gives some up, which is not sent.
 //!
 //! `LIMOSA_E2E_MATRIX=all` moves it forty times and takes the newer kernel, too.
 
@@ -78,35 +79,52 @@ fn program(place: &Path) -> PathBuf {
     small
 }
 
-fn moves(series: &str, vcpus: u8, modes: &[&str]) {
+/// Runs a script on two hosts that have the program; what it printed.
+fn run(script: &str, variables: &[(&str, &str)], disk_mib: u64) -> String {
+    run_on(&[], script, variables, disk_mib)
+}
+
+/// The same on hosts with these processors.
+fn run_on(processors: &[&str], script: &str, variables: &[(&str, &str)], disk_mib: u64) -> String {
     let hosts = Hosts::prepare(&cache()).expect("hosts can be made");
     let place = tempfile::tempdir().expect("a directory");
+    let own = |&(name, value): &(&str, &str)| (name.to_owned(), value.to_owned());
     let run = Run {
         hosts: 2,
-        script: Path::new(env!("CARGO_MANIFEST_DIR")).join("hosts/moves"),
+        script: Path::new(env!("CARGO_MANIFEST_DIR")).join(script),
         files: vec![(program(place.path()), "/run/limosa".to_owned())],
-        variables: vec![
-            ("SERIES".to_owned(), series.to_owned()),
-            ("VCPUS".to_owned(), vcpus.to_string()),
-            ("MODES".to_owned(), modes.join(" ")),
-        ],
-        processors: Vec::new(),
+        variables: variables.iter().map(own).collect(),
+        processors: processors.iter().map(|&one| one.to_owned()).collect(),
         memory_mib: 1024,
-        disk_mib: 64,
+        disk_mib,
         limit: LIMIT,
     };
     let ended = hosts.run(&run).unwrap_or_else(|error| panic!("{error}"));
     assert_eq!(ended.status, 0);
-    let said: Vec<&str> = ended
-        .output
-        .lines()
-        .filter_map(|line| line.split_once("| SAID "))
-        .map(|line| line.1)
-        .collect();
+    ended.output
+}
+
+/// What the guest said on its console; it must not have complained.
+fn said(output: &str) -> Vec<&str> {
+    let lines = output.lines();
+    let said = lines.filter_map(|line| line.split_once("| SAID "));
+    let said: Vec<&str> = said.map(|line| line.1).collect();
     for alarm in ALARMS {
         let line = said.iter().find(|line| line.contains(alarm));
         assert_eq!(line, None, "the guest is not well");
     }
+    said
+}
+
+fn moves(series: &str, vcpus: u8, modes: &[&str]) {
+    let (vcpus, modes_text) = (vcpus.to_string(), modes.join(" "));
+    let variables = [
+        ("SERIES", series),
+        ("VCPUS", &vcpus),
+        ("MODES", &modes_text),
+    ];
+    let output = run("hosts/moves", &variables, 64);
+    let said = said(&output);
     for work in ["MEMORY-GOOD", "FILES-GOOD"] {
         let is_done = said.iter().any(|line| line.contains(work));
         assert!(is_done, "nothing said {work}");
@@ -117,7 +135,6 @@ fn moves(series: &str, vcpus: u8, modes: &[&str]) {
     let expect: Vec<u32> = (1..=u32::try_from(beats.len()).expect("few")).collect();
     assert_eq!(beats, expect);
     // Both clients kept their one connection, and no answer was missing or given twice.
-    let output = &ended.output;
     let clients = output.matches("| CLIENT-GOOD").count();
     assert_eq!(clients, 2, "clients: no answer was lost");
     assert!(
@@ -133,8 +150,8 @@ fn moves(series: &str, vcpus: u8, modes: &[&str]) {
         on_disk.is_some_and(|lines| lines >= safe),
         "{safe} numbers were said to be safe, {on_disk:?} are there"
     );
-    check_clock(output);
-    check_streams(output, modes.len());
+    check_clock(&output);
+    check_streams(&output, modes.len());
     let moved = output.matches("downtime").count();
     assert!(
         moved >= modes.len(),
@@ -146,35 +163,26 @@ fn moves(series: &str, vcpus: u8, modes: &[&str]) {
 /// Both streams stood through all moves and carried something in between.
 fn check_streams(output: &str, moves: usize) {
     assert!(!output.contains("STREAMS-BAD"), "{output}");
-    let told = output
-        .lines()
-        .find_map(|line| line.split_once("STREAMS-CARRIED "));
-    let (_, told) = told.unwrap_or_else(|| panic!("the streams tell nothing: {output}"));
-    let carried: Vec<usize> = told
+    let carried = told(output, "STREAMS-CARRIED ");
+    let carried: Vec<usize> = carried
         .split(' ')
         .map_while(|word| word.parse().ok())
         .collect();
     // Told every five seconds; a move takes about as long.
     assert!(
         carried.len() == 2 && carried.iter().all(|&times| times * 2 > moves),
-        "{told}"
+        "{carried:?}"
     );
 }
 
 /// The guest's clock is, after all moves, within ten milliseconds of where it was beside one host's, apart from
 /// what the answers that told it took.
 fn check_clock(output: &str) {
-    let told = output
-        .lines()
-        .find_map(|line| line.split_once("CLOCK-AHEAD "));
-    let told: Vec<i64> = told
-        .map(|(_, told)| {
-            told.split(' ')
-                .map_while(|word| word.parse().ok())
-                .collect()
-        })
-        .unwrap_or_default();
-    let [before, first_took, after, second_took] = told[..] else {
+    let clocks: Vec<i64> = told(output, "CLOCK-AHEAD ")
+        .split(' ')
+        .map_while(|word| word.parse().ok())
+        .collect();
+    let [before, first_took, after, second_took] = clocks[..] else {
         panic!("no clocks were compared: {output}");
     };
     let moved = after - before;
@@ -188,6 +196,41 @@ fn check_clock(output: &str) {
 /// The numbers of the lines that begin so.
 fn numbers<'a>(lines: impl Iterator<Item = &'a str>, word: &'a str) -> impl Iterator<Item = u32> {
     lines.filter_map(move |line| line.strip_prefix(word)?.parse().ok())
+}
+
+/// What a line that begins so says, whichever host printed it.
+fn told<'a>(output: &'a str, word: &str) -> &'a str {
+    let lines = output.lines().filter_map(|line| line.split_once("| "));
+    let mut told = lines.filter_map(|line| line.1.strip_prefix(word));
+    told.next()
+        .unwrap_or_else(|| panic!("nothing was told of {word}"))
+}
+
+#[test]
+fn memory_that_a_stock_kernel_gives_up_stays_where_it_was() {
+    const MIB: u64 = 256;
+    if !is_debian() {
+        return;
+    }
+    let output = run("hosts/balloon", &[("SERIES", SERIES[0])], 0);
+    said(&output);
+    let number = |word: &str| told(&output, word).parse::<u64>().expect("a number");
+    let [full, freed, balloon, shrunk] =
+        ["full", "freed", "balloon", "shrunk"].map(|what| number(&format!("PAGES-{what} ")));
+    assert!(
+        freed + 60 * MIB < full && balloon + 60 * MIB < full,
+        "of 96 MiB that were freed at least 60 are not sent: {full}, {freed}, {balloon}"
+    );
+    assert!(shrunk < freed, "it gave up more for the move: {shrunk}");
+    assert_eq!(number("HELD "), 64 << 20, "the balloon came along");
+    assert_eq!(number("USED "), 96 << 20, "what was given back can be used");
+    let sums = output.matches("  /tmp/full").count();
+    let sum = told(&output, "WHOLE ");
+    assert_eq!(
+        (sums, output.matches(sum).count()),
+        (2, 2),
+        "{sum} is what it was"
+    );
 }
 
 #[test]
@@ -205,31 +248,15 @@ fn a_stock_kernel_moves_between_unlike_processors() {
     if !is_debian() {
         return;
     }
-    let hosts = Hosts::prepare(&cache()).expect("hosts can be made");
-    let place = tempfile::tempdir().expect("a directory");
     let less = format!("{PROCESSOR},-adx,-smap,-rdseed");
-    let run = Run {
-        hosts: 2,
-        script: Path::new(env!("CARGO_MANIFEST_DIR")).join("hosts/unlike"),
-        files: vec![(program(place.path()), "/run/limosa".to_owned())],
-        variables: vec![("SERIES".to_owned(), SERIES[0].to_owned())],
-        processors: vec![PROCESSOR.to_owned(), less],
-        memory_mib: 1024,
-        disk_mib: 0,
-        limit: LIMIT,
-    };
-    let ended = hosts.run(&run).unwrap_or_else(|error| panic!("{error}"));
-    assert_eq!(ended.status, 0, "{}", ended.output);
-    let output = &ended.output;
-    let said = |what: &str| {
-        let line = output.lines().find(|line| line.contains(what));
-        line.unwrap_or_else(|| panic!("{what}: {output}"))
-    };
-    for line in [said("DRY-RUN "), said("MIGRATE ")] {
+    let processors = [PROCESSOR, &less];
+    let variables = [("SERIES", SERIES[0])];
+    let output = run_on(&processors, "hosts/unlike", &variables, 0);
+    for line in [told(&output, "DRY-RUN "), told(&output, "MIGRATE ")] {
         let names = ["processor lacks", "adx", "smap"];
         assert!(names.iter().all(|name| line.contains(name)), "{line}");
     }
-    assert!(said("PANIC ").contains("kernel panicked"));
+    assert!(told(&output, "PANIC ").contains("kernel panicked"));
     assert!(!output.contains("SAID BUG"), "{output}");
     for model in ["x86-64-v2", "x86-64-v3"] {
         assert!(output.contains(&format!("MOVED {model}")), "{output}");

@@ -336,6 +336,10 @@ pub(crate) struct Migrate {
     /// Start it and return at once with its id
     #[arg(long)]
     pub detach: bool,
+    /// First have the guest give up what memory it has free, by its balloon, for as long as it is moved; takes
+    /// up to 20 s
+    #[arg(long)]
+    pub balloon: bool,
     /// Allow a target on another machine although this daemon runs without --tls
     #[arg(long)]
     pub insecure: bool,

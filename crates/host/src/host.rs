@@ -11,6 +11,7 @@ mod bereft;
 mod moves;
 mod own_process;
 mod preflight;
+mod shrinking;
 mod vms;
 
 use crate::api::{HostInfo, IncomingInfo};

@@ -109,6 +109,12 @@ pub trait Machine: Send + Sync {
     /// It cannot, that is too much, or the VM process does not answer.
     fn set_balloon(&self, target_bytes: u64) -> Result<(), GuestError>;
 
+    /// Has the guest give up so many bytes at least until it has been moved; zero ends that.
+    ///
+    /// # Errors
+    /// As [`Machine::set_balloon`].
+    fn lend_balloon(&self, least_bytes: u64) -> Result<(), GuestError>;
+
     /// Ends it in order.
     ///
     /// # Errors

@@ -1,7 +1,9 @@
 //! What a machine answers: where it is in its life, what a pause found, what a load refused.
 
 use limosa_engine::Timestamp;
-use limosa_pages::{ByteCount, PageSet, Pfn};
+use limosa_engine::handover::Phase;
+use limosa_engine::throttle::Throttle;
+use limosa_pages::{ByteCount, PageCount, PageSet, Pfn};
 use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::time::Duration;
@@ -138,6 +140,21 @@ pub struct RefusedMsr {
     pub value: u64,
 }
 
+/// How a machine does.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Status {
+    /// Who may run the guest.
+    pub phase: Phase,
+    /// Where the machine is in its life.
+    pub run_state: RunState,
+    /// How many pages are missing, as the process sees it; `None` if none can be.
+    pub missing: Option<PageCount>,
+    /// How fast the guest may write; `None` if as fast as it can.
+    pub throttle: Option<Throttle>,
+    /// What the guest has given up of its memory; `None` if it cannot.
+    pub balloon: Option<BalloonInfo>,
+}
+
 /// What a guest has given up of its memory, and what it says of the rest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct BalloonInfo {
@@ -152,6 +169,8 @@ pub struct BalloonInfo {
     pub reclaimed: ByteCount,
     /// What its driver has told last, if it has; some seconds old, perhaps.
     pub memory: Option<GuestMemory>,
+    /// How often it has told since it is here.
+    pub tellings: u64,
 }
 
 /// A guest's memory as the guest sees it; what it does not tell is `None`.

@@ -5,7 +5,8 @@
 //! written without asking. A request that gets no answer in time ends the connection, since a late
 //! answer would be taken for that of the next one.
 
-use crate::answer::{BalloonInfo, Loaded, RunState, Running, Saved, SectionInfo};
+pub use crate::answer::Status;
+use crate::answer::{Loaded, RunState, Running, Saved, SectionInfo};
 use crate::boot::linux::LinuxImage;
 use crate::config::{Platform, VmConfig};
 use crate::process::command_number;
@@ -24,7 +25,7 @@ use limosa_os::dirty::TrackerKind;
 use limosa_os::process::Process;
 use limosa_os::userfault::{FaultPath, InstallError, PageInstaller};
 use limosa_os::{MemoryError, SharedBitmap, SharedMemory, socket};
-use limosa_pages::{ByteCount, PageCount, PageRange, PageSet, Pfn};
+use limosa_pages::{ByteCount, PageRange, PageSet, Pfn};
 use std::io;
 use std::net::{Shutdown, SocketAddr};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -109,21 +110,6 @@ pub struct Attached {
     /// Why the guest cannot run there with pages missing; `None` if it can, and then there is
     /// [`VmHandle::installer`].
     pub not_armed: Option<String>,
-}
-
-/// How a machine does.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Status {
-    /// Who may run the guest.
-    pub phase: Phase,
-    /// Where the machine is in its life.
-    pub run_state: RunState,
-    /// How many pages are missing, as the process sees it; `None` if none can be.
-    pub missing: Option<PageCount>,
-    /// How fast the guest may write; `None` if as fast as it can.
-    pub throttle: Option<Throttle>,
-    /// What the guest has given up of its memory; `None` if it cannot.
-    pub balloon: Option<BalloonInfo>,
 }
 
 /// A VM process. Dropping it leaves the process to its own rules for a lost daemon.
@@ -317,19 +303,7 @@ impl VmHandle {
     /// The process does not answer.
     pub fn status(&self) -> Result<Status, VmError> {
         match self.ask(&Request::Status)? {
-            Reply::Status {
-                phase,
-                run_state,
-                missing,
-                throttle,
-                balloon,
-            } => Ok(Status {
-                phase,
-                run_state,
-                missing,
-                throttle,
-                balloon,
-            }),
+            Reply::Status(status) => Ok(status),
             _ => Err(self.foreign()),
         }
     }
@@ -585,6 +559,15 @@ impl VmHandle {
     /// It has no balloon, that is all of its memory, or its memory is of huge pages.
     pub fn set_balloon(&self, target: ByteCount) -> Result<(), VmError> {
         self.order(&Request::SetBalloon { target })
+    }
+
+    /// Has the guest give up so much of its memory at least, until it has arrived on another host or this is
+    /// called with zero, which does no harm to any guest.
+    ///
+    /// # Errors
+    /// As [`VmHandle::set_balloon`].
+    pub fn lend_balloon(&self, least: ByteCount) -> Result<(), VmError> {
+        self.order(&Request::LendBalloon { least })
     }
 
     /// Tells a micro guest to do something; the command's number, which its reports show when it is

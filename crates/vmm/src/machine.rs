@@ -573,6 +573,26 @@ impl Machine {
     /// # Errors
     /// It has no balloon, its memory cannot be given up, that is more than it has, or the device is stuck.
     pub fn set_balloon(&self, target: ByteCount) -> Result<(), MachineError> {
+        let (devices, pages) = self.balloon_of(target)?;
+        Ok(devices.set_balloon(pages)?)
+    }
+
+    /// Has the guest give up so much memory at least, until it has arrived elsewhere or this is called with
+    /// zero, which every machine takes.
+    ///
+    /// # Errors
+    /// As [`Machine::set_balloon`].
+    pub fn lend_balloon(&self, least: ByteCount) -> Result<(), MachineError> {
+        if least == ByteCount::new(0) {
+            let devices = self.board.with_balloon();
+            return Ok(devices.map_or(Ok(()), |devices| devices.lend_balloon(PageCount::ZERO))?);
+        }
+        let (devices, pages) = self.balloon_of(least)?;
+        Ok(devices.lend_balloon(pages)?)
+    }
+
+    /// Whose balloon can hold so much.
+    fn balloon_of(&self, target: ByteCount) -> Result<(&Devices, PageCount), MachineError> {
         let devices = self.board.with_balloon();
         let devices = devices.ok_or(MachineError::Balloon("a micro guest has none"))?;
         if !self.vm.reclaim().is_possible() {
@@ -582,8 +602,7 @@ impl Machine {
         if target >= self.config.memory {
             return Err(MachineError::Balloon("it would hold all of the memory"));
         }
-        let pages = PageCount::new(target.get() / PAGE_SIZE);
-        Ok(devices.set_balloon(pages)?)
+        Ok((devices, PageCount::new(target.get() / PAGE_SIZE)))
     }
 
     /// What the guest has given up; `None` if it has no balloon.

@@ -10,7 +10,7 @@
 
 mod console;
 
-use crate::answer::{RunState, Running};
+use crate::answer::{RunState, Running, Status};
 use crate::arrival_note;
 use crate::boot::linux::LinuxImage;
 use crate::config::VmConfig;
@@ -26,7 +26,7 @@ use limosa_engine::source::Writers;
 use limosa_micro_abi::CommandKind;
 use limosa_os::userfault::FaultPath;
 use limosa_os::{process as os_process, socket, thread as os_thread};
-use limosa_pages::PageCount;
+use limosa_pages::{ByteCount, PageCount};
 use std::fs::{self, File};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -354,13 +354,13 @@ impl Process<'_> {
             }
             Request::Run => Reply::Running(self.run()?),
             Request::Stop => return Ok(Outcome::End),
-            Request::Status => Reply::Status {
+            Request::Status => Reply::Status(Status {
                 phase: self.phase.clone(),
                 run_state: self.run_state(),
                 missing: self.machine.as_ref().and_then(Machine::missing),
                 throttle: self.machine.as_ref().and_then(Machine::throttled),
                 balloon: self.machine.as_ref().and_then(Machine::balloon),
-            },
+            }),
             Request::Inspect => Reply::Sections(self.inspect()?),
             Request::StartTracking => done(self.machine()?.start_tracking())?,
             Request::StopTracking => done(self.machine()?.stop_tracking())?,
@@ -406,6 +406,7 @@ impl Process<'_> {
             }
             Request::GiveStrays => done(self.machine()?.give_strays(&frame.bytes))?,
             Request::SetBalloon { target } => done(self.machine()?.set_balloon(target))?,
+            Request::LendBalloon { least } => done(self.machine()?.lend_balloon(least))?,
             Request::Command { kind } => {
                 let command = self.machine()?.command(command_kind(kind)?);
                 Reply::Sequence(command.ok_or(RequestError::NotMicro)?)
@@ -594,8 +595,11 @@ impl Process<'_> {
         let Some(machine) = &mut self.machine else {
             return false;
         };
-        // Whoever slowed it down cannot let it go any more.
+        // Whoever slowed it down, or shrank it to be moved, cannot let it go any more.
         machine.let_go();
+        if let Err(error) = machine.lend_balloon(ByteCount::new(0)) {
+            tracing::warn!(error = in_one_line(&error), "the guest stays small");
+        }
         match self.phase.on_daemon_lost() {
             OnDaemonLost::Exit => return false,
             OnDaemonLost::Stay => {}

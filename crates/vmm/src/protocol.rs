@@ -5,14 +5,14 @@
 //! first bytes of a frame. Neither side trusts the other: lengths are limited, buffers grow as bytes
 //! arrive, and whatever does not fit ends the connection.
 
-use crate::answer::{BalloonInfo, Loaded, RunState, Running, SaveTimes, SectionInfo};
+use crate::answer::{Loaded, RunState, Running, SaveTimes, SectionInfo, Status};
 use crate::config::VmConfig;
 use limosa_engine::Timestamp;
 use limosa_engine::handover::{MigrationId, Phase};
 use limosa_engine::source::Writers;
 use limosa_engine::throttle::Throttle;
 use limosa_os::descriptor;
-use limosa_pages::{ByteCount, PageCount, PageRange, Pfn};
+use limosa_pages::{ByteCount, PageRange, Pfn};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use std::error::Error;
@@ -99,6 +99,11 @@ pub(crate) enum Request {
     SetBalloon {
         target: ByteCount,
     },
+    /// Have it give up so much at least until it has been moved; zero to end that. Whoever resumes the
+    /// guest alone ends it, too.
+    LendBalloon {
+        least: ByteCount,
+    },
 }
 
 /// What a machine is to boot.
@@ -122,15 +127,7 @@ pub(crate) enum Reply {
         run_state: RunState,
         faults: Faults,
     },
-    Status {
-        phase: Phase,
-        run_state: RunState,
-        /// How many pages are missing, if faults are held back.
-        missing: Option<PageCount>,
-        throttle: Option<Throttle>,
-        /// If it has one.
-        balloon: Option<BalloonInfo>,
-    },
+    Status(Status),
     Running(Running),
     /// The dirty log is in the shared bitmap.
     Harvested(Writers),

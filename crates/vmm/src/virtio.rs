@@ -325,9 +325,18 @@ impl Devices {
     /// Has the guest give up that much memory, or take back what is above.
     pub(crate) fn set_balloon(&self, target: PageCount) -> Result<(), DeviceError> {
         self.balloon.set_target(target);
-        self.transports
-            .last()
-            .map_or(Ok(()), |device| device.tell_of_change())
+        self.tell_balloon()
+    }
+
+    /// Has the guest give up so much at least until it has been moved.
+    pub(crate) fn lend_balloon(&self, least: PageCount) -> Result<(), DeviceError> {
+        self.balloon.lend(least);
+        self.tell_balloon()
+    }
+
+    fn tell_balloon(&self) -> Result<(), DeviceError> {
+        let balloon = self.transports.last();
+        balloon.map_or(Ok(()), |device| device.tell_of_change())
     }
 
     /// What the guest has given up, as its driver said last, which is asked to say it anew.

@@ -41,6 +41,7 @@ pub(super) fn migrate(follower: &Follower, migrate: &Migrate) -> Result<()> {
         push_order: migrate.push_order,
         verify: migrate.verify,
         link: migrate.link.map(Rate::get),
+        balloon: migrate.balloon,
         insecure: migrate.insecure,
     };
     if migrate.dry_run {

@@ -69,6 +69,10 @@ pub struct MigrateBody {
     /// Behave as over a link of so many bytes a second.
     #[serde(default)]
     pub link: Option<u64>,
+    /// Before anything is sent, have the guest give up what memory it has free, by its balloon, for as long
+    /// as it is moved; the answer comes when it has, which may take 20 s. Refused without a balloon.
+    #[serde(default)]
+    pub balloon: bool,
     /// Allow a peer that is not on the loopback although this daemon does not encrypt.
     #[serde(default)]
     pub insecure: bool,
@@ -91,6 +95,7 @@ impl MigrateBody {
             defer: Deferral::default(),
             push_order: PushOrder::default(),
             link: None,
+            balloon: false,
             insecure: false,
         }
     }

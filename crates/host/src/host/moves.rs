@@ -1,6 +1,6 @@
 //! Requests about migrations away from this host: start, watch, steer, abort.
 
-use super::{Host, parse_name};
+use super::{Host, parse_name, shrinking};
 use crate::api::{LimitsPatch, MigrateBody, MigrationInfo, ResolveWord};
 use crate::departures::Departure;
 use crate::refusal::Refusal;
@@ -33,10 +33,12 @@ impl Host {
         let vm = self.registry().begin_leaving(&name)?;
         let started = self
             .confirm(&vm)
+            .and_then(|()| shrinking::shrink_if(body.balloon, &*vm.machine))
             .and_then(|()| self.start(&name, &vm, body, limits));
         let migration = match started {
             Ok(migration) => migration,
             Err(refusal) => {
+                shrinking::give_back(&*vm.machine);
                 self.registry().hold(&name, vm.hold);
                 return Err(refusal);
             }
@@ -119,6 +121,9 @@ impl Host {
                 host.records.forget(&name);
             }
             host.registry().left(&name, report.id, outcome);
+            if let Ok(machine) = host.registry().resident(&name) {
+                shrinking::give_back(&*machine);
+            }
             host.departures.forget(report.id);
             tracing::info!(migration_id = %report.id, vm = %name, outcome = outcome.name(), "migration over");
         })

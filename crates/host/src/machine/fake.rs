@@ -14,6 +14,7 @@ use limosa_os::dirty::TrackerKind;
 use limosa_os::userfault::PageInstaller;
 use limosa_os::{PageKind, SharedMemory};
 use limosa_pages::{ByteCount, PageRange, PageSet};
+use limosa_vmm::answer::{BalloonInfo, GuestMemory};
 use limosa_vmm::cpu::CpuModel;
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -26,6 +27,7 @@ pub struct FakeMachine {
     guest: Arc<FakeGuest>,
     misses_pages: AtomicBool,
     ended: Mutex<Option<String>>,
+    balloon: Mutex<Option<BalloonInfo>>,
 }
 
 /// The guest of one: it has a phase and nothing else.
@@ -48,7 +50,45 @@ impl FakeMachine {
             guest: Arc::new(guest),
             misses_pages: AtomicBool::new(false),
             ended: Mutex::new(None),
+            balloon: Mutex::new(None),
         })
+    }
+
+    /// Has a guest with that much memory, all of it free, and a driver for its balloon.
+    pub fn have_balloon(&self, total: ByteCount) {
+        *self.balloon.lock().unwrap() = Some(BalloonInfo {
+            has_driver: true,
+            target: ByteCount::new(0),
+            held: ByteCount::new(0),
+            reclaimed: ByteCount::new(0),
+            memory: Some(GuestMemory {
+                total: Some(total),
+                free: Some(total),
+                available: None,
+            }),
+            tellings: 0,
+        });
+    }
+
+    /// What its balloon is to hold.
+    pub fn balloon_target(&self) -> ByteCount {
+        self.balloon
+            .lock()
+            .unwrap()
+            .map_or(ByteCount::new(0), |info| info.target)
+    }
+
+    /// Its guest gives up 16 MiB more whenever somebody looks, and tells what is free.
+    fn step_balloon(&self) -> Option<BalloonInfo> {
+        const STEP: u64 = 16 << 20;
+        let mut balloon = self.balloon.lock().unwrap();
+        let info = balloon.as_mut()?;
+        let held = info.target.get().min(info.held.get() + STEP);
+        let memory = info.memory.as_mut()?;
+        memory.free = Some(ByteCount::new(memory.total?.get() - held));
+        info.held = ByteCount::new(held);
+        info.tellings += 1;
+        Some(*info)
     }
 
     /// Its page faults are armed, as a restarted daemon finds it.
@@ -96,7 +136,7 @@ impl Machine for FakeMachine {
             None => Ok(Look {
                 phase: self.phase(),
                 activity: Activity::Running,
-                balloon: None,
+                balloon: self.step_balloon(),
             }),
         }
     }
@@ -126,6 +166,13 @@ impl Machine for FakeMachine {
 
     fn set_balloon(&self, _: u64) -> Result<(), GuestError> {
         Err(GuestError("a fake has no balloon".to_owned()))
+    }
+
+    fn lend_balloon(&self, least_bytes: u64) -> Result<(), GuestError> {
+        if let Some(balloon) = &mut *self.balloon.lock().unwrap() {
+            balloon.target = ByteCount::new(least_bytes);
+        }
+        Ok(())
     }
 
     fn stop(&self) -> Result<(), GuestError> {

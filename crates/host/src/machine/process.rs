@@ -370,6 +370,11 @@ impl Machine for Process {
         self.handle.set_balloon(target).map_err(GuestError::from)
     }
 
+    fn lend_balloon(&self, least_bytes: u64) -> Result<(), GuestError> {
+        let least = ByteCount::new(least_bytes);
+        self.handle.lend_balloon(least).map_err(GuestError::from)
+    }
+
     fn stop(&self) -> Result<(), GuestError> {
         if self.ended.get().is_some() {
             return Ok(());

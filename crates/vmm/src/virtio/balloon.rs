@@ -53,14 +53,24 @@ pub(super) struct Ledger(Mutex<Entries>);
 #[derive(Debug, Default)]
 struct Entries {
     target: PageCount,
+    /// It is to hold so much at least while the guest is moved.
+    lent: PageCount,
     /// The driver says that so much is in the balloon.
     held: PageCount,
     /// Since this machine was made here.
     reclaimed: PageCount,
     memory: Option<GuestMemory>,
+    /// How often it was told.
+    tellings: u64,
     is_there: bool,
     /// Somebody wants the statistics anew.
     is_asked: bool,
+}
+
+impl Entries {
+    fn wanted(&self) -> PageCount {
+        self.target.max(self.lent)
+    }
 }
 
 impl Ledger {
@@ -70,6 +80,11 @@ impl Ledger {
 
     pub(super) fn set_target(&self, target: PageCount) {
         self.entries().target = target;
+    }
+
+    /// The guest gives up so much at least until it has been moved.
+    pub(super) fn lend(&self, least: PageCount) {
+        self.entries().lent = least;
     }
 
     /// Wants the statistics anew.
@@ -82,10 +97,11 @@ impl Ledger {
         let entries = self.entries();
         BalloonInfo {
             has_driver: entries.is_there,
-            target: entries.target.bytes(),
+            target: entries.wanted().bytes(),
             held: entries.held.bytes(),
             reclaimed: entries.reclaimed.bytes(),
             memory: entries.memory,
+            tellings: entries.tellings,
         }
     }
 }
@@ -105,6 +121,7 @@ pub(super) struct Balloon {
 #[derive(Debug, Serialize, Deserialize)]
 struct Saved {
     target: u64,
+    lent: u64,
     held: u64,
 }
 
@@ -165,7 +182,10 @@ impl Balloon {
             let mut bytes = vec![0; len.min(STATISTICS_MAX * STATISTIC_BYTES)];
             let read = from.read(ring.memory, &mut bytes);
             read.map_err(|_| QueueError::InvalidChain)?;
-            self.ledger.entries().memory = Some(statistics(&bytes));
+            let mut entries = self.ledger.entries();
+            entries.memory = Some(statistics(&bytes));
+            entries.tellings += 1;
+            drop(entries);
             self.is_read = true;
         }
         if std::mem::take(&mut self.ledger.entries().is_asked) {
@@ -216,7 +236,7 @@ impl Device for Balloon {
     fn configuration(&self) -> Vec<u8> {
         let entries = self.ledger.entries();
         let word = |pages: PageCount| u32::try_from(pages.get()).unwrap_or(u32::MAX).to_le_bytes();
-        [word(entries.target), word(entries.held)].concat()
+        [word(entries.wanted()), word(entries.held)].concat()
     }
 
     /// The driver says how many pages it holds.
@@ -262,6 +282,11 @@ impl Device for Balloon {
         Ok(Served::Request)
     }
 
+    /// What it gave up for the move it may have back.
+    fn arrive(&mut self) -> bool {
+        std::mem::take(&mut self.ledger.entries().lent) > PageCount::ZERO
+    }
+
     fn save(&self) -> Vec<u8> {
         let Self {
             ledger,
@@ -275,6 +300,7 @@ impl Device for Balloon {
         let entries = ledger.entries();
         let saved = Saved {
             target: entries.target.get(),
+            lent: entries.lent.get(),
             held: entries.held.get(),
         };
         postcard::to_extend(&saved, Vec::new()).expect("a state can always be written")
@@ -286,6 +312,7 @@ impl Device for Balloon {
         };
         let mut entries = self.ledger.entries();
         entries.target = PageCount::new(saved.target);
+        entries.lent = PageCount::new(saved.lent);
         entries.held = PageCount::new(saved.held);
         Ok(())
     }

@@ -4,9 +4,10 @@
 use crate::guests::*;
 use crate::vm_process::VmProcess;
 use limosa_engine::handover::Phase;
-use limosa_pages::{PAGE_SIZE_USIZE, PageRange, Pfn};
+use limosa_pages::{ByteCount, PAGE_SIZE_USIZE, PageRange, Pfn};
 use limosa_vmm::LinuxImage;
 use limosa_vmm::answer::{ExitReason, RunState};
+use limosa_vmm::client::VmHandle;
 use limosa_vmm::config::{Platform, VmConfig};
 use limosa_vmm::machine::{Machine, MachineError};
 use std::fs::File;
@@ -145,4 +146,60 @@ fn a_pc_without_controllers_is_refused() {
     };
     let error = Machine::create(config, "here").unwrap_err();
     assert!(matches!(error, MachineError::Config(_)), "{error}");
+}
+
+#[test]
+fn only_a_pc_can_be_asked_for_memory() {
+    if !has_kvm() {
+        return;
+    }
+    let (none, page) = (ByteCount::new(0), ByteCount::new(4096));
+    let check = |result: Result<(), MachineError>, expect: &str| {
+        let text = result.map_or_else(|error| error.to_string(), |()| "ok".to_owned());
+        assert_eq!(text, expect);
+    };
+    let micro = Machine::create(config(1), "test").unwrap();
+    assert_eq!(micro.balloon(), None);
+    let refused = "there is no balloon to fill: ";
+    check(
+        micro.set_balloon(page),
+        &format!("{refused}a micro guest has none"),
+    );
+    check(
+        micro.lend_balloon(page),
+        &format!("{refused}a micro guest has none"),
+    );
+    check(micro.lend_balloon(none), "ok");
+    let pc = Machine::create(pc(1), "test").unwrap();
+    let memory = pc.config().memory;
+    let target = || pc.balloon().unwrap().target;
+    check(
+        pc.set_balloon(memory),
+        &format!("{refused}it would hold all of the memory"),
+    );
+    check(pc.set_balloon(page), "ok");
+    check(pc.lend_balloon(ByteCount::new(8192)), "ok");
+    assert_eq!(target(), ByteCount::new(8192));
+    check(pc.lend_balloon(none), "ok");
+    assert_eq!(target(), page);
+    assert!(!pc.balloon().unwrap().has_driver);
+}
+
+#[test]
+fn a_guest_has_its_memory_back_when_its_daemon_is_lost() {
+    if !has_kvm() {
+        return;
+    }
+    let directory = tempfile::tempdir().unwrap();
+    let process = VmProcess::start(directory.path(), "vm-linux");
+    let handle = process.connect().unwrap();
+    handle.create_linux(&pc(1), &image(&KERNEL)).unwrap();
+    handle.run().unwrap();
+    let target = |handle: &VmHandle| handle.status().unwrap().balloon.unwrap().target;
+    handle.set_balloon(ByteCount::new(4096)).unwrap();
+    handle.lend_balloon(ByteCount::new(1 << 20)).unwrap();
+    assert_eq!(target(&handle), ByteCount::new(1 << 20));
+    drop(handle);
+    let next = process.connect().unwrap();
+    wait_until(|| target(&next) == ByteCount::new(4096));
 }

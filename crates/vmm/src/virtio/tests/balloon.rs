@@ -297,6 +297,18 @@ fn a_balloon_keeps_its_size_on_the_way() {
         (info.has_driver, info.target, info.held),
         (true, PageCount::new(77).bytes(), PageCount::new(76).bytes())
     );
+    // What it holds for the move alone ends where it arrives.
+    target.devices.lend_balloon(PageCount::new(100)).unwrap();
+    assert_eq!(target.read(BALLOON, VIRTIO_MMIO_CONFIG), 100);
+    let again = Bed::new(&mut config).unwrap();
+    bed.copy_memory_to(&again);
+    let sections = target.sections();
+    let parsed = state::parse(&sections).unwrap();
+    again.devices.load(&parsed).unwrap();
+    assert_eq!(again.read(BALLOON, VIRTIO_MMIO_CONFIG), 100);
+    again.devices.arrive().unwrap();
+    assert_eq!(again.read(BALLOON, VIRTIO_MMIO_CONFIG), 77);
+    assert_eq!(again.read(BALLOON, VIRTIO_MMIO_INTERRUPT_STATUS), 2);
     // Gone with its driver.
     bed.write(BALLOON, VIRTIO_MMIO_STATUS, 0);
     let info = bed.devices.balloon();
