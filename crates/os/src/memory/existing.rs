@@ -9,7 +9,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 /// once: an answer costs the kernel a look at each page of it.
 ///
 /// Invariant: no page is taken away while this is in use. Then what existed exists, and only what
-/// did not has to be asked about again.
+/// did not has to be asked about again. A guest may give up a page between the first question and the
+/// beginning of tracking ([`super::Reclaim`]); that one is read, which makes it anew, and told as zeros.
 #[derive(Debug)]
 pub struct ExistingPages {
     memory: Arc<SharedMemory>,
