@@ -10,7 +10,7 @@
 
 mod console;
 
-use crate::answer::{RunState, Running, Status};
+use crate::answer::{Loaded, RunState, Running, Status};
 use crate::arrival_note;
 use crate::boot::linux::LinuxImage;
 use crate::config::VmConfig;
@@ -373,15 +373,7 @@ impl Process<'_> {
             Request::Rehearse => {
                 return Ok(saved(self.save_as_it_runs()?));
             }
-            Request::Load { is_rehearsal } => {
-                if !matches!(self.phase, Phase::Preparing { .. }) {
-                    return Err(RequestError::MustNotLoad(self.phase.clone()));
-                }
-                self.has_guest = false;
-                let loaded = self.machine()?.load(&frame.bytes)?;
-                self.has_guest = !is_rehearsal;
-                Reply::Loaded(loaded)
-            }
+            Request::Load { is_rehearsal } => Reply::Loaded(self.load(&frame.bytes, is_rehearsal)?),
             Request::Record { phase } => {
                 self.record(phase)?;
                 Reply::Done
@@ -397,13 +389,7 @@ impl Process<'_> {
                 Reply::Done
             }
             Request::SetObserver { address } => done(self.machine()?.set_observer(address))?,
-            Request::TakeStrays => {
-                if !matches!(self.phase, Phase::Committed { .. }) {
-                    return Err(RequestError::IsHere(self.phase.clone()));
-                }
-                let strays = self.machine()?.take_strays()?;
-                return Ok(Outcome::Reply(Reply::Done, strays));
-            }
+            Request::TakeStrays => return Ok(Outcome::Reply(Reply::Done, self.take_strays()?)),
             Request::GiveStrays => done(self.machine()?.give_strays(&frame.bytes))?,
             Request::SetBalloon { target } => done(self.machine()?.set_balloon(target))?,
             Request::LendBalloon { least } => done(self.machine()?.lend_balloon(least))?,
@@ -413,6 +399,24 @@ impl Process<'_> {
             }
         };
         Ok(Outcome::Reply(reply, Vec::new()))
+    }
+
+    fn load(&mut self, state: &[u8], is_rehearsal: bool) -> Result<Loaded, RequestError> {
+        if !matches!(self.phase, Phase::Preparing { .. }) {
+            return Err(RequestError::MustNotLoad(self.phase.clone()));
+        }
+        self.has_guest = false;
+        let loaded = self.machine()?.load(state)?;
+        self.has_guest = !is_rehearsal;
+        Ok(loaded)
+    }
+
+    /// What came for a guest that runs elsewhere: nobody else may get it.
+    fn take_strays(&mut self) -> Result<Vec<u8>, RequestError> {
+        if !matches!(self.phase, Phase::Committed { .. }) {
+            return Err(RequestError::IsHere(self.phase.clone()));
+        }
+        Ok(self.machine()?.take_strays()?)
     }
 
     fn attached(&self) -> Reply {
