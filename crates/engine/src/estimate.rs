@@ -83,6 +83,7 @@ impl Sample {
                 Verdict::AnotherRound => {
                     pages = pages.saturating_add(progress.remaining);
                     let took = time(progress.remaining);
+                    progress.keep_least();
                     progress = self.after_round(&progress, took, bandwidth);
                 }
                 verdict => break verdict,
@@ -127,33 +128,24 @@ impl Sample {
 
     fn after_round(&self, before: &Progress, took: Duration, rate: BytesPerSecond) -> Progress {
         let remaining = self.dirtied_in(took);
-        let is_stuck = remaining.get() >= before.remaining.get() / 10 * 9;
-        let is_least = before
-            .least
-            .is_none_or(|least| remaining.get() < least.get() / 10 * 9);
         let next_round = rate
             .time_for(remaining.bytes())
             .map(|time| self.dirtied_in(time));
-        Progress {
+        let mut progress = Progress {
             rounds: before.rounds + 1,
             remaining,
             last_round: before.remaining,
-            rounds_without_progress: if is_stuck {
-                before.rounds_without_progress + 1
-            } else {
-                0
-            },
-            least: Some(before.least.map_or(remaining, |least| least.min(remaining))),
-            rounds_since_least: if is_least {
-                0
-            } else {
-                before.rounds_since_least + 1
-            },
             next_round: next_round.filter(|_| before.rounds == 0),
             bandwidth: Some(rate),
             elapsed: before.elapsed.saturating_add(took),
             ..*before
+        };
+        // The bulk round's size says nothing about the guest's dirty rate.
+        if before.rounds > 0 {
+            progress.count_progress(Progress::is_fewer(remaining, before.remaining));
         }
+        progress.compare_with_least();
+        progress
     }
 
     /// Pages that are dirtied at least once in `time`: by the curve, which goes on as it ended, up to all

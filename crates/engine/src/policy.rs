@@ -201,6 +201,44 @@ impl Progress {
             .is_none_or(|least| self.remaining.get() - self.remaining.get() / 9 <= least.get())
     }
 
+    /// True if so many pages are clearly fewer than there were before: by more than a tenth.
+    pub(crate) const fn is_fewer(now: PageCount, before: PageCount) -> bool {
+        now.get() < before.get().saturating_mul(9) / 10
+    }
+
+    /// Counts a round that has left fewer pages than the one before it, or has not.
+    pub(crate) const fn count_progress(&mut self, shrank: bool) {
+        self.rounds_without_progress = if shrank || self.was_released {
+            0
+        } else {
+            self.rounds_without_progress + 1
+        };
+    }
+
+    /// Notes whether this round has left fewer pages than all before it. Those before a remedy say nothing
+    /// about those after it.
+    pub(crate) fn compare_with_least(&mut self) {
+        if self.was_slowed || self.was_released {
+            self.least = None;
+        }
+        let is_new = self
+            .least
+            .is_none_or(|least| Self::is_fewer(self.remaining, least));
+        self.rounds_since_least = if is_new {
+            0
+        } else {
+            self.rounds_since_least + 1
+        };
+    }
+
+    /// The verdict on this round is spoken: what it has left is compared with from now on.
+    pub(crate) fn keep_least(&mut self) {
+        if self.rounds > 0 {
+            let least = self.least.unwrap_or(self.remaining);
+            self.least = Some(least.min(self.remaining));
+        }
+    }
+
     /// Pages that a further live round sends.
     pub const fn to_send(&self) -> PageCount {
         self.remaining.saturating_sub(self.deferred)

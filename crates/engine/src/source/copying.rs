@@ -7,7 +7,7 @@ use super::{
     Writers,
 };
 use crate::deferral;
-use crate::policy::{PauseReason, Verdict};
+use crate::policy::{PauseReason, Progress, Verdict};
 use crate::report::RoundReport;
 use crate::time::Timestamp;
 use crate::wire::ControlFrame;
@@ -72,7 +72,7 @@ impl Source {
         // The bulk round's size says nothing about the guest's dirty rate.
         let shrank = self
             .previous_round
-            .map(|previous| planned.get() < previous.get().saturating_mul(9) / 10);
+            .map(|previous| Progress::is_fewer(planned, previous));
         if shrank.is_some_and(|shrank| self.deferral_ends(shrank)) {
             // Once more, with all that is dirty.
             return vec![self.harvest()];
@@ -82,45 +82,21 @@ impl Source {
             last.dirty_after = self.progress.remaining;
         }
         if let Some(shrank) = shrank {
-            self.progress.rounds_without_progress = if shrank || self.progress.was_released {
-                0
-            } else {
-                self.progress.rounds_without_progress + 1
-            };
+            self.progress.count_progress(shrank);
         }
         if self.progress.rounds > 0 {
             self.previous_round = Some(planned);
         }
         self.round = Some(round.with_fault(self.fault));
         let throttle = self.regulate(now, writers);
-        self.compare_with_least();
+        self.progress.compare_with_least();
         let actions = self.decide(now);
-        if self.progress.rounds > 0 {
-            let least = self.progress.least.unwrap_or(self.progress.remaining);
-            self.progress.least = Some(least.min(self.progress.remaining));
-        }
+        self.progress.keep_least();
         if self.state != State::Rounds {
             // Whatever it was to be, the guest is about to be paused.
             return actions;
         }
         self.slow_down(now, throttle).chain(actions).collect()
-    }
-
-    /// Notes whether this round has left fewer pages than all before it. Those before a remedy say nothing
-    /// about those after it.
-    fn compare_with_least(&mut self) {
-        let progress = &mut self.progress;
-        if progress.was_slowed || progress.was_released {
-            progress.least = None;
-        }
-        let is_new = progress
-            .least
-            .is_none_or(|least| progress.remaining.get() < least.get().saturating_mul(9) / 10);
-        progress.rounds_since_least = if is_new {
-            0
-        } else {
-            progress.rounds_since_least + 1
-        };
     }
 
     /// Asks for the pages of the next live round, and lets the hottest of them wait for the pause.
