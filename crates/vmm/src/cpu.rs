@@ -80,13 +80,6 @@ pub fn machine_table(kvm: &Kvm, platform: Platform) -> Result<Vec<CpuidLeaf>, Kv
     Ok(table)
 }
 
-/// What a machine of this model gets of what its host offers, and what the host lacks of it, in words;
-/// empty if it has all.
-pub(crate) fn model_table(model: CpuModel, offered: &[CpuidLeaf]) -> (Vec<CpuidLeaf>, Vec<String>) {
-    let lacking = missing_bits(&model.required(), offered);
-    (model.select(offered), lacking)
-}
-
 const TSC_DEADLINE_TIMER: u32 = 1 << 24;
 const HYPERVISOR: u32 = 1 << 31;
 const OSXSAVE: u32 = 1 << 27;

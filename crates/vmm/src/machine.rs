@@ -192,7 +192,7 @@ impl Machine {
     pub fn create(mut config: VmConfig, host: &str) -> Result<Self, MachineError> {
         config.check()?;
         let kvm = Kvm::open()?;
-        config.check_features(&kvm)?;
+        let neutral = config.features(&kvm)?;
         let memory = Arc::new(SharedMemory::create(config.memory, config.page_kind())?);
         let bitmap = SharedBitmap::create(memory.page_count())?;
         let mut vm = kvm.create_vm(config.dirty_tracker)?;
@@ -200,7 +200,6 @@ impl Machine {
         if config.irqchip {
             vm.create_irqchip()?;
         }
-        let neutral = config.take_features(&kvm)?;
         let vcpus = (0..config.vcpus)
             .map(|index| vm.create_vcpu(index))
             .collect::<Result<Vec<_>, _>>()?;

@@ -4,7 +4,7 @@
 use super::{ConfigError, VmConfig, is_same_rate};
 use crate::cpu::{self, CpuidLeaf};
 use crate::virtio;
-use limosa_os::kvm::{Kvm, KvmError};
+use limosa_os::kvm::Kvm;
 
 impl VmConfig {
     /// Checks that this host can run a guest that has seen these features and this clock rate.
@@ -22,7 +22,7 @@ impl VmConfig {
         let mut differences = Vec::new();
         match Kvm::open() {
             Ok(kvm) => {
-                differences.extend(self.check_features(&kvm).err());
+                differences.extend(self.features(&kvm).err());
                 differences.extend(self.check_registers(&kvm).err());
                 differences.extend(self.compare_clock(&kvm).err());
             }
@@ -32,33 +32,25 @@ impl VmConfig {
         differences
     }
 
-    pub(crate) fn check_features(&self, kvm: &Kvm) -> Result<(), ConfigError> {
+    /// The features that its guest sees here: those that it has seen, or those of its model.
+    ///
+    /// # Errors
+    /// This host's processor lacks some, or KVM does not tell.
+    pub(crate) fn features(&self, kvm: &Kvm) -> Result<Vec<CpuidLeaf>, ConfigError> {
         let offered = cpu::machine_table(kvm, self.platform)?;
         let Some(wanted) = &self.cpuid else {
-            let (_, features) = cpu::model_table(self.model, &offered);
+            let (model, features) = (self.model, self.model.missing(&offered));
             return if features.is_empty() {
-                Ok(())
+                Ok(model.select(&offered))
             } else {
-                let model = self.model;
                 Err(ConfigError::Model { model, features })
             };
         };
         let features = cpu::missing_features(wanted, &offered);
         if features.is_empty() {
-            Ok(())
+            Ok(wanted.clone())
         } else {
             Err(ConfigError::Features { features })
-        }
-    }
-
-    /// The features that a guest sees: those that it has seen, or those of its model here.
-    pub(crate) fn take_features(&mut self, kvm: &Kvm) -> Result<Vec<CpuidLeaf>, KvmError> {
-        match self.cpuid.take() {
-            Some(table) => Ok(table),
-            None => {
-                let offered = cpu::machine_table(kvm, self.platform)?;
-                Ok(cpu::model_table(self.model, &offered).0)
-            }
         }
     }
 

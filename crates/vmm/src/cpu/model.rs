@@ -8,7 +8,7 @@
 //! three consequences: no bits for mitigations of speculation, no performance counters, and a vendor that
 //! stays, for a guest cannot go from one vendor's processors to another's.
 
-use super::{CpuidLeaf, EAX, EBX, ECX, EDX, HYPERVISOR, TSC_DEADLINE_TIMER};
+use super::{CpuidLeaf, EAX, EBX, ECX, EDX, HYPERVISOR, TSC_DEADLINE_TIMER, missing_bits};
 use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::str::FromStr;
@@ -47,7 +47,7 @@ impl CpuModel {
 
     /// What a guest of this model sees, out of what a host offers; features that the host lacks are
     /// lacking in it.
-    pub(super) fn select(self, offered: &[CpuidLeaf]) -> Vec<CpuidLeaf> {
+    pub(crate) fn select(self, offered: &[CpuidLeaf]) -> Vec<CpuidLeaf> {
         if self == Self::Host {
             return offered.to_vec();
         }
@@ -55,8 +55,13 @@ impl CpuModel {
         kept.map(|leaf| self.cut(*leaf, offered)).collect()
     }
 
+    /// What of it a host that offers this lacks, in words; nothing if it has all.
+    pub(crate) fn missing(self, offered: &[CpuidLeaf]) -> Vec<String> {
+        missing_bits(&self.required(), offered)
+    }
+
     /// What a host has to offer for this model, as a table that has nothing else.
-    pub(super) fn required(self) -> Vec<CpuidLeaf> {
+    fn required(self) -> Vec<CpuidLeaf> {
         let places = [(0x1, 0), (0x7, 0), (0xd, 0), (0xd, 1), (0x8000_0001, 0)];
         let leaf = |(function, index)| CpuidLeaf {
             function,
@@ -332,8 +337,7 @@ mod tests {
         let check = |model: CpuModel, change: fn(&mut CpuidLeaf), expect: &str| {
             let mut host = rich();
             host.iter_mut().for_each(change);
-            let missing = crate::cpu::missing_bits(&model.required(), &host);
-            assert_eq!(missing.join(", "), expect, "{model}");
+            assert_eq!(model.missing(&host).join(", "), expect, "{model}");
         };
         let no_avx2 = |leaf: &mut CpuidLeaf| {
             if leaf.function == 0x7 {
