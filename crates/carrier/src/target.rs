@@ -109,8 +109,8 @@ struct Shared {
     registry: Mutex<Registry>,
     /// A session was opened or closed.
     opened: Condvar,
-    handshakes: AtomicUsize,
-    preflights: AtomicUsize,
+    handshakes: Arc<Places>,
+    preflights: Arc<Places>,
     closing: AtomicBool,
 }
 
@@ -144,8 +144,8 @@ impl Listener {
             credentials,
             registry: Mutex::default(),
             opened: Condvar::new(),
-            handshakes: AtomicUsize::new(0),
-            preflights: AtomicUsize::new(0),
+            handshakes: Places::new(HANDSHAKES_MAX),
+            preflights: Places::new(PREFLIGHTS_MAX),
             closing: AtomicBool::new(false),
         });
         let acceptor = Arc::clone(&shared);
@@ -235,16 +235,14 @@ impl Shared {
 
     /// Hears a connection out in a thread of its own, if not too many are being heard.
     fn greet(self: &Arc<Self>, socket: TcpStream, from: SocketAddr) {
-        if self.handshakes.fetch_add(1, Ordering::SeqCst) >= HANDSHAKES_MAX {
-            self.handshakes.fetch_sub(1, Ordering::SeqCst);
+        let Some(place) = self.handshakes.take() else {
             tracing::warn!(%from, "too many connections at once: this one is closed");
             return;
-        }
-        let place = Place(Arc::clone(self));
+        };
+        let shared = Arc::clone(self);
         let spawned = thread::Builder::new()
             .name("greet".to_owned())
             .spawn(move || {
-                let shared = Arc::clone(&place.0);
                 let heard = shared.hear(socket, from);
                 drop(place);
                 if let Some((channel, preamble)) = heard {
@@ -314,11 +312,9 @@ impl Shared {
 
     /// Says whether a guest could come, if not too many ask.
     fn compare(&self, mut channel: Channel, from: SocketAddr) {
-        let before = self.preflights.fetch_add(1, Ordering::SeqCst);
-        let _one = One(&self.preflights);
-        if before >= PREFLIGHTS_MAX {
+        let Some(_place) = self.preflights.take() else {
             return refuse(&mut channel, "too many preflights at once: try again later");
-        }
+        };
         if let Err(error) = preflight::answer(&*self.host, channel) {
             tracing::debug!(%from, %error, "a preflight ended early");
         }
@@ -463,21 +459,31 @@ impl Shared {
     }
 }
 
-/// One of the [`HANDSHAKES_MAX`], given back however its thread ends.
-struct Place(Arc<Shared>);
+/// So many may do something at once.
+struct Places {
+    taken: AtomicUsize,
+    most: usize,
+}
 
-impl Drop for Place {
-    fn drop(&mut self) {
-        self.0.handshakes.fetch_sub(1, Ordering::SeqCst);
+/// One of them, given back however its thread ends.
+struct Place(Arc<Places>);
+
+impl Places {
+    fn new(most: usize) -> Arc<Self> {
+        let taken = AtomicUsize::new(0);
+        Arc::new(Self { taken, most })
+    }
+
+    /// Takes a place, if there is one.
+    fn take(self: &Arc<Self>) -> Option<Place> {
+        let place = Place(Arc::clone(self));
+        (self.taken.fetch_add(1, Ordering::SeqCst) < self.most).then_some(place)
     }
 }
 
-/// One that is counted, until it is dropped.
-struct One<'a>(&'a AtomicUsize);
-
-impl Drop for One<'_> {
+impl Drop for Place {
     fn drop(&mut self) {
-        self.0.fetch_sub(1, Ordering::SeqCst);
+        self.0.taken.fetch_sub(1, Ordering::SeqCst);
     }
 }
 
