@@ -8,6 +8,7 @@
 
 use crate::host::Host;
 use crate::ledger::Note;
+use crate::machine::Described;
 use crate::refusal::Refusal;
 use crate::registry::Hold;
 use limosa_carrier::{Demanded, Guest, TargetHost};
@@ -25,15 +26,13 @@ impl TargetHost for Arrivals {
         if host.ledger().look_up(id).is_some() {
             return Err("this migration has ended before: start a new one".to_owned());
         }
-        let described = host.machines().describe(start)?;
-        let differences = host.machines().differences(start);
+        let Described { name, differences } = host.machines().describe(start)?;
         if !differences.is_empty() {
             return Err(differences.join("; "));
         }
         // Of as many pages as the machine has, which was just checked.
         let demanded = Demanded::decode(&start.demanded, start.memory_pages)
             .map_err(|error| error.to_string())?;
-        let name = described.name;
         host.registry()
             .reserve(&name)
             .map_err(|refusal| refusal.message)?;
@@ -62,10 +61,9 @@ impl TargetHost for Arrivals {
             Ok(described) => described,
             Err(reason) => return vec![reason],
         };
-        let mut differences = host.machines().differences(start);
-        let is_free = host.registry().check_free(&described.name);
-        differences.extend(is_free.err().map(|refusal| refusal.message));
-        differences
+        let is_taken = host.registry().check_free(&described.name).err();
+        let is_taken = is_taken.map(|refusal| refusal.message);
+        described.differences.into_iter().chain(is_taken).collect()
     }
 
     fn running(&self, id: MigrationId, is_filling: bool) {

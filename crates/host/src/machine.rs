@@ -136,6 +136,8 @@ pub type OnEnd = Box<dyn FnOnce(u32, &str) + Send>;
 pub struct Described {
     /// Its name.
     pub name: VmName,
+    /// All that is in the way of it, each in one line; nothing if this host can make it.
+    pub differences: Vec<String>,
 }
 
 /// Makes and finds virtual machines.
@@ -156,9 +158,6 @@ pub trait Machines: Send + Sync {
     /// # Errors
     /// It is not understood.
     fn describe(&self, start: &Start) -> Result<Described, String>;
-
-    /// All that is in the way of what was described, each in one line; nothing if this host can make it.
-    fn differences(&self, start: &Start) -> Vec<String>;
 
     /// Makes an empty one that waits for the state of attempt `id`.
     ///

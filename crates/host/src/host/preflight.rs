@@ -4,12 +4,13 @@
 //! and it stands once for as long as it takes to save it.
 
 use super::{Host, parse_name};
-use crate::api::{DirtyPoint, EstimateInfo, MigrateBody, PreflightInfo};
+use crate::api::{DirtyPoint, EstimateInfo, MigrateBody, PreflightInfo, milliseconds};
 use crate::refusal::Refusal;
 use crate::registry::Vm;
-use limosa_carrier::{Guest, GuestError, PreflightRequest};
+use limosa_carrier::{Guest, GuestError, Preflight, PreflightRequest};
 use limosa_engine::estimate::Sample;
 use limosa_engine::policy::Mode;
+use limosa_os::memory::ExistingPages;
 use limosa_pages::{ByteCount, BytesPerSecond, PageCount, PageRange, PageSet, Pfn};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -36,39 +37,28 @@ impl Host {
         let vm = self.registry().begin_leaving(&name)?;
         let looked = self.look_ahead(&vm, body);
         self.registry().hold(&name, vm.hold);
-        let (answer, measured) = looked?;
-        let sample = Sample {
-            existing: measured.existing,
-            dirtied: measured.dirtied,
-            bandwidth: answer.bandwidth,
-            round_trip: answer.round_trip,
-            save: measured.save,
-            state: measured.state,
-        };
+        let (differences, sample) = looked?;
         let modes = Mode::ALL.into_iter();
         let estimates = modes.map(|mode| EstimateInfo::new(&sample.estimate(mode, &limits)));
         let point = |(after, pages): &(Duration, PageCount)| DirtyPoint::new(*after, *pages);
         Ok(PreflightInfo {
             vm: name.to_string(),
             to: body.to.clone(),
-            differences: answer.differences,
+            differences,
             encrypted: self.credentials.is_some(),
-            round_trip_ms: crate::api::milliseconds(sample.round_trip),
+            round_trip_ms: milliseconds(sample.round_trip),
             bandwidth: sample.bandwidth.get(),
             memory_bytes: vm.machine.shape().memory_bytes,
             existing_bytes: sample.existing.bytes().get(),
             dirtied: sample.dirtied.iter().map(point).collect(),
-            save_ms: crate::api::milliseconds(sample.save),
+            save_ms: milliseconds(sample.save),
             state_bytes: sample.state.get(),
             estimates: estimates.collect(),
         })
     }
 
-    fn look_ahead(
-        &self,
-        vm: &Vm,
-        body: &MigrateBody,
-    ) -> Result<(limosa_carrier::Preflight, Measured), Refusal> {
+    /// What is in the way at the target, and what was measured.
+    fn look_ahead(&self, vm: &Vm, body: &MigrateBody) -> Result<(Vec<String>, Sample), Refusal> {
         let guest = vm.machine.guest();
         let silent =
             |error: GuestError| Refusal::failed(format!("the VM does not answer: {error}"));
@@ -80,36 +70,26 @@ impl Host {
             memory: guest.memory().page_count(),
             mode: body.mode,
         };
-        let answer = limosa_carrier::preflight(&request).map_err(Refusal::failed)?;
-        let measured = measure(&*guest).map_err(silent)?;
-        Ok((answer, measured))
+        let way = limosa_carrier::preflight(&request).map_err(Refusal::failed)?;
+        let sample = measure(&*guest, &way).map_err(silent)?;
+        Ok((way.differences, sample))
     }
 }
 
-/// What was measured of a guest.
-struct Measured {
-    existing: PageCount,
-    dirtied: Vec<(Duration, PageCount)>,
-    save: Duration,
-    state: ByteCount,
-}
-
-fn measure(guest: &dyn Guest) -> Result<Measured, GuestError> {
+fn measure(guest: &dyn Guest, way: &Preflight) -> Result<Sample, GuestError> {
     let memory = guest.memory();
     let whole = PageRange::new(Pfn::new(0), memory.page_count());
-    let extents = memory
-        .data_extents(whole)
-        .map_err(|error| GuestError(error.to_string()))?;
-    let existing = extents
-        .iter()
-        .fold(PageCount::ZERO, |sum, run| sum.saturating_add(run.count));
+    let existing = ExistingPages::new(memory).all();
+    let existing = existing.map_err(|error| GuestError(error.to_string()))?;
     guest.start_tracking()?;
     let dirtied = follow_writes(guest, whole);
     guest.stop_tracking()?;
     let saved = guest.rehearse()?;
-    Ok(Measured {
-        existing,
+    Ok(Sample {
+        existing: existing.count(),
         dirtied: dirtied?,
+        bandwidth: way.bandwidth,
+        round_trip: way.round_trip,
         save: saved.saved.since(saved.stopped_first),
         state: ByteCount::new(saved.state.len() as u64),
     })

@@ -296,11 +296,8 @@ impl Machines for Arc<FakeMachines> {
     /// The description is the name.
     fn describe(&self, start: &Start) -> Result<Described, String> {
         let name = VmName::new(&String::from_utf8_lossy(&start.vm))?;
-        Ok(Described { name })
-    }
-
-    fn differences(&self, _: &Start) -> Vec<String> {
-        Vec::new()
+        let differences = Vec::new();
+        Ok(Described { name, differences })
     }
 
     fn receive(

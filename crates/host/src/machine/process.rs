@@ -153,24 +153,17 @@ impl Machines for Processes {
     }
 
     fn describe(&self, start: &Start) -> Result<Described, String> {
-        let config = VmConfig::from_description(&start.vm).map_err(|error| error.to_string())?;
+        let mut config =
+            VmConfig::from_description(&start.vm).map_err(|error| error.to_string())?;
         if config.memory.pages_ceil() != start.memory_pages {
             return Err("the source contradicts itself about the size of the memory".to_owned());
         }
         let name = VmName::new(&config.name)?;
-        Ok(Described { name })
-    }
-
-    fn differences(&self, start: &Start) -> Vec<String> {
-        let mut config = match VmConfig::from_description(&start.vm) {
-            Ok(config) => config,
-            Err(error) => return vec![error.to_string()],
-        };
         // What is not lent is not looked at either: nobody learns whether it is there.
         let mut differences = self.lent.keep_lent(&mut config);
         differences.extend(config.differences().iter().map(ToString::to_string));
         differences.extend(ensure_memory(shape(&config)).err());
-        differences
+        Ok(Described { name, differences })
     }
 
     fn receive(
