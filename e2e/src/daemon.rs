@@ -60,6 +60,8 @@ pub struct Daemon {
     state_dir: PathBuf,
     /// Where it runs, if not here.
     place: Option<Place>,
+    /// What it has where others have [`lent_disks`], if that is not the same.
+    own_disks: Option<PathBuf>,
     /// What it shows to other daemons, if connections are encrypted.
     certificates: Option<PathBuf>,
     /// Removed after the destructor of this type has run.
@@ -88,7 +90,7 @@ impl Daemon {
     /// # Panics
     /// If it does not answer.
     pub fn start_so(hold: Option<&Hold>, certificates: Option<&Path>) -> Self {
-        Self::start_anywhere(hold, certificates, None)
+        Self::start_anywhere(hold, certificates, None, None)
     }
 
     /// Starts a daemon in a network of its own, without certificates.
@@ -96,13 +98,22 @@ impl Daemon {
     /// # Panics
     /// If it does not answer.
     pub fn start_at(place: &Place) -> Self {
-        Self::start_anywhere(None, None, Some(place))
+        Self::start_anywhere(None, None, Some(place), None)
+    }
+
+    /// Starts a daemon whose disks are its own: it has this directory where others have [`lent_disks`].
+    ///
+    /// # Panics
+    /// If it does not answer.
+    pub fn start_with_disks(own_disks: &Path) -> Self {
+        Self::start_anywhere(None, None, None, Some(own_disks))
     }
 
     fn start_anywhere(
         hold: Option<&Hold>,
         certificates: Option<&Path>,
         place: Option<&Place>,
+        own_disks: Option<&Path>,
     ) -> Self {
         let directory = tempfile::Builder::new()
             .prefix("limosa-e2e-")
@@ -118,6 +129,7 @@ impl Daemon {
             },
             state_dir,
             place: place.cloned(),
+            own_disks: own_disks.map(Path::to_owned),
             certificates: certificates.map(Path::to_owned),
             _directory: directory,
         };
@@ -206,15 +218,7 @@ impl Daemon {
                 .append(true)
                 .open(self.log_path())
         };
-        let mut command = match &self.place {
-            None => Command::new(binary::limosa()),
-            Some(place) => {
-                let mut command = Command::new("ip");
-                command.args(["netns", "exec", &place.namespace]);
-                command.arg(binary::limosa());
-                command
-            }
-        };
+        let mut command = self.command();
         command
             .arg("host")
             .arg("--lend-disk")
@@ -251,6 +255,24 @@ impl Daemon {
             }
         });
         self.peer_address = info.peer_address;
+    }
+
+    /// The program, where it runs.
+    fn command(&self) -> Command {
+        if let Some(place) = &self.place {
+            let mut command = Command::new("ip");
+            command.args(["netns", "exec", &place.namespace]);
+            command.arg(binary::limosa());
+            return command;
+        }
+        let Some(own_disks) = &self.own_disks else {
+            return Command::new(binary::limosa());
+        };
+        let mut command = Command::new("unshare");
+        let begin = r#"mount --bind "$1" "$2" && shift 2 && exec "$@""#;
+        command.args(["--mount", "sh", "-c", begin, "sh"]);
+        command.args([own_disks.as_path(), &lent_disks(), binary::limosa()]);
+        command
     }
 
     /// The ends of all logs.

@@ -10,7 +10,7 @@ use limosa_engine::policy::Mode;
 use limosa_engine::source::Stage;
 use limosa_host::api::{LimitsPatch, MigrateBody, MigrationInfo, Report, VmSpec, VmState};
 use limosa_host::certificates::{make_authority, make_host};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 use tempfile::TempDir;
 
@@ -53,6 +53,16 @@ impl Pair {
     /// migration from `a` to `b` waits there.
     pub fn start_encrypted(hold: Option<&Hold>) -> Self {
         Self::start_so(hold, Some(Certificates::make()))
+    }
+
+    /// Starts both daemons, the second one with this directory where the first one has its disks.
+    pub fn start_apart(disks_of_b: &Path) -> Self {
+        Self {
+            a: Daemon::start(),
+            b: Daemon::start_with_disks(disks_of_b),
+            beats: Beats::listen(),
+            _certificates: None,
+        }
     }
 
     fn start_so(hold: Option<&Hold>, certificates: Option<Certificates>) -> Self {

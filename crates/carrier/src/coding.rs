@@ -275,10 +275,24 @@ impl Coder {
         is_again: bool,
     ) -> io::Result<Outcome> {
         let began = Instant::now();
-        let bytes = range.bytes().get();
+        let bytes = usize::try_from(range.bytes().get()).map_err(io::Error::other)?;
         let mut content = std::mem::take(&mut self.content);
-        content.resize(usize::try_from(bytes).map_err(io::Error::other)?, 0);
+        content.resize(bytes, 0);
         memory.read_at(range.first.file_offset(), &mut content)?;
+        let outcome = self.encode_content(shared, &content, range, is_again, began);
+        self.content = content;
+        Ok(outcome)
+    }
+
+    /// The same for pages with that content, the work with which has `began`.
+    pub(crate) fn encode_content(
+        &mut self,
+        shared: &Shared,
+        content: &[u8],
+        range: PageRange,
+        is_again: bool,
+        began: Instant,
+    ) -> Outcome {
         let is_again = is_again && shared.compression().takes_deltas();
         if !is_again {
             shared.forget(range);
@@ -302,12 +316,12 @@ impl Coder {
             }
             rest = after(rest, count);
         }
-        self.content = content;
-        let ratio = (self.out.len() - before) as f64 / bytes as f64;
+        let ratio = (self.out.len() - before) as f64 / content.len() as f64;
         if let Some(packing) = self.packing {
+            let bytes = content.len() as u64;
             self.costs.coded(packing, bytes, ratio, began.elapsed());
         }
-        Ok(outcome)
+        outcome
     }
 
     /// The pages at the front of the run of which the target has a version that is like them.

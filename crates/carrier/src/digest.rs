@@ -4,9 +4,10 @@
 //! source hashes its frozen memory after the guest has left. Neither costs downtime. Pages that are
 //! zero, or were never there, count for nothing on either side.
 
+use crate::disks::{self, Disks};
 use limosa_engine::wire::Digest;
 use limosa_os::SharedMemory;
-use limosa_pages::{PageCount, PageRange, Pfn};
+use limosa_pages::{PAGE_SIZE_USIZE, PageCount, PageRange, Pfn};
 use std::io;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -68,14 +69,21 @@ impl PageHashes {
     }
 }
 
-/// The digest of a frozen guest's memory and state.
-pub(crate) fn of_memory(memory: &SharedMemory, state: &[u8]) -> io::Result<Digest> {
+/// The digest of a frozen guest: its memory, the disks that were copied, its state.
+pub(crate) fn of_guest(memory: &SharedMemory, disks: &Disks, state: &[u8]) -> io::Result<Digest> {
     let mut sum = Sum::default();
     let all = PageRange::new(Pfn::new(0), memory.page_count());
     for extent in memory.data_extents(all)? {
         extent
             .iter()
             .for_each(|page| sum.add(page, hash(page, memory)));
+    }
+    let mut buffer = disks::buffer();
+    for part in disks.runs()?.into_iter().flat_map(disks::parts) {
+        let content = disks.read(part, &mut buffer)?;
+        for (page, content) in part.iter().zip(content.chunks(PAGE_SIZE_USIZE)) {
+            sum.add(page, hash_content(content));
+        }
     }
     Ok(sum.finish(state))
 }

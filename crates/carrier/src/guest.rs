@@ -10,6 +10,7 @@ use limosa_engine::handover::{MigrationId, Phase};
 use limosa_engine::source::Writers;
 use limosa_engine::throttle::Throttle;
 use limosa_os::SharedMemory;
+use limosa_os::disk::Disk;
 use limosa_os::userfault::PageInstaller;
 use limosa_pages::{PageRange, PageSet, Pfn};
 use std::sync::Arc;
@@ -44,7 +45,7 @@ pub struct Saved {
     pub harvested: Timestamp,
     /// When everything was saved.
     pub saved: Timestamp,
-    /// What the last harvest found, if one was asked for.
+    /// What the dirty log says, if it was asked for.
     pub dirty: Option<PageSet>,
     /// Pages that the vCPUs need at once when they go on: page tables, code, stack.
     pub first_needed: Vec<Pfn>,
@@ -72,6 +73,16 @@ pub trait Guest: Send + Sync {
     /// Its memory, mapped here.
     fn memory(&self) -> Arc<SharedMemory>;
 
+    /// Its disks, opened here beside the guest that has them, to be read at the source or written at the
+    /// target. From now on its dirty log tells what is written to them, too: see
+    /// [`limosa_pages::Numbering`].
+    ///
+    /// # Errors
+    /// It has none, or they cannot be opened.
+    fn disks(&self, _is_read_only: bool) -> Result<Vec<Disk>, GuestError> {
+        Err(GuestError("the guest has no disks".to_owned()))
+    }
+
     /// Dirty tracking on: every page counts as dirty until it is cleared.
     ///
     /// # Errors
@@ -91,7 +102,8 @@ pub trait Guest: Send + Sync {
     /// As [`Guest::start_tracking`], or it cannot be done with its dirty tracker.
     fn throttle(&self, throttle: Option<Throttle>) -> Result<(), GuestError>;
 
-    /// Reads the dirty log without clearing it; who wrote.
+    /// Reads the dirty log without clearing it; who wrote. The set is of the memory, or of that and the disks
+    /// that [`Guest::disks`] gave.
     ///
     /// # Errors
     /// As [`Guest::start_tracking`].
@@ -114,11 +126,11 @@ pub trait Guest: Send + Sync {
     /// The VM process does not answer, or the state cannot be saved; the guest then runs on.
     fn rehearse(&self) -> Result<Saved, GuestError>;
 
-    /// Pauses, reads the dirty log, saves: one request.
+    /// Pauses, saves, and reads the dirty log into a set if one is given: one request.
     ///
     /// # Errors
     /// As [`Guest::rehearse`].
-    fn pause_and_save(&self, harvest: bool) -> Result<Saved, GuestError>;
+    fn pause_and_save(&self, log: Option<PageSet>) -> Result<Saved, GuestError>;
 
     /// Runs the paused guest on.
     ///

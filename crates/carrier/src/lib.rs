@@ -20,6 +20,7 @@ mod credentials;
 mod deferral;
 mod demanded;
 mod digest;
+mod disks;
 mod faults;
 mod guest;
 mod hold;
@@ -45,6 +46,7 @@ pub use outcome::tell_memory_lost;
 pub use preflight::{Preflight, PreflightRequest, preflight};
 pub use push_order::PushOrder;
 pub use source::{
-    AbortTooLate, MigrateRequest, Migration, MigrationStatus, RATE_MIN, StartError, draw_id,
+    AbortTooLate, MigrateRequest, Migration, MigrationStatus, RATE_MIN, StartError, copied_disks,
+    draw_id,
 };
 pub use target::{IncomingStatus, Listener, TargetHost};

@@ -11,7 +11,7 @@ use crate::source::draw_id;
 use crate::target::TargetHost;
 use limosa_engine::policy::Mode;
 use limosa_engine::wire::{
-    ControlFrame, DIFFERENCES_MAX, PROBE_BYTES_MAX, Preamble, Role, Start, clip,
+    ControlFrame, CopiedDisk, DIFFERENCES_MAX, PROBE_BYTES_MAX, Preamble, Role, Start, clip,
 };
 use limosa_pages::{ByteCount, BytesPerSecond, PageCount};
 use std::io::{self, Read, Write};
@@ -45,6 +45,8 @@ pub struct PreflightRequest {
     pub vm: Vec<u8>,
     /// Its memory.
     pub memory: PageCount,
+    /// Disks that are to be copied along.
+    pub disks: Vec<CopiedDisk>,
     /// The technique.
     pub mode: Mode,
 }
@@ -88,6 +90,7 @@ pub fn preflight(request: &PreflightRequest) -> Result<Preflight, String> {
         memory_pages: request.memory,
         streams: 1,
         verify: false,
+        disks: request.disks.clone(),
         vm: request.vm.clone(),
         demanded: Vec::new(),
     });

@@ -7,10 +7,12 @@
 //! whatever a peer sends; after [`Shared::serve`] pages are received into a buffer of the stream and
 //! put in by the installer, at most once and never over what the guest wrote.
 
+mod disk_pages;
 mod gathered;
 
 use crate::channel::Reader;
 use crate::digest::PageHashes;
+use crate::disks::Disks;
 use crate::faults::{Faults, Way};
 use crate::missing;
 use crate::modesty::be_modest;
@@ -20,6 +22,7 @@ use limosa_engine::wire::{
     check_coded_length,
 };
 use limosa_os::SharedMemory;
+use limosa_os::disk::DiskBuffer;
 use limosa_os::userfault::InstallError;
 use limosa_pages::codec::{CodecError, delta, lz4, zstd};
 use limosa_pages::{PAGE_SIZE_USIZE, PageCount, PageRange, PageSet};
@@ -50,7 +53,7 @@ pub(crate) enum Report {
     },
     /// Nothing is missing any more.
     Filled,
-    /// A page could not be put under the guest.
+    /// A page could not be put under the guest, or onto a disk.
     NotInstalled {
         reason: String,
     },
@@ -79,6 +82,8 @@ struct Writing {
 #[derive(Debug)]
 pub(crate) struct Shared {
     pub(crate) memory: Arc<SharedMemory>,
+    /// Disks that are copied along.
+    disks: Disks,
     /// Pages with content. A zero page that was never there needs no work.
     pub(crate) filled: Mutex<PageSet>,
     /// With verification: the hash of each page as installed.
@@ -96,13 +101,15 @@ pub(crate) struct Shared {
 impl Shared {
     pub(crate) fn new(
         memory: Arc<SharedMemory>,
+        disks: Disks,
         verify: bool,
         faults: Option<Arc<Faults>>,
     ) -> Self {
-        let pages = memory.page_count();
+        let pages = disks.pages();
         memory.make_single_pages();
         Self {
             memory,
+            disks,
             filled: Mutex::new(PageSet::empty(pages)),
             hashes: verify.then(|| PageHashes::new(pages)),
             faults,
@@ -224,6 +231,8 @@ pub(crate) fn start(
                 content: Vec::new(),
                 coded: Vec::new(),
                 zstd: None,
+                disk_buffer: None,
+                unsafe_bytes: 0,
                 is_among_runs: false,
                 start: 0,
                 end: 0,
@@ -234,7 +243,9 @@ pub(crate) fn start(
             };
             let reason = error.to_string();
             match error {
-                ReceiveError::Install(_) => report(Report::NotInstalled { reason }),
+                ReceiveError::Install(_) | ReceiveError::Disk(_) => {
+                    report(Report::NotInstalled { reason });
+                }
                 // Whoever sealed the memory closes the streams, too: that is no news.
                 _ if stream.shared.owner() == Owner::Guest => {}
                 _ => report(Report::Broken { reason }),
@@ -257,6 +268,10 @@ enum ReceiveError {
     DeltaOfNothing,
     #[error(transparent)]
     Codec(#[from] CodecError),
+    #[error("the source spoke of missing pages of a disk")]
+    DiskMissing,
+    #[error("a disk cannot be written: {0}")]
+    Disk(#[source] io::Error),
     #[error(transparent)]
     Install(#[from] InstallError),
 }
@@ -297,6 +312,10 @@ struct PushStream {
     coded: Vec<u8>,
     /// Once a frame has come.
     zstd: Option<zstd::Decoder>,
+    /// Once pages of a disk have come.
+    disk_buffer: Option<DiskBuffer>,
+    /// Written to disks since they were flushed.
+    unsafe_bytes: u64,
     /// The last header announced a long run: what is read ahead of the next one would be copied once
     /// more.
     is_among_runs: bool,
@@ -306,13 +325,20 @@ struct PushStream {
 
 impl PushStream {
     fn run(&mut self, report: &impl Fn(Report)) -> Result<(), ReceiveError> {
-        let memory = self.shared.memory.page_count();
+        let pages = self.shared.disks.pages();
         loop {
-            let header = PushHeader::decode(&self.read_header()?, memory)?;
+            let header = PushHeader::decode(&self.read_header()?, pages)?;
             self.is_among_runs =
                 matches!(header, PushHeader::Pages(range) if range.count >= DETOUR_PAGES_MIN);
             if !self.continues(header) {
                 self.write_gathered()?;
+            }
+            if let Some(range) = header
+                .range()
+                .filter(|&range| self.shared.disks.reaches(range))
+            {
+                self.take_disk_pages(header, range)?;
+                continue;
             }
             match (self.shared.owner(), header) {
                 (Owner::Streams, PushHeader::Pages(range)) => self.install(range)?,
@@ -326,6 +352,7 @@ impl PushStream {
                     }
                 }
                 (Owner::Streams, PushHeader::Barrier { round, streams }) => {
+                    self.flush_disks()?;
                     report(Report::Barrier {
                         stream: self.index,
                         round,
@@ -600,7 +627,12 @@ mod tests {
         let socket = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
         let size = PageCount::new(4).bytes();
         let memory = Arc::new(SharedMemory::create(size, PageKind::Small).unwrap());
-        let shared = Arc::new(Shared::new(Arc::clone(&memory), false, None));
+        let shared = Arc::new(Shared::new(
+            Arc::clone(&memory),
+            Disks::none(memory.page_count()),
+            false,
+            None,
+        ));
         let mut stream = PushStream {
             index: 0,
             reader: Channel::plain(socket).reader,
@@ -610,6 +642,8 @@ mod tests {
             content: Vec::new(),
             coded: Vec::new(),
             zstd: None,
+            disk_buffer: None,
+            unsafe_bytes: 0,
             is_among_runs: false,
             start: 0,
             end: 0,

@@ -11,10 +11,13 @@
 //! set, which the pull stream shares, just before it is read, so that it goes once. These batches
 //! are small, and so is the socket's buffer: what somebody waits for comes through between them.
 
+mod disk_pages;
+
 use crate::bucket::Bucket;
 use crate::channel::Writer;
 use crate::coding::{self, Coder};
 use crate::demanded::Demanded;
+use crate::disks::Disks;
 use crate::missing;
 use crate::modesty::be_modest;
 use crate::push_order::{Chooser, PushOrder};
@@ -22,6 +25,7 @@ use crate::source::MigrateRequest;
 use limosa_engine::source::{Piece, SentPiece};
 use limosa_engine::wire::{PUSH_HEADER_BYTES, PUSH_PAGES_MAX, PushHeader};
 use limosa_os::SharedMemory;
+use limosa_os::disk::DiskBuffer;
 use limosa_os::memory::ExistingPages;
 use limosa_pages::{ByteCount, PageCount, PageRange, PageSet, Pfn};
 use std::io::{self, Write};
@@ -72,6 +76,23 @@ pub(crate) enum Report {
         stream: u8,
         error: io::Error,
     },
+    /// A disk could not be read.
+    Unreadable {
+        error: io::Error,
+    },
+}
+
+/// Why a stream sends nothing more.
+#[derive(Debug)]
+enum SendError {
+    Broken(io::Error),
+    Disk(io::Error),
+}
+
+impl From<io::Error> for SendError {
+    fn from(error: io::Error) -> Self {
+        Self::Broken(error)
+    }
 }
 
 /// How pages are sent, as far as an operator chooses.
@@ -106,6 +127,8 @@ pub(crate) struct Shared {
     pub(crate) memory: Arc<SharedMemory>,
     /// What of it exists: nothing takes pages away while a guest is being moved.
     pub(crate) existing: ExistingPages,
+    /// Disks that are copied along.
+    pub(crate) disks: Disks,
     /// Pages that were sent at least once.
     pub(crate) ever_sent: Mutex<PageSet>,
     /// The pages that are unsent by the present connections.
@@ -150,12 +173,15 @@ pub(crate) fn start(
                 shared,
                 unsent,
                 coder: Coder::new(),
+                disk_buffer: None,
             };
-            if let Err(error) = stream.run(&inbox, &report) {
-                report(Report::Broken {
+            match stream.run(&inbox, &report) {
+                Ok(()) => {}
+                Err(SendError::Broken(error)) => report(Report::Broken {
                     stream: index,
                     error,
-                });
+                }),
+                Err(SendError::Disk(error)) => report(Report::Unreadable { error }),
             }
         })?;
     Ok(orders)
@@ -168,10 +194,12 @@ struct PushStream {
     shared: Arc<Shared>,
     unsent: Arc<Unsent>,
     coder: Coder,
+    /// Once a disk was read.
+    disk_buffer: Option<DiskBuffer>,
 }
 
 impl PushStream {
-    fn run(&mut self, inbox: &Receiver<Order>, report: &impl Fn(Report)) -> io::Result<()> {
+    fn run(&mut self, inbox: &Receiver<Order>, report: &impl Fn(Report)) -> Result<(), SendError> {
         while let Ok(order) = inbox.recv() {
             match order {
                 Order::Piece {
@@ -179,7 +207,11 @@ impl PushStream {
                     set,
                     skip_holes,
                 } => {
-                    let sent = self.send_piece(piece, &set, skip_holes)?;
+                    let sent = if self.shared.disks.reaches(piece.range) {
+                        self.send_disk_piece(piece, &set, skip_holes)?
+                    } else {
+                        self.send_piece(piece, &set, skip_holes)?
+                    };
                     report(Report::Sent {
                         piece,
                         stream: self.index,
@@ -358,7 +390,7 @@ impl PushStream {
             return Ok(set.runs_in(range).collect());
         }
         let mut runs = Vec::new();
-        for extent in self.shared.existing.runs_in(range)? {
+        for extent in self.shared.existing_in(range)? {
             runs.extend(set.runs_in(extent));
         }
         Ok(runs)
@@ -403,6 +435,7 @@ impl PushStream {
 impl Shared {
     pub(crate) fn new(
         memory: Arc<SharedMemory>,
+        disks: Disks,
         is_serving: bool,
         limit: Arc<Bucket>,
         link: Arc<Bucket>,
@@ -412,7 +445,8 @@ impl Shared {
         Self {
             existing: ExistingPages::new(Arc::clone(&memory)),
             memory,
-            ever_sent: Mutex::new(PageSet::empty(pages)),
+            ever_sent: Mutex::new(PageSet::empty(disks.pages())),
+            disks,
             unsent: Mutex::new(Arc::new(Unsent::new(pages, manner.chooser()))),
             is_serving: AtomicBool::new(is_serving),
             pages_out: AtomicU64::new(0),
@@ -421,6 +455,31 @@ impl Shared {
             link,
             coding: coding::Shared::new(manner.compression),
         }
+    }
+
+    /// The runs of pages of a piece that exist.
+    fn existing_in(&self, range: PageRange) -> io::Result<Vec<PageRange>> {
+        if self.disks.reaches(range) {
+            self.disks.runs_in(range)
+        } else {
+            self.existing.runs_in(range)
+        }
+    }
+
+    /// All pages that exist now, of memory and disks.
+    pub(crate) fn all_existing(&self) -> io::Result<PageSet> {
+        let of_memory = self.existing.all()?;
+        if self.disks.is_empty() {
+            return Ok(of_memory);
+        }
+        let mut all = PageSet::empty(self.disks.pages());
+        for run in of_memory.runs() {
+            all.insert_range(run);
+        }
+        for run in self.disks.runs()? {
+            all.insert_range(run);
+        }
+        Ok(all)
     }
 
     /// Pages that went out without being asked for.

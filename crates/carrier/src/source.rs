@@ -20,6 +20,7 @@ use crate::bucket::Bucket;
 use crate::coding::Compression;
 use crate::credentials::Credentials;
 use crate::demanded::Demanded;
+use crate::disks::Disks;
 use crate::guest::{Guest, GuestError};
 use crate::push_order::PushOrder;
 use crate::sender::{self, Manner};
@@ -29,7 +30,7 @@ use limosa_engine::journal::Journaled;
 use limosa_engine::policy::{Limits, Mode};
 use limosa_engine::report::MigrationReport;
 use limosa_engine::source::{Fence, Source, SourceConfig, SourceEvent, Stage};
-use limosa_engine::wire::STREAMS_MAX;
+use limosa_engine::wire::{CopiedDisk, STREAMS_MAX};
 use limosa_pages::{BytesPerSecond, PageCount};
 use std::path::PathBuf;
 use std::sync::atomic::Ordering;
@@ -71,8 +72,10 @@ pub struct MigrateRequest {
     pub limits: Limits,
     /// Push streams to open, 1 to [`STREAMS_MAX`]; how many of them are used `limits` say.
     pub streams: u8,
-    /// Compare digests of memory and state after the switch.
+    /// Compare digests of memory and state after the switch, and of disks that are copied.
     pub verify: bool,
+    /// Copy the guest's disks, which the target does not have.
+    pub copy_disks: bool,
     /// Emulates a link of this rate: everything that is sent passes a token bucket.
     pub link: Option<BytesPerSecond>,
     /// Whether pages are coded to take fewer bytes.
@@ -97,6 +100,12 @@ pub enum StartError {
         min = RATE_MIN.get()
     )]
     TooSlow(u64),
+    /// A technique by which no disks are copied.
+    #[error("disks are not copied by mode {0}: use pre-copy, stop-and-copy or auto")]
+    DisksByMode(Mode),
+    /// There are no disks to copy, or they cannot be.
+    #[error("its disks cannot be copied: {0}")]
+    Disks(String),
     /// The guest does not answer.
     #[error("the VM does not answer: {0}")]
     Guest(#[from] GuestError),
@@ -124,9 +133,38 @@ pub struct Migration {
 struct Carriage {
     is_recovery: bool,
     link: Option<BytesPerSecond>,
+    /// Those that are copied along.
+    disks: Disks,
     manner: Manner,
     credentials: Option<Arc<Credentials>>,
     journal: Option<PathBuf>,
+}
+
+/// The disks that a migration by that technique would copy along. From now on the guest's dirty log tells what
+/// is written to them.
+///
+/// # Errors
+/// They cannot be copied, or not so.
+pub fn copied_disks(guest: &dyn Guest, mode: Mode) -> Result<Vec<CopiedDisk>, StartError> {
+    Ok(open_disks(guest, mode)?.1)
+}
+
+/// The same, opened.
+fn open_disks(guest: &dyn Guest, mode: Mode) -> Result<(Disks, Vec<CopiedDisk>), StartError> {
+    let memory = guest.memory().page_count();
+    if mode.needs_faults() {
+        return Err(StartError::DisksByMode(mode));
+    }
+    let cannot = |reason: String| StartError::Disks(reason);
+    let disks = guest
+        .disks(true)
+        .map_err(|error| cannot(error.to_string()))?;
+    let disks = Disks::new(memory, disks);
+    let disks = disks.ok_or_else(|| cannot("they are too large".to_owned()))?;
+    let copied = disks
+        .describe()
+        .map_err(|error| cannot(error.to_string()))?;
+    Ok((disks, copied))
 }
 
 /// What the driver and the handles share.
@@ -158,6 +196,11 @@ impl Migration {
             return Err(StartError::TooSlow(rate.get()));
         }
         let vm = guest.description()?;
+        let (disks, copied) = if request.copy_disks {
+            open_disks(&*guest, request.mode)?
+        } else {
+            (Disks::none(guest.memory().page_count()), Vec::new())
+        };
         let manner = Manner::of(&request);
         let config = SourceConfig {
             id: request.id,
@@ -166,6 +209,7 @@ impl Migration {
             limits: request.limits,
             streams: request.streams,
             memory: guest.memory().page_count(),
+            disks: copied,
             chunk: CHUNK,
             verify: request.verify,
             vm,
@@ -175,6 +219,7 @@ impl Migration {
         let carriage = Carriage {
             is_recovery: false,
             link: request.link,
+            disks,
             manner,
             credentials: request.credentials,
             journal,
@@ -201,6 +246,8 @@ impl Migration {
             limits: request.limits,
             streams: request.streams,
             memory: guest.memory().page_count(),
+            // Whoever was committed has them.
+            disks: Vec::new(),
             chunk: CHUNK,
             verify: false,
             vm: Vec::new(),
@@ -211,6 +258,7 @@ impl Migration {
         let carriage = Carriage {
             is_recovery: true,
             link: request.link,
+            disks: Disks::none(guest.memory().page_count()),
             manner,
             credentials: request.credentials,
             journal: None,
@@ -239,11 +287,12 @@ impl Migration {
             finishing: Condvar::new(),
         });
         let is_encrypted = carriage.credentials.is_some();
+        let journal = carriage.journal.clone();
         let link = Arc::new(Bucket::new(carriage.link));
         let mut driver = Driver::new(
             guest,
             config,
-            &carriage,
+            carriage,
             Arc::clone(&shared),
             events.clone(),
             link,
@@ -254,7 +303,7 @@ impl Migration {
             .name("migrate".to_owned())
             .spawn(move || {
                 driver.run(&inbox);
-                driver.write_journal(carriage.journal.as_deref());
+                driver.write_journal(journal.as_deref());
                 drop(driver);
                 let report = lock(&done.engine).machine().report().clone();
                 on_finish(&report);

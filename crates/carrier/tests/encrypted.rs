@@ -57,6 +57,7 @@ fn migrate(
         },
         streams: 2,
         verify: true,
+        copy_disks: false,
         link: None,
         compression,
         push_order: PushOrder::default(),

@@ -44,6 +44,7 @@ fn request(peer: SocketAddr, mode: Mode) -> MigrateRequest {
         limits,
         streams: 2,
         verify: true,
+        copy_disks: false,
         link: None,
         compression: Compression::default(),
         push_order: PushOrder::default(),
@@ -137,6 +138,65 @@ fn every_mode_moves_a_busy_guest_whole() {
         assert!(deltas == 0 || (mode.copies_live() && packed > 0), "{mode}");
         wait_until("the session is closed", || listener.incoming().is_empty());
     }
+}
+
+/// A disk that the guest writes meanwhile is the same at the target, and what the guest has written last is there
+/// when it runs: it looks before it goes on.
+#[test]
+fn disks_are_copied_with_their_guest() {
+    const DISK: u64 = (4 << 20) + 4096 + 512;
+    let modes = [Mode::PreCopy, Mode::StopAndCopy, Mode::Auto].into_iter();
+    let each = modes.flat_map(|mode| {
+        let each = [Compression::Off, Compression::On, Compression::Zstd];
+        each.map(|compression| (mode, compression))
+    });
+    for (mode, compression) in each {
+        let (host, listener) = listen();
+        let guest = ThreadGuest::with_disk(4096, 1000, true, DISK);
+        let request = MigrateRequest {
+            copy_disks: true,
+            compression,
+            ..request(listener.local_addr(), mode)
+        };
+        let report = migrate(&guest, request);
+        assert_eq!(report.outcome, Some(Outcome::Completed), "{mode}");
+        assert_eq!(report.digest_equal, Some(true), "{mode}");
+        let arrived = host.guests.lock().unwrap()[0].1.clone();
+        assert_eq!(arrived.errors.load(Ordering::SeqCst), 0, "{mode}");
+        assert_eq!(arrived.sweep(), 0, "{mode}");
+        // Two of three pages of the disk were written at first.
+        let sent = report.pages_sent().get();
+        assert!(sent > 1000 + 680, "{mode}: {sent}");
+        if mode == Mode::StopAndCopy {
+            let on_disk = DISK.div_ceil(4096);
+            assert!(sent <= 1000 + on_disk, "nothing twice: {sent}");
+        }
+    }
+}
+
+#[test]
+fn disks_are_not_copied_where_that_cannot_be() {
+    let (host, listener) = listen();
+    let refused = |guest: &Arc<ThreadGuest>, mode| {
+        let request = MigrateRequest {
+            copy_disks: true,
+            ..request(listener.local_addr(), mode)
+        };
+        let guest: Arc<dyn Guest> = guest.clone();
+        let started = Migration::start(guest, request, None, Box::new(|_| {}));
+        started.unwrap_err().to_string()
+    };
+    let guest = ThreadGuest::with_disk(1024, 100, true, 1 << 20);
+    for mode in [Mode::PostCopy, Mode::Hybrid, Mode::Demand] {
+        let text = refused(&guest, mode);
+        let expect =
+            format!("disks are not copied by mode {mode}: use pre-copy, stop-and-copy or auto");
+        assert_eq!(text, expect);
+    }
+    assert_runs_on(&guest);
+    let text = refused(&ThreadGuest::new(1024, 100, true), Mode::PreCopy);
+    assert_eq!(text, "its disks cannot be copied: no disk");
+    assert!(host.guests.lock().unwrap().is_empty());
 }
 
 /// What a guest asks for is recorded, and the next move pushes it first.
@@ -371,7 +431,7 @@ fn a_committed_guest_comes_back_when_the_target_bars_it() {
     let request = request(listener.local_addr(), Mode::PreCopy);
     let (id, peer) = (request.id, request.peer.clone());
     guest.record(&Phase::Offered { id }).unwrap();
-    guest.pause_and_save(false).unwrap();
+    guest.pause_and_save(None).unwrap();
     guest.record(&Phase::Committed { id, peer }).unwrap();
     guest.lose_daemon();
     assert!(!guest.runs() && guest.resume().is_err());

@@ -28,6 +28,7 @@ fn request(listener: &Listener) -> PreflightRequest {
         credentials: None,
         vm: b"thread".to_vec(),
         memory: PageCount::new(1000),
+        disks: Vec::new(),
         mode: Mode::Auto,
     }
 }

@@ -97,6 +97,7 @@ fn begin(guest: &Arc<ThreadGuest>, peer: SocketAddr, mode: Mode) -> Arc<Migratio
         limits: Limits::default(),
         streams: 2,
         verify: true,
+        copy_disks: false,
         link: Some(BytesPerSecond::new(8_000_000)),
         compression: Compression::Off,
         push_order: PushOrder::Bubbling,

@@ -262,6 +262,7 @@ Examples:
   limosa migrate web --to 127.0.0.1:7071 --mode demand && limosa drain web
   limosa migrate web --to 192.0.2.7:7070 --downtime-max 10ms --bandwidth-max 500M
   limosa migrate web --to 192.0.2.7:7070 --mode pre-copy --throttle auto
+  limosa migrate web --to 192.0.2.7:7070 --copy-disks
   limosa migrate web --to 127.0.0.1:7071 --detach && limosa status web --follow
 
 The modes are explained in docs/techniques.md.")]
@@ -322,9 +323,17 @@ pub(crate) struct Migrate {
     /// more is delivered by it. 'limosa set' changes the number in flight.
     #[arg(long, value_name = "auto|N", default_value_t = Streams::AUTO)]
     pub streams: Streams,
-    /// Hash memory and state on both sides at the switch and compare
+    /// Hash memory and state on both sides at the switch and compare, and disks that are copied
     #[arg(long)]
     pub verify: bool,
+    /// Copy the guest's disks along, which the target does not have
+    ///
+    /// It makes them anew at the same paths, below what it lends with --lend-disk, and refuses where there is
+    /// something already. They are sent as memory is: what the guest writes meanwhile is sent again, the last of it in
+    /// the pause. By pre-copy, stop-and-copy or auto, which then does without missing pages. What is here
+    /// stays, and is not used any more.
+    #[arg(long)]
+    pub copy_disks: bool,
     /// Behave as over a link of this rate
     #[arg(long, value_name = "RATE")]
     pub link: Option<Rate>,

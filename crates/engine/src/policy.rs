@@ -170,11 +170,11 @@ pub struct Progress {
 }
 
 impl Progress {
-    /// Before anything was sent of so much memory.
-    pub(crate) const fn before(memory: PageCount) -> Self {
+    /// Before anything was sent of so many pages.
+    pub(crate) const fn before(pages: PageCount) -> Self {
         Self {
             rounds: 0,
-            remaining: memory,
+            remaining: pages,
             deferred: PageCount::ZERO,
             was_released: false,
             last_round: PageCount::ZERO,

@@ -207,15 +207,9 @@ impl Source {
     /// A migration that waits for [`SourceEvent::Begin`].
     ///
     /// # Panics
-    /// If the configuration breaks its own limits: no streams, no memory, a chunk that KVM could
-    /// not clear.
+    /// If the configuration breaks its own limits: see [`SourceConfig::is_sound`].
     pub fn new(config: SourceConfig) -> Self {
-        assert!(config.streams >= 1, "a migration needs a push stream");
-        assert!(config.memory > PageCount::ZERO, "a guest has memory");
-        assert!(
-            config.chunk.get() >= 64 && config.chunk.get().is_multiple_of(64),
-            "chunk"
-        );
+        assert!(config.is_sound(), "a configuration within its limits");
         let report = MigrationReport {
             id: config.id,
             mode: config.mode,
@@ -255,7 +249,7 @@ impl Source {
             moved: Timestamp::ZERO,
             round: None,
             forecast: None,
-            progress: Progress::before(config.memory),
+            progress: Progress::before(config.pages()),
             previous_round: None,
             deferral_is_over: false,
             // A round of zero pages sends next to nothing and says nothing.

@@ -636,6 +636,7 @@ mod tests {
             memory_pages: PageCount::new(1),
             streams: 1,
             verify: false,
+            disks: Vec::new(),
             vm: Vec::new(),
             demanded: Vec::new(),
         };
@@ -756,6 +757,7 @@ mod tests {
             memory_pages: PageCount::new(1),
             streams: 4,
             verify: false,
+            disks: Vec::new(),
             vm: Vec::new(),
             demanded: Vec::new(),
         };

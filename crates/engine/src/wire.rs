@@ -12,11 +12,11 @@ use crate::time::Timestamp;
 use alloc::string::String;
 use alloc::vec::Vec;
 use core::time::Duration;
-use limosa_pages::{PageCount, PageRange, Pfn};
+use limosa_pages::{ByteCount, PageCount, PageRange, Pfn};
 use serde::{Deserialize, Serialize};
 
 /// Version of everything in this file. Peers with another version are refused by name.
-pub const PROTOCOL_VERSION: u16 = 5;
+pub const PROTOCOL_VERSION: u16 = 6;
 /// First bytes of every connection.
 pub const MAGIC: [u8; 8] = *b"LIMOSA\r\n";
 /// Bytes of an encoded [`Preamble`].
@@ -35,6 +35,8 @@ pub const STREAMS_MAX: u8 = 16;
 pub const TEXT_BYTES_MAX: usize = 1024;
 /// Most bytes of packets that go after a guest at once.
 pub const STRAYS_BYTES_MAX: usize = (1 << 20) + (64 << 10);
+/// Most disks that are copied along with a guest.
+pub const DISKS_MAX: usize = 16;
 /// Most differences that a target names.
 pub const DIFFERENCES_MAX: usize = 64;
 /// Most bytes behind one [`ControlFrame::Probe`].
@@ -160,6 +162,15 @@ impl Preamble {
     }
 }
 
+/// A disk that is copied along with its guest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CopiedDisk {
+    /// Its size.
+    pub size: ByteCount,
+    /// What of it was ever written: the room that it takes.
+    pub data: ByteCount,
+}
+
 /// What the source wants to move; the first frame on the control stream.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Start {
@@ -171,6 +182,9 @@ pub struct Start {
     pub streams: u8,
     /// The target keeps a hash of every page as installed and sends a digest after the switch.
     pub verify: bool,
+    /// The disks that are copied along, all that the machine has, or none if both hosts have them. Their pages
+    /// are numbered behind those of the memory: [`limosa_pages::Numbering`].
+    pub disks: Vec<CopiedDisk>,
     /// What machine to make; understood by the VMM only.
     pub vm: Vec<u8>,
     /// Which pages the guest asked for when it ran without them, in earlier moves, as the carrier keeps
@@ -359,7 +373,9 @@ impl ControlFrame {
             postcard::take_from_bytes::<Self>(body).map_err(|_| WireError::MalformedFrame)?;
         let is_sound = match &frame {
             Self::Refuse { reason } | Self::Abort { reason } => reason.len() <= TEXT_BYTES_MAX,
-            Self::Start(start) => start.streams >= 1 && start.streams <= STREAMS_MAX,
+            Self::Start(start) => {
+                (1..=STREAMS_MAX).contains(&start.streams) && start.disks.len() <= DISKS_MAX
+            }
             Self::Reattach { streams } => (1..=STREAMS_MAX).contains(streams),
             Self::Differences(all) => {
                 all.len() <= DIFFERENCES_MAX && all.iter().all(|one| one.len() <= TEXT_BYTES_MAX)
@@ -519,6 +535,18 @@ impl PullHeader {
 }
 
 impl PushHeader {
+    /// The pages that it is about; none for a barrier.
+    pub const fn range(&self) -> Option<PageRange> {
+        match *self {
+            Self::Pages(range)
+            | Self::Zeros(range)
+            | Self::Stale(range)
+            | Self::StaleBits(range)
+            | Self::Coded { range, .. } => Some(range),
+            Self::Barrier { .. } => None,
+        }
+    }
+
     /// As it is sent: kind, three zero bytes, `u32` count of pages or streams, `u64` first page or round.
     pub fn encode(&self) -> [u8; PUSH_HEADER_BYTES] {
         match *self {
@@ -632,6 +660,10 @@ mod tests {
             memory_pages: PageCount::new(1 << 20),
             streams: 2,
             verify: true,
+            disks: alloc::vec![CopiedDisk {
+                size: ByteCount::new(1 << 30),
+                data: ByteCount::new(1 << 20),
+            }],
             vm: alloc::vec![1, 2, 3],
             demanded: alloc::vec![4; 16],
         };

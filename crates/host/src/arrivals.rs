@@ -26,7 +26,11 @@ impl TargetHost for Arrivals {
         if host.ledger().look_up(id).is_some() {
             return Err("this migration has ended before: start a new one".to_owned());
         }
-        let Described { name, differences } = host.machines().describe(start)?;
+        let Described {
+            name,
+            differences,
+            new_disks,
+        } = host.machines().describe(start)?;
         if !differences.is_empty() {
             return Err(differences.join("; "));
         }
@@ -36,10 +40,11 @@ impl TargetHost for Arrivals {
         host.registry()
             .reserve(&name)
             .map_err(|refusal| refusal.message)?;
-        match host
-            .machines()
-            .receive(&name, id, start, host.on_end(&name))
-        {
+        let made = host.new_disks().make(id, &new_disks).and_then(|()| {
+            let machines = host.machines();
+            machines.receive(&name, id, start, host.on_end(&name))
+        });
+        match made {
             Ok(machine) => {
                 let guest = machine.guest();
                 tracing::info!(migration_id = %id, vm = %name, pid = machine.pid(), "a guest arrives");
@@ -48,6 +53,7 @@ impl TargetHost for Arrivals {
                 Ok(guest)
             }
             Err(reason) => {
+                host.new_disks().remove(id);
                 host.registry().remove(&name);
                 // The operator at the source reads it.
                 Err(Refusal::failed(reason).message)
@@ -72,6 +78,7 @@ impl TargetHost for Arrivals {
         if let Err(error) = self.0.ledger().note_running(id, is_filling) {
             tracing::warn!(migration_id = %id, %error, "an arrival could not be noted in the ledger");
         }
+        self.0.new_disks().keep(id);
         self.hold(
             id,
             if is_filling {
@@ -199,6 +206,7 @@ impl Arrivals {
             return;
         };
         machine.kill();
+        host.new_disks().remove(id);
         host.records().forget(&name);
         host.registry().remove(&name);
     }
@@ -233,6 +241,7 @@ mod tests {
             memory_pages: PageCount::new(512),
             streams: 1,
             verify: false,
+            disks: Vec::new(),
             vm: name.as_bytes().to_vec(),
             demanded: Vec::new(),
         }

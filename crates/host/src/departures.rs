@@ -71,6 +71,7 @@ impl Departure {
             limits,
             streams: limits.streams.connections(),
             verify: false,
+            copy_disks: false,
             link: self.link.filter(possible),
             compression: Compression::Auto,
             push_order: PushOrder::default(),

@@ -19,6 +19,7 @@ use crate::departures::Departures;
 use crate::ledger::Ledger;
 use crate::machine::Machines;
 use crate::migrations::Migrations;
+use crate::new_disks::NewDisks;
 use crate::records::Records;
 use crate::refusal::Refusal;
 use crate::registry::Registry;
@@ -44,6 +45,7 @@ pub struct Host {
     ledger: Mutex<Ledger>,
     departures: Departures,
     records: Records,
+    new_disks: NewDisks,
     credentials: Option<Arc<Credentials>>,
     peers: OnceLock<Listener>,
 }
@@ -60,6 +62,7 @@ impl Host {
             me: me.clone(),
             departures: Departures::new(state.departures()),
             records: Records::new(state.demanded()),
+            new_disks: NewDisks::new(state.new_disks()),
             state,
             machines,
             registry: Mutex::default(),
@@ -96,6 +99,11 @@ impl Host {
     /// What guests have asked for in earlier moves.
     pub(crate) const fn records(&self) -> &Records {
         &self.records
+    }
+
+    /// Disks that were made for guests that do not run here yet.
+    pub(crate) const fn new_disks(&self) -> &NewDisks {
+        &self.new_disks
     }
 
     fn migrations_lock(&self) -> MutexGuard<'_, Migrations> {

@@ -24,6 +24,7 @@ mod http;
 mod ledger;
 mod machine;
 mod migrations;
+mod new_disks;
 mod records;
 mod refusal;
 mod registry;

@@ -8,6 +8,7 @@ pub mod fake;
 pub mod process;
 
 use crate::api::{CommandKind, GuestReport, SectionInfo, VmSpec};
+use crate::new_disks::NewDisk;
 use crate::refusal::Refusal;
 use crate::state_dir::VmName;
 use limosa_carrier::{Guest, GuestError};
@@ -138,6 +139,8 @@ pub struct Described {
     pub name: VmName,
     /// All that is in the way of it, each in one line; nothing if this host can make it.
     pub differences: Vec<String>,
+    /// Disks that it brings along, and that have to be made before it is.
+    pub new_disks: Vec<NewDisk>,
 }
 
 /// Makes and finds virtual machines.

@@ -8,6 +8,7 @@
 //!  logs/NAME.log what a VM process printed
 //!  ledger        migration ids with their outcome
 //!  departures/ID migrations away that are not over
+//!  new-disks/ID  disks that were made for a guest that does not run here yet
 //!  demanded/NAME what a guest asked for in earlier moves
 //!  journals/ID   one engine journal a migration
 //! ```
@@ -116,7 +117,14 @@ impl StateDir {
         let root =
             fs::canonicalize(root).with_context(|| format!("cannot find {}", root.display()))?;
         let lock = take_lock(&root)?;
-        for part in ["vms", "logs", "journals", "departures", "demanded"] {
+        for part in [
+            "vms",
+            "logs",
+            "journals",
+            "departures",
+            "demanded",
+            "new-disks",
+        ] {
             make_private_dir(&root.join(part))?;
         }
         let longest = root.join("vms/.sock").as_os_str().len() + NAME_BYTES_MAX;
@@ -143,6 +151,11 @@ impl StateDir {
     /// Notes of migrations away that are not over.
     pub fn departures(&self) -> PathBuf {
         self.root.join("departures")
+    }
+
+    /// Notes of disks that were made for guests that do not run here yet.
+    pub fn new_disks(&self) -> PathBuf {
+        self.root.join("new-disks")
     }
 
     /// What guests have asked for in earlier moves.

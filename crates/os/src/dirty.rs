@@ -14,9 +14,11 @@
 //!
 //! KVM has either the bitmap or the rings, and is told which when a machine is made.
 //!
-//! What the VM process writes for its devices is noted by [`device`], and told with every harvest.
+//! What the VM process writes for its devices is noted by [`device`], and told with every harvest; what it
+//! writes to disks that are followed is noted by [`disks`].
 
 pub mod device;
+pub mod disks;
 mod log;
 mod ring;
 pub mod scan;

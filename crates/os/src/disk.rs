@@ -10,7 +10,7 @@ mod queue;
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Seek, SeekFrom};
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
 use std::path::Path;
 
@@ -93,6 +93,21 @@ impl Disk {
         })
     }
 
+    /// Opens a disk anew that somebody else has open: the same file, whatever its path names by now, with a
+    /// lock of its own.
+    ///
+    /// # Errors
+    /// As [`Disk::open`].
+    pub fn open_again(file: BorrowedFd<'_>, is_read_only: bool) -> io::Result<Self> {
+        let path = format!("/proc/self/fd/{}", file.as_raw_fd());
+        Self::open(Path::new(&path), is_read_only)
+    }
+
+    /// The file, for [`Disk::open_again`] by another process.
+    pub fn file(&self) -> BorrowedFd<'_> {
+        self.file.as_fd()
+    }
+
     /// Its size.
     pub const fn bytes(&self) -> u64 {
         self.bytes
@@ -125,6 +140,43 @@ impl Disk {
     /// It will not.
     pub fn flush(&self) -> io::Result<()> {
         self.file.sync_data()
+    }
+
+    /// The parts between `from` and `to` that were ever written, as beginning and end in bytes, ascending, as
+    /// far as its file system knows; all else reads as zeroes. `to` is at most the disk's size.
+    ///
+    /// # Errors
+    /// The disk is at fault.
+    pub fn data_extents(&self, from: u64, to: u64) -> io::Result<Vec<(u64, u64)>> {
+        let mut extents = Vec::new();
+        let mut next = from;
+        while next < to {
+            let Some(data) = self.seek(next, libc::SEEK_DATA)?.filter(|&data| data < to) else {
+                break;
+            };
+            let hole = self.seek(data, libc::SEEK_HOLE)?.unwrap_or(to).min(to);
+            extents.push((data, hole));
+            next = hole;
+        }
+        Ok(extents)
+    }
+
+    /// Asks the file system; `None` if there is no more of it. A device knows no holes: all of it is data.
+    /// The file's position, which this moves, is used by nobody.
+    fn seek(&self, offset: u64, whence: libc::c_int) -> io::Result<Option<u64>> {
+        let number = libc::off_t::try_from(offset).map_err(|_| io::ErrorKind::InvalidInput)?;
+        // SAFETY: the descriptor is open; the call touches no memory of this process.
+        let found = unsafe { libc::lseek(self.file.as_raw_fd(), number, whence) };
+        match u64::try_from(found) {
+            Ok(found) => Ok(Some(found)),
+            Err(_) => match io::Error::last_os_error() {
+                error if error.raw_os_error() == Some(libc::ENXIO) => Ok(None),
+                error if error.raw_os_error() == Some(libc::EINVAL) => {
+                    Ok((whence == libc::SEEK_DATA).then_some(offset))
+                }
+                error => Err(error),
+            },
+        }
     }
 
     /// Gives the room of these bytes back; they read as zeroes.
@@ -251,6 +303,45 @@ mod tests {
         assert!(bytes[3584..7680].iter().all(|&byte| byte == 0));
         assert!(bytes[7680..].iter().all(|&byte| byte == 7));
         assert!(disk.read_at(buffer.bytes_mut(), 1 << 20).is_err());
+    }
+
+    #[test]
+    fn what_was_never_written_is_no_data() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = disk(&directory, 8 << 20);
+        let disk = Disk::open(&path, false).unwrap();
+        let extents = |from, to| disk.data_extents(from, to).unwrap();
+        assert_eq!(extents(0, 8 << 20), []);
+        let mut buffer = DiskBuffer::new(4096);
+        buffer.bytes_mut().fill(1);
+        for offset in [1 << 20, (1 << 20) + 4096, 4 << 20] {
+            disk.write_at(buffer.bytes_mut(), offset).unwrap();
+        }
+        let (first, last) = ((1 << 20, (1 << 20) + 8192), (4 << 20, (4 << 20) + 4096));
+        assert_eq!(extents(0, 8 << 20), [first, last]);
+        assert_eq!(
+            extents((1 << 20) + 4096, 4 << 20),
+            [((1 << 20) + 4096, first.1)]
+        );
+        assert_eq!(extents(0, 0), []);
+    }
+
+    #[test]
+    fn a_disk_that_is_open_is_opened_again_whatever_became_of_its_path() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = disk(&directory, 4096);
+        let first = Disk::open(&path, true).unwrap();
+        std::fs::remove_file(&path).unwrap();
+        let again = Disk::open_again(first.file(), false).unwrap();
+        let mut buffer = DiskBuffer::new(512);
+        buffer.bytes_mut().fill(3);
+        again.write_at(buffer.bytes_mut(), 512).unwrap();
+        buffer.bytes_mut().fill(0);
+        first.read_at(buffer.bytes_mut(), 512).unwrap();
+        assert_eq!(buffer.bytes_mut()[0], 3);
+        // Each has a lock of its own.
+        again.lock().unwrap();
+        assert!(first.lock().is_err());
     }
 
     #[test]

@@ -9,9 +9,11 @@
 extern crate alloc;
 
 pub mod codec;
+mod numbering;
 mod set;
 mod units;
 
+pub use numbering::{DISK_ALIGNMENT, DISK_BYTES_MAX, Numbering};
 pub use set::{PageSet, Runs};
 pub use units::{
     ByteCount, BytesPerSecond, Gpa, PAGE_SIZE, PAGE_SIZE_USIZE, PageCount, PageRange,

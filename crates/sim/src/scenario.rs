@@ -242,6 +242,7 @@ fn source_config(scenario: &Scenario) -> SourceConfig {
         limits: scenario.limits,
         streams: scenario.streams,
         memory: scenario.memory,
+        disks: Vec::new(),
         chunk: CHUNK,
         verify: scenario.verify,
         vm: Vec::new(),

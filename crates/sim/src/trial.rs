@@ -434,6 +434,7 @@ impl Course<'_> {
             limits: self.plan.limits,
             streams: self.plan.streams,
             memory: self.plan.world.habits.memory,
+            disks: Vec::new(),
             chunk: PageCount::new(64),
             verify: self.plan.verify,
             vm: Vec::new(),

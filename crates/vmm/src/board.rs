@@ -90,7 +90,8 @@ impl Board {
         }
     }
 
-    fn devices(&self) -> &Devices {
+    /// Its virtio devices.
+    pub(crate) fn devices(&self) -> &Devices {
         match self {
             Self::Micro(device) => device.devices(),
             Self::Pc(pc) => pc.devices(),

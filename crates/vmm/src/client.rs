@@ -7,6 +7,7 @@
 
 pub use crate::answer::Status;
 mod devices;
+mod disks;
 
 use crate::answer::{Loaded, RunState, Running, Saved, SectionInfo};
 use crate::boot::linux::LinuxImage;
@@ -16,6 +17,7 @@ use crate::protocol::{
     Request, in_one_line,
 };
 use crate::state::STATE_BYTES_MAX;
+use disks::DiskWrites;
 use limosa_engine::Timestamp;
 use limosa_engine::handover::{MigrationId, Phase};
 use limosa_engine::source::Writers;
@@ -74,6 +76,9 @@ pub enum VmError {
     /// Its memory cannot be used.
     #[error(transparent)]
     Memory(#[from] MemoryError),
+    /// Its disks cannot be opened here.
+    #[error("its disks cannot be opened")]
+    Disk(#[source] io::Error),
     /// Its dirty bitmap cannot be used.
     #[error(transparent)]
     Bitmap(#[from] BitmapError),
@@ -121,6 +126,8 @@ pub struct VmHandle {
     connection: Mutex<Option<Connection>>,
     attached: Mutex<Attached>,
     lent: OnceLock<Lent>,
+    /// Once disks are followed.
+    disk_writes: OnceLock<DiskWrites>,
     installer: Mutex<Option<Arc<PageInstaller>>>,
 }
 
@@ -171,6 +178,7 @@ impl VmHandle {
             connection: Mutex::new(Some(Connection(connection))),
             attached: Mutex::new(nothing),
             lent: OnceLock::new(),
+            disk_writes: OnceLock::new(),
             installer: Mutex::new(None),
         };
         let frame = handle.exchange(
@@ -375,7 +383,7 @@ impl VmHandle {
     }
 
     /// Overwrites `into` with the dirty log: what was written since it was cleared. Clears nothing. Says
-    /// who wrote.
+    /// who wrote. The set is of the memory, or of the disks that are followed, too.
     ///
     /// # Errors
     /// Tracking is off.
@@ -383,16 +391,11 @@ impl VmHandle {
     /// # Panics
     /// If the set is of another machine.
     pub fn harvest(&self, into: &mut PageSet) -> Result<Writers, VmError> {
-        assert_eq!(
-            into.capacity(),
-            self.memory().page_count(),
-            "a set of this machine"
-        );
         let writers = match self.ask(&Request::Harvest)? {
             Reply::Harvested(writers) => writers,
             _ => return Err(self.foreign()),
         };
-        self.lent().bitmap.copy_to(into);
+        self.copy_log(into);
         Ok(writers)
     }
 
@@ -412,10 +415,19 @@ impl VmHandle {
     /// # Errors
     /// The machine has ended or cannot be saved; it stays paused.
     pub fn pause_and_save(&self, harvest: bool) -> Result<Saved, VmError> {
+        let set = harvest.then(|| PageSet::empty(self.memory().page_count()));
+        self.pause_and_save_into(set)
+    }
+
+    /// The same, with the dirty log read into a set as [`VmHandle::harvest`] takes it.
+    ///
+    /// # Errors
+    /// As [`VmHandle::pause_and_save`].
+    pub fn pause_and_save_into(&self, log: Option<PageSet>) -> Result<Saved, VmError> {
+        let harvest = log.is_some();
         let mut saved = self.saved(&Request::PauseAndSave { harvest })?;
-        saved.dirty = harvest.then(|| {
-            let mut set = PageSet::empty(self.memory().page_count());
-            self.lent().bitmap.copy_to(&mut set);
+        saved.dirty = log.map(|mut set| {
+            self.copy_log(&mut set);
             set
         });
         Ok(saved)

@@ -14,7 +14,7 @@ use limosa_micro_abi::{ARGS_BYTES_MAX, VCPUS_MAX, memory_map};
 use limosa_os::PageKind;
 use limosa_os::dirty::TrackerKind;
 use limosa_os::kvm::KvmError;
-use limosa_pages::ByteCount;
+use limosa_pages::{ByteCount, Numbering};
 use serde::{Deserialize, Serialize};
 use std::net::SocketAddr;
 
@@ -225,6 +225,17 @@ impl VmConfig {
             msrs: Vec::new(),
             tsc_khz: None,
         }
+    }
+
+    /// How its pages are numbered, those of its disks behind those of its memory; `None` if a disk's size is
+    /// not known yet, or they are too large.
+    pub fn numbering(&self) -> Option<Numbering> {
+        let sizes = self.disks.iter().map(|disk| disk.bytes);
+        let sizes: Vec<u64> = sizes.collect::<Option<_>>()?;
+        Numbering::new(
+            self.memory.pages_ceil(),
+            sizes.into_iter().map(ByteCount::new),
+        )
     }
 
     /// Checks all limits.

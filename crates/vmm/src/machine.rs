@@ -57,7 +57,9 @@ use msrs::MsrPlan;
 use seat::{Seats, Shared};
 use snapshot::{MachineSections, MachineState};
 use std::io;
+use std::iter;
 use std::net::SocketAddr;
+use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use time::ClockPair;
@@ -78,6 +80,9 @@ pub enum MachineError {
     /// There is no memory for it.
     #[error(transparent)]
     Memory(#[from] MemoryError),
+    /// It has no disks that could be lent.
+    #[error("the machine has no disks")]
+    NoDisks,
     /// There is no dirty bitmap for it.
     #[error(transparent)]
     Bitmap(#[from] BitmapError),
@@ -457,7 +462,25 @@ impl Machine {
     /// KVM refuses.
     pub fn stop_tracking(&mut self) -> Result<(), MachineError> {
         self.let_go();
+        self.board.devices().disk_writes().forget_all();
         Ok(self.vm.stop_tracking()?)
+    }
+
+    /// Follows from now on what is written to the machine's disks: a harvest tells that, too. What is lent for
+    /// it: a bitmap with a bit for each page from that of the first disk on, then each disk's file.
+    ///
+    /// # Errors
+    /// It has no disks, or the kernel has no memory for the bitmap.
+    pub fn lend_disks(&self) -> Result<Vec<BorrowedFd<'_>>, MachineError> {
+        let numbering = self
+            .config
+            .numbering()
+            .filter(|all| !all.disks().is_empty());
+        let numbering = numbering.ok_or(MachineError::NoDisks)?;
+        let devices = self.board.devices();
+        let bitmap = devices.disk_writes().follow(&numbering)?;
+        let files = devices.disk_files();
+        Ok(iter::once(bitmap.file()).chain(files).collect())
     }
 
     /// Slows the guest's writers down from now on.
@@ -514,21 +537,25 @@ impl Machine {
         }
     }
 
-    /// Reads the dirty log into the shared bitmap; clears nothing.
+    /// Reads the dirty log into the shared bitmap, and that of disks that are lent into theirs; clears nothing.
     ///
     /// # Errors
     /// Tracking is off, or KVM refuses.
     pub fn harvest(&self) -> Result<(), MachineError> {
+        self.board.devices().disk_writes().harvest();
         Ok(self.vm.read_dirty_pages(&self.bitmap)?)
     }
 
     /// Clears what the last harvest found within `range` (of whole words of the log, or to the end
-    /// of the memory), and tracks those pages anew; but not those that are `kept`, which every later
-    /// harvest finds.
+    /// of the memory; or of disks that are lent), and tracks those pages anew; but not those that are
+    /// `kept`, which every later harvest finds.
     ///
     /// # Errors
     /// Tracking is off, the range is not one, what is kept is not within it, or KVM refuses.
     pub fn clear(&self, range: PageRange, kept: &[PageRange]) -> Result<(), MachineError> {
+        if self.board.devices().disk_writes().clear(range, kept) {
+            return Ok(());
+        }
         Ok(self.vm.clear_dirty_pages(&self.bitmap, range, kept)?)
     }
 

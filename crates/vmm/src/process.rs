@@ -117,6 +117,8 @@ enum Outcome {
     Reply(Reply, Vec<u8>),
     /// The same, with the machine's memory and bitmap, and what holds back accesses to missing pages.
     Lend(Reply),
+    /// Lend disks.
+    LendDisks,
     /// Reply and end.
     End,
 }
@@ -312,6 +314,7 @@ impl Process<'_> {
             Outcome::Lend(reply) => {
                 protocol::send(daemon, &reply, &[], &self.lent())?;
             }
+            Outcome::LendDisks => self.lend_disks(daemon)?,
             Outcome::End => {
                 // Before the reply, so that the name is free when the daemon hears it.
                 self.remove_socket();
@@ -323,6 +326,19 @@ impl Process<'_> {
             }
         }
         Ok(true)
+    }
+
+    fn lend_disks(&self, daemon: &UnixStream) -> Result<(), FrameError> {
+        let lent = self.machine.as_ref().ok_or(MachineError::NoDisks);
+        let lent = lent.and_then(Machine::lend_disks);
+        match lent {
+            Ok(lent) => protocol::send(daemon, &Reply::Done, &[], &lent)?,
+            Err(error) => {
+                let (why, message) = (Refusal::Other, in_one_line(&error));
+                protocol::send(daemon, &Reply::Refused { why, message }, &[], &[])?;
+            }
+        }
+        Ok(())
     }
 
     fn lent(&self) -> Vec<BorrowedFd<'_>> {
@@ -364,6 +380,7 @@ impl Process<'_> {
             Request::Inspect => Reply::Sections(self.inspect()?),
             Request::StartTracking => done(self.machine()?.start_tracking())?,
             Request::StopTracking => done(self.machine()?.stop_tracking())?,
+            Request::LendDisks => return Ok(Outcome::LendDisks),
             Request::Harvest => Reply::Harvested(self.harvest()?),
             Request::Throttle { throttle } => done(self.machine()?.set_throttle(throttle))?,
             Request::Clear { range, kept } => done(self.machine()?.clear(range, &kept))?,

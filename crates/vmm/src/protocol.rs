@@ -22,7 +22,7 @@ use std::os::fd::{BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 
 /// Version of this protocol; a process and a daemon of different versions do not talk.
-pub(crate) const PROTOCOL_VERSION: u32 = 7;
+pub(crate) const PROTOCOL_VERSION: u32 = 8;
 /// Largest message: the list of all sections of the largest state.
 const MESSAGE_BYTES_MAX: usize = 128 << 10;
 /// Most pages that a save names as needed first: the page tables of some vCPUs and what they point at;
@@ -53,6 +53,9 @@ pub(crate) enum Request {
     Inspect,
     StartTracking,
     StopTracking,
+    /// Follow what is written to disks, too, from now on. Answered with descriptors: a bitmap to which a
+    /// harvest goes, from the first disk's first page on, and each disk's file.
+    LendDisks,
     Harvest,
     Clear {
         range: PageRange,

@@ -38,6 +38,7 @@ use balloon::Balloon;
 use block::Block;
 use device::Device;
 use entropy::Entropy;
+use limosa_os::dirty::disks::{DiskNotes, DiskWrites};
 use limosa_os::disk::{Disk, Way};
 use limosa_os::kvm::{KvmError, Vm};
 use limosa_os::tap::Tap;
@@ -45,6 +46,7 @@ use limosa_pages::PageCount;
 use line::Line;
 use network::Network;
 use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -150,6 +152,9 @@ pub(crate) struct Devices {
     transports: Vec<Arc<Transport>>,
     /// Of the balloon, which is the last device.
     balloon: Arc<balloon::Ledger>,
+    /// What is written to disks, and their files, for whoever copies them.
+    disk_writes: Arc<DiskWrites>,
+    disk_files: Vec<OwnedFd>,
 }
 
 impl Devices {
@@ -177,16 +182,22 @@ impl Devices {
         wake: Option<&Arc<Wake>>,
         way: Way,
     ) -> Result<Self, DeviceError> {
+        let mut all = Self::default();
         let mut devices: Vec<Box<dyn Device>> = Vec::new();
-        for config in &mut config.disks {
+        for (index, config) in config.disks.iter_mut().enumerate() {
             let disk = open_disk(config)?;
-            devices.push(Box::new(Block::new(disk, &config.path, way)));
+            let file = disk.file().try_clone_to_owned();
+            all.disk_files.push(file.map_err(DeviceError::Start)?);
+            let notes = DiskNotes {
+                writes: Arc::clone(&all.disk_writes),
+                disk: index,
+            };
+            devices.push(Box::new(Block::new(disk, &config.path, way, notes)));
         }
         for config in &config.networks {
             let tap = Tap::open(&config.tap).map_err(|source| no_network(config, source))?;
             devices.push(Box::new(Network::new(tap, config.mac.0)));
         }
-        let mut all = Self::default();
         if has_all(config) {
             devices.push(Box::new(Entropy::new().map_err(DeviceError::Entropy)?));
             let balloon = Balloon::new(Arc::clone(&all.balloon), Arc::clone(vm.reclaim()));
@@ -250,6 +261,16 @@ impl Devices {
             tracing::warn!(%error, "a disk stays locked although its guest does not run");
         }
         claimed
+    }
+
+    /// What is written to disks.
+    pub(crate) fn disk_writes(&self) -> &DiskWrites {
+        &self.disk_writes
+    }
+
+    /// The files of disks, in their order.
+    pub(crate) fn disk_files(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
+        self.disk_files.iter().map(AsFd::as_fd)
     }
 
     /// Gives up what [`Devices::claim`] took. The guest does not run.

@@ -7,6 +7,7 @@ use limosa_engine::source::Writers;
 use limosa_engine::throttle::Throttle;
 use limosa_os::SharedMemory;
 use limosa_os::dirty::TrackerKind;
+use limosa_os::disk::Disk;
 use limosa_os::userfault::PageInstaller;
 use limosa_pages::{PageRange, PageSet};
 use limosa_vmm::answer::RunState;
@@ -51,6 +52,10 @@ impl Guest for VmHandle {
         Arc::clone(self.memory())
     }
 
+    fn disks(&self, is_read_only: bool) -> Result<Vec<Disk>, GuestError> {
+        Ok(self.disks(is_read_only)?)
+    }
+
     fn start_tracking(&self) -> Result<(), GuestError> {
         Ok(self.start_tracking()?)
     }
@@ -79,8 +84,8 @@ impl Guest for VmHandle {
         Ok(self.rehearse()?.into())
     }
 
-    fn pause_and_save(&self, harvest: bool) -> Result<Saved, GuestError> {
-        Ok(self.pause_and_save(harvest)?.into())
+    fn pause_and_save(&self, log: Option<PageSet>) -> Result<Saved, GuestError> {
+        Ok(self.pause_and_save_into(log)?.into())
     }
 
     fn resume(&self) -> Result<(), GuestError> {

@@ -80,6 +80,8 @@ pub(super) struct Driver {
     pages: Arc<sender::Shared>,
     generation: u64,
     links: Option<Links>,
+    /// Pages of memory and disks: what sets of them hold.
+    all: PageCount,
     set: Arc<PageSet>,
     /// Which round of `set` sends only pages that exist: those of a round that means *everything*.
     skip_holes: bool,
@@ -105,7 +107,7 @@ impl Driver {
     pub(super) fn new(
         guest: Arc<dyn Guest>,
         config: SourceConfig,
-        carriage: &Carriage,
+        carriage: Carriage,
         shared: Arc<Shared>,
         events: Sender<Inbox>,
         link: Arc<Bucket>,
@@ -121,17 +123,18 @@ impl Driver {
         let is_serving = is_recovery;
         let pages = sender::Shared::new(
             memory,
+            carriage.disks,
             is_serving,
             Arc::clone(&limit),
             Arc::clone(&link),
             &carriage.manner,
         );
         let pages = Arc::new(pages);
-        let set = Arc::new(PageSet::empty(config.memory));
-        let told = PageSet::empty(config.memory);
-        let deferral = Deferral::none(config.memory);
-        let heat =
-            (carriage.manner.push_order == PushOrder::Hottest).then(|| Heat::none(config.memory));
+        let all = config.pages();
+        let set = Arc::new(PageSet::empty(all));
+        let told = PageSet::empty(all);
+        let deferral = Deferral::none(all);
+        let heat = (carriage.manner.push_order == PushOrder::Hottest).then(|| Heat::none(all));
         Self {
             guest,
             config,
@@ -144,6 +147,7 @@ impl Driver {
             pages,
             generation: 0,
             links: None,
+            all,
             set,
             skip_holes: false,
             deferral,
@@ -452,6 +456,9 @@ impl Driver {
                                 connection::in_words(&error)
                             ),
                         },
+                        sender::Report::Unreadable { error } => SourceEvent::GuestFailed {
+                            reason: format!("a disk cannot be read: {error}"),
+                        },
                     }));
                 })?;
             links.orders.push(orders);
@@ -512,13 +519,13 @@ impl Driver {
     }
 
     fn harvest(&mut self, round: u32, defer_max: PageCount) -> Result<SourceEvent, GuestError> {
-        let mut set = PageSet::empty(self.config.memory);
+        let mut set = PageSet::empty(self.all);
         let writers = self.guest.harvest(&mut set)?;
         self.skip_holes = round == 0;
         let mut deferred = PageCount::ZERO;
         let dirty = if round == 0 {
             // All that exists is to be sent, whatever the log says about it.
-            set = PageSet::full(self.config.memory);
+            set = PageSet::full(self.all);
             self.existing_pages()?
         } else {
             if let Some(heat) = &mut self.heat {
@@ -548,7 +555,7 @@ impl Driver {
     fn look(&self) -> Result<SourceEvent, GuestError> {
         let mut dirty = Vec::new();
         if self.guest.harvests_freely() {
-            let mut set = PageSet::empty(self.config.memory);
+            let mut set = PageSet::empty(self.all);
             self.guest.harvest(&mut set)?;
             dirty = self.counts(&set);
         }
@@ -557,7 +564,7 @@ impl Driver {
 
     /// What no earlier pass told the target to be stale.
     fn harvest_stale(&mut self, round: u32) -> Result<SourceEvent, GuestError> {
-        let mut set = PageSet::empty(self.config.memory);
+        let mut set = PageSet::empty(self.all);
         let writers = self.guest.harvest(&mut set)?;
         set.subtract(&self.told);
         self.told.union_with(&set);
@@ -572,6 +579,7 @@ impl Driver {
     }
 
     fn pause(&mut self, harvest: bool, switch: bool) -> Result<SourceEvent, GuestError> {
+        let log = harvest.then(|| PageSet::empty(self.all));
         let Saved {
             state,
             stopped_first,
@@ -580,7 +588,7 @@ impl Driver {
             saved,
             dirty,
             first_needed,
-        } = self.guest.pause_and_save(harvest)?;
+        } = self.guest.pause_and_save(log)?;
         self.skip_holes = dirty.is_none();
         let mut paused = Paused {
             dirty: Vec::new(),
@@ -595,7 +603,7 @@ impl Driver {
         };
         if switch {
             // Without a log every page is missing; that holes are zero is told by the pushes.
-            let missing = dirty.unwrap_or_else(|| PageSet::full(self.config.memory));
+            let missing = dirty.unwrap_or_else(|| PageSet::full(self.all));
             self.switch(missing, first_needed, &mut paused);
         } else {
             paused.dirty = match dirty {
@@ -605,7 +613,7 @@ impl Driver {
                     counts
                 }
                 None => {
-                    self.set = Arc::new(PageSet::full(self.config.memory));
+                    self.set = Arc::new(PageSet::full(self.all));
                     self.existing_pages()?
                 }
             };
@@ -645,18 +653,18 @@ impl Driver {
             .collect()
     }
 
-    /// Pages of each chunk that are no holes in the memory file.
+    /// Pages of each chunk that are no holes in the memory file, or in a disk.
     fn existing_pages(&self) -> Result<Vec<u32>, GuestError> {
-        let existing = self.pages.existing.all();
+        let existing = self.pages.all_existing();
         let existing = existing.map_err(|error| GuestError(error.to_string()))?;
         Ok(self.counts(&existing))
     }
 
     fn chunks(&self) -> impl Iterator<Item = PageRange> {
-        let (memory, chunk) = (self.config.memory.get(), self.config.chunk.get());
-        (0..memory.div_ceil(chunk)).map(move |index| {
+        let (all, chunk) = (self.all.get(), self.config.chunk.get());
+        (0..all.div_ceil(chunk)).map(move |index| {
             let first = index * chunk;
-            PageRange::new(Pfn::new(first), PageCount::new(chunk.min(memory - first)))
+            PageRange::new(Pfn::new(first), PageCount::new(chunk.min(all - first)))
         })
     }
 
@@ -684,14 +692,17 @@ impl Driver {
     }
 
     fn hash(&self) {
-        let memory = Arc::clone(&self.pages.memory);
+        let pages = Arc::clone(&self.pages);
         let state = self.state.clone();
         let report = self.reporter();
-        self.spawn("hash", move || match digest::of_memory(&memory, &state) {
-            Ok(digest) => report(News::Event(SourceEvent::Hashed(digest))),
-            Err(error) => report(News::Event(SourceEvent::ConnectionLost {
-                reason: error.to_string(),
-            })),
+        self.spawn("hash", move || {
+            let digest = digest::of_guest(&pages.memory, &pages.disks, &state);
+            report(News::Event(match digest {
+                Ok(digest) => SourceEvent::Hashed(digest),
+                Err(error) => SourceEvent::ConnectionLost {
+                    reason: error.to_string(),
+                },
+            }));
         });
     }
 

@@ -8,6 +8,7 @@ use super::{IncomingStatus, TargetHost};
 use crate::bucket::Bucket;
 use crate::channel::{Channel, Handle, Writer};
 use crate::connection::{ControlWriter, HANDSHAKE_MAX};
+use crate::disks::Disks;
 use crate::faults::{self, Faults};
 use crate::guest::Guest;
 use crate::receiver;
@@ -105,7 +106,8 @@ impl Session {
         let installer = guest.installer()?;
         let memory = guest.memory();
         let faults = Arc::new(Faults::new(installer));
-        let pages = Arc::new(receiver::Shared::new(memory, false, Some(faults)));
+        let disks = Disks::none(memory.page_count());
+        let pages = Arc::new(receiver::Shared::new(memory, disks, false, Some(faults)));
         let inside = Inside {
             pages: Some(pages),
             ..Inside::default()
@@ -323,19 +325,21 @@ impl Session {
         if memory.page_count() != start.memory_pages {
             return Err("the machine's description and the announced memory differ".to_owned());
         }
+        let disks = disks_of(&**guest, start)?;
         let streams = self
             .take_streams(start.streams)
             .ok_or("the page streams did not come")?;
         let faults = guest
             .installer()
             .map(|installer| Arc::new(Faults::new(installer)));
-        let can_fault = faults.is_some();
+        // A guest does not wait for missing pages of its disks.
+        let can_fault = faults.is_some() && disks.is_empty();
         let broken = |error: std::io::Error| error.to_string();
         if let Some(faults) = &faults {
             // Already a rehearsal may touch pages, which are zero as far as it is concerned.
             self.start_faults(faults).map_err(broken)?;
         }
-        let pages = Arc::new(receiver::Shared::new(memory, start.verify, faults));
+        let pages = Arc::new(receiver::Shared::new(memory, disks, start.verify, faults));
         self.inside().pages = Some(Arc::clone(&pages));
         let pull = self.start_streams(streams, &pages).map_err(broken)?;
         self.inside().pull = Some(pull);
@@ -418,6 +422,16 @@ impl Session {
             }
         }
     }
+}
+
+/// The disks that come along, as they were made here.
+fn disks_of(guest: &dyn Guest, start: &Start) -> Result<Disks, String> {
+    if start.disks.is_empty() {
+        return Ok(Disks::none(start.memory_pages));
+    }
+    let disks = guest.disks(false).map_err(|error| error.to_string())?;
+    let disks = Disks::new(start.memory_pages, disks).filter(|disks| disks.are(&start.disks));
+    disks.ok_or_else(|| "the machine's description and the announced disks differ".to_owned())
 }
 
 /// Nothing is shaped on the way to the source.

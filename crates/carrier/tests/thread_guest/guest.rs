@@ -1,6 +1,6 @@
 //! A guest without KVM: a thread that writes pages whose content proves itself, and a host that
 //! makes such guests. Its dirty log behaves as KVM's with manual protection does: reading does not
-//! clear, and everything is dirty until it is cleared.
+//! clear, and everything is dirty until it is cleared. It may have a disk, whose pages prove themselves, too.
 
 use limosa_carrier::{CommitError, Demanded, Guest, GuestError, Running, Saved, TargetHost};
 use limosa_engine::Timestamp;
@@ -9,10 +9,12 @@ use limosa_engine::source::Writers;
 use limosa_engine::target::TargetOutcome;
 use limosa_engine::throttle::Throttle;
 use limosa_engine::wire::Start;
+use limosa_os::disk::{Disk, DiskBuffer};
 use limosa_os::userfault::{FaultGate, PageInstaller};
 use limosa_os::{PageKind, SharedBitmap, SharedMemory, monotonic_nanos};
-use limosa_pages::{PAGE_SIZE_USIZE, PageCount, PageRange, PageSet, Pfn};
+use limosa_pages::{ByteCount, Numbering, PAGE_SIZE_USIZE, PageCount, PageRange, PageSet, Pfn};
 use std::collections::{HashMap, HashSet};
+use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::time::Duration;
@@ -30,6 +32,32 @@ struct Inside {
     versions: Vec<u64>,
     /// Pages that it was busy with before it arrived.
     worked_on: u64,
+    disk: Option<ThreadDisk>,
+}
+
+/// A disk of a guest, written past the page cache as real ones are.
+struct ThreadDisk {
+    disk: Disk,
+    /// Its pages, behind those of the memory.
+    pages: PageRange,
+}
+
+impl ThreadDisk {
+    fn new(memory: PageCount, bytes: u64) -> Self {
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(bytes).unwrap();
+        let numbering = Numbering::new(memory, [ByteCount::new(bytes)]).unwrap();
+        let pages = numbering.disks()[0];
+        let disk = Disk::open_again(file.as_fd(), false).unwrap();
+        Self { disk, pages }
+    }
+
+    /// Where a page is, and how many bytes of it there are.
+    fn place(&self, page: u64) -> (u64, usize) {
+        let offset = (page - self.pages.first.get()) * PAGE_SIZE_USIZE as u64;
+        let left = usize::try_from(self.disk.bytes() - offset).unwrap();
+        (offset, left.min(PAGE_SIZE_USIZE))
+    }
 }
 
 /// A guest made of one thread.
@@ -49,11 +77,23 @@ pub struct ThreadGuest {
 impl ThreadGuest {
     /// A guest that has written `touched` of its pages; with `busy` it goes on writing them.
     pub fn new(pages: u64, touched: u64, busy: bool) -> Arc<Self> {
-        let guest = Self::empty(pages, Phase::Running, if busy { touched } else { 0 });
+        Self::with_disk(pages, touched, busy, 0)
+    }
+
+    /// The same, with a disk of so many bytes, if any: all of its pages are written, but every third.
+    pub fn with_disk(pages: u64, touched: u64, busy: bool, disk: u64) -> Arc<Self> {
+        let working_set = if busy { touched } else { 0 };
+        let guest = Self::empty(pages, Phase::Running, working_set, disk);
         {
             let mut inside = guest.lock();
             for page in 0..touched {
                 write_page(&guest.memory, &mut inside, page);
+            }
+            let on_disk = inside.disk.as_ref().map(|disk| disk.pages);
+            for page in on_disk.into_iter().flat_map(PageRange::iter) {
+                if page.get() % 3 != 0 {
+                    write_page(&guest.memory, &mut inside, page.get());
+                }
             }
             inside.running = true;
         }
@@ -61,9 +101,14 @@ impl ThreadGuest {
         Arc::new(guest)
     }
 
-    fn empty(pages: u64, phase: Phase, working_set: u64) -> Self {
+    fn empty(pages: u64, phase: Phase, working_set: u64, disk: u64) -> Self {
         let pages = PageCount::new(pages);
         let memory = Arc::new(SharedMemory::create(pages.bytes(), PageKind::Small).unwrap());
+        let disk = (disk > 0).then(|| ThreadDisk::new(pages, disk));
+        let pages = match &disk {
+            Some(disk) => PageCount::new(disk.pages.end().get()),
+            None => pages,
+        };
         let file = memory.file().try_clone_to_owned().unwrap();
         let lent = Arc::new(SharedMemory::open(file).unwrap());
         let is_arriving = matches!(phase, Phase::Preparing { .. });
@@ -77,6 +122,7 @@ impl ThreadGuest {
             harvested: PageSet::empty(pages),
             versions: vec![0; usize::try_from(pages.get()).unwrap()],
             worked_on: 0,
+            disk,
         };
         let guest = Self {
             memory,
@@ -188,7 +234,14 @@ fn run(
         let busy = working_set.max(state.worked_on);
         for _ in 0..busy.min(8) {
             seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
-            let page = (seed >> 33) % busy;
+            let number = seed >> 33;
+            let page = match &state.disk {
+                // Also those that were never written.
+                Some(disk) if number % 2 == 0 => {
+                    disk.pages.first.get() + number / 2 % disk.pages.count.get()
+                }
+                _ => number % busy,
+            };
             if !page_is_right(memory, &state, page) {
                 errors.fetch_add(1, Ordering::SeqCst);
             }
@@ -217,18 +270,39 @@ fn content(page: u64, version: u64) -> [u8; PAGE_SIZE_USIZE] {
 fn write_page(memory: &SharedMemory, inside: &mut Inside, page: u64) {
     let version = &mut inside.versions[usize::try_from(page).unwrap()];
     *version += 1;
-    memory
-        .write_at(Pfn::new(page).file_offset(), &content(page, *version))
-        .unwrap();
+    let content = content(page, *version);
+    match &inside.disk {
+        Some(disk) if page >= disk.pages.first.get() => {
+            let (offset, len) = disk.place(page);
+            let mut buffer = DiskBuffer::new(len);
+            buffer.bytes_mut().copy_from_slice(&content[..len]);
+            disk.disk.write_at(buffer.bytes_mut(), offset).unwrap();
+        }
+        _ => memory
+            .write_at(Pfn::new(page).file_offset(), &content)
+            .unwrap(),
+    }
     inside.dirty.insert(Pfn::new(page));
 }
 
 fn page_is_right(memory: &SharedMemory, inside: &Inside, page: u64) -> bool {
     let mut bytes = [0; PAGE_SIZE_USIZE];
-    memory
-        .read_at(Pfn::new(page).file_offset(), &mut bytes)
-        .unwrap();
-    bytes == content(page, inside.versions[usize::try_from(page).unwrap()])
+    let expected = content(page, inside.versions[usize::try_from(page).unwrap()]);
+    match &inside.disk {
+        Some(disk) if page >= disk.pages.first.get() => {
+            let (offset, len) = disk.place(page);
+            let mut buffer = DiskBuffer::new(len);
+            disk.disk.read_at(buffer.bytes_mut(), offset).unwrap();
+            *buffer.bytes_mut() == expected[..len]
+        }
+        // Between memory and disk there is nothing.
+        _ if page >= memory.page_count().get() => true,
+        _ => {
+            let offset = Pfn::new(page).file_offset();
+            memory.read_at(offset, &mut bytes).unwrap();
+            bytes == expected
+        }
+    }
 }
 
 fn refused(error: impl std::fmt::Display) -> GuestError {
@@ -242,6 +316,13 @@ impl Guest for ThreadGuest {
 
     fn memory(&self) -> Arc<SharedMemory> {
         Arc::clone(&self.lent)
+    }
+
+    fn disks(&self, is_read_only: bool) -> Result<Vec<Disk>, GuestError> {
+        let inside = self.lock();
+        let disk = inside.disk.as_ref().ok_or_else(|| refused("no disk"))?;
+        let disk = Disk::open_again(disk.disk.file(), is_read_only);
+        Ok(vec![disk.map_err(refused)?])
     }
 
     fn installer(&self) -> Option<Arc<PageInstaller>> {
@@ -263,7 +344,7 @@ impl Guest for ThreadGuest {
     fn start_tracking(&self) -> Result<(), GuestError> {
         let mut inside = self.lock();
         inside.tracking = true;
-        inside.dirty = PageSet::full(self.memory.page_count());
+        inside.dirty = PageSet::full(inside.dirty.capacity());
         Ok(())
     }
 
@@ -304,13 +385,13 @@ impl Guest for ThreadGuest {
         Ok(self.save(&inside, None))
     }
 
-    fn pause_and_save(&self, harvest: bool) -> Result<Saved, GuestError> {
+    fn pause_and_save(&self, log: Option<PageSet>) -> Result<Saved, GuestError> {
         let mut inside = self.lock();
         if inside.ended {
             return Err(refused("the guest has ended"));
         }
         inside.running = false;
-        let dirty = harvest.then(|| inside.dirty.clone());
+        let dirty = log.map(|_| inside.dirty.clone());
         Ok(self.save(&inside, dirty))
     }
 
@@ -344,8 +425,8 @@ impl Guest for ThreadGuest {
             .map(|chunk| u64::from_le_bytes(chunk.try_into().unwrap()))
             .collect();
         let is_busy = inside.versions.iter().any(|&version| version > 1);
-        let written = inside
-            .versions
+        let pages = usize::try_from(self.memory.page_count().get()).unwrap();
+        let written = inside.versions[..pages]
             .iter()
             .filter(|&&version| version > 0)
             .count();
@@ -403,6 +484,7 @@ impl TargetHost for ThreadHost {
             start.memory_pages.get(),
             Phase::Preparing { id },
             0,
+            start.disks.first().map_or(0, |disk| disk.size.get()),
         ));
         self.guests.lock().unwrap().push((id, Arc::clone(&guest)));
         Ok(guest)

@@ -40,6 +40,7 @@ pub(super) fn migrate(follower: &Follower, migrate: &Migrate) -> Result<()> {
         defer: migrate.defer,
         push_order: migrate.push_order,
         verify: migrate.verify,
+        copy_disks: migrate.copy_disks,
         link: migrate.link.map(Rate::get),
         balloon: migrate.balloon,
         insecure: migrate.insecure,

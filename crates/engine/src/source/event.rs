@@ -5,11 +5,13 @@ use crate::policy::{Limits, Mode};
 use crate::report::{Coded, Outcome};
 use crate::throttle::Throttle;
 use crate::time::Timestamp;
-use crate::wire::{ControlFrame, Digest, STREAMS_MAX};
+use crate::wire::{ControlFrame, CopiedDisk, Digest, STREAMS_MAX};
 use alloc::string::String;
 use alloc::vec::Vec;
 use core::time::Duration;
-use limosa_pages::{ByteCount, BytesPerSecond, PageCount, PageRange, Pfn};
+use limosa_pages::{
+    ByteCount, BytesPerSecond, DISK_ALIGNMENT, Numbering, PageCount, PageRange, Pfn,
+};
 use serde::{Deserialize, Serialize};
 
 /// What is known before a migration starts.
@@ -28,6 +30,8 @@ pub struct SourceConfig {
     pub streams: u8,
     /// The guest's memory.
     pub memory: PageCount,
+    /// Disks that are copied along; none if both hosts have them.
+    pub disks: Vec<CopiedDisk>,
     /// Pages over which dirty counts are given: a multiple of 64, as KVM clears its log.
     pub chunk: PageCount,
     /// Compare digests after the switch.
@@ -41,14 +45,30 @@ pub struct SourceConfig {
 }
 
 impl SourceConfig {
-    /// Whether the configuration keeps its own limits: streams, memory, a chunk that KVM can clear.
-    pub const fn is_sound(&self) -> bool {
+    /// Whether the configuration keeps its own limits: streams, memory, disks, a chunk that KVM can clear.
+    pub fn is_sound(&self) -> bool {
         let chunk = self.chunk.get();
         self.streams >= 1
             && self.streams <= STREAMS_MAX
             && self.memory.get() > 0
+            && self.numbering().is_some()
+            // A chunk is of memory or of one disk.
+            && (self.disks.is_empty() || self.chunk == DISK_ALIGNMENT)
             && chunk >= 64
             && chunk.is_multiple_of(64)
+    }
+
+    /// How the pages of memory and disks are numbered; `None` if the disks are too large.
+    pub fn numbering(&self) -> Option<Numbering> {
+        Numbering::new(self.memory, self.disks.iter().map(|disk| disk.size))
+    }
+
+    /// All pages, those of disks among them: what a set of them has to hold.
+    ///
+    /// # Panics
+    /// If the configuration is not sound.
+    pub fn pages(&self) -> PageCount {
+        self.numbering().expect("disks of a possible size").end()
     }
 }
 
@@ -63,6 +83,7 @@ impl SourceConfig {
             limits: Limits::default(),
             streams: 2,
             memory,
+            disks: Vec::new(),
             chunk,
             verify: false,
             vm: Vec::new(),

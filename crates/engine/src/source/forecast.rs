@@ -45,7 +45,7 @@ impl Forecast {
     /// Of a bulk round of `planned` pages that begins `now`.
     pub(super) fn new(config: &SourceConfig, planned: PageCount, now: Timestamp) -> Self {
         let chunk = config.chunk.get();
-        let chunks = config.memory.get().div_ceil(chunk);
+        let chunks = config.pages().get().div_ceil(chunk);
         let step = (planned.get() / LOOKS).max(1);
         Self {
             chunk,

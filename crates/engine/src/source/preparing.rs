@@ -8,6 +8,7 @@ use crate::handover::Phase;
 use crate::report::ClockOffset;
 use crate::time::Timestamp;
 use crate::wire::{ControlFrame, Start};
+use alloc::format;
 use alloc::string::String;
 use alloc::vec;
 use alloc::vec::Vec;
@@ -45,6 +46,7 @@ impl Source {
             memory_pages: self.config.memory,
             streams: self.config.streams,
             verify: self.config.verify,
+            disks: self.config.disks.clone(),
             vm: self.config.vm.clone(),
             demanded: self.config.demanded.clone(),
         };
@@ -60,8 +62,7 @@ impl Source {
     ) -> Vec<SourceAction> {
         self.can_switch = can_fault;
         if self.config.mode.needs_faults() && !can_fault {
-            let text = "the target cannot serve page faults, which this mode needs: see its log";
-            return self.fail(now, String::from(text));
+            return self.fail(now, format!("{}: see its log", self.why_no_switch()));
         }
         if boot_id == self.config.boot_id {
             // One kernel, one clock.

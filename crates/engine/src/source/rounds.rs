@@ -324,21 +324,31 @@ impl Round {
     }
 }
 
-/// Cuts the guest's memory into pieces that hold about [`PIECE_PAGES`] pages to send each.
-/// With `everything`, chunks without a page to send are in a piece too.
+/// Cuts the guest's memory, and disks that are copied along, into pieces that hold about [`PIECE_PAGES`] pages to send each.
+/// A piece is of memory, or of one disk. With `everything`, chunks without a page to send are in a piece
+/// too.
 fn cut(round: u32, dirty: &[u32], config: &SourceConfig, everything: bool) -> VecDeque<Piece> {
     let chunk = config.chunk.get();
-    let memory = config.memory.get();
+    let numbering = config.numbering().expect("disks of a possible size");
+    let is_disk = |first: u64| {
+        numbering
+            .disks()
+            .iter()
+            .any(|disk| disk.first.get() == first)
+    };
     assert_eq!(
         dirty.len() as u64,
-        memory.div_ceil(chunk),
+        numbering.end().get().div_ceil(chunk),
         "a count for each chunk"
     );
     let mut pieces = VecDeque::new();
     let mut open: Option<(u64, u64)> = None;
     let mut close = |open: &mut Option<(u64, u64)>, end: u64| {
         if let Some((first, _)) = open.take() {
-            let range = PageRange::new(Pfn::new(first), PageCount::new(end.min(memory) - first));
+            let first = Pfn::new(first);
+            let part = numbering.part_of(first).expect("chunks begin with a page");
+            let end = part.end().get().min(end);
+            let range = PageRange::new(first, PageCount::new(end - first.get()));
             let index = u32::try_from(pieces.len()).expect("fewer pieces than chunks");
             pieces.push_back(Piece {
                 round,
@@ -351,7 +361,7 @@ fn cut(round: u32, dirty: &[u32], config: &SourceConfig, everything: bool) -> Ve
     for &count in dirty {
         if let Some((first, pages)) = open {
             let is_full = pages + u64::from(count) > PIECE_PAGES;
-            if is_full || start + chunk - first > PIECE_RANGE_MAX {
+            if is_full || start + chunk - first > PIECE_RANGE_MAX || is_disk(start) {
                 close(&mut open, start);
             }
         }
@@ -369,7 +379,10 @@ fn cut(round: u32, dirty: &[u32], config: &SourceConfig, everything: bool) -> Ve
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::wire::CopiedDisk;
+    use alloc::format;
     use alloc::string::String;
+    use alloc::vec;
     use proptest::prelude::*;
 
     fn config(memory: u64, chunk: u64) -> SourceConfig {
@@ -397,6 +410,26 @@ mod tests {
                 prop_assert!(inside || (count == 0 && !bulk));
             }
         }
+    }
+
+    #[test]
+    fn a_piece_is_of_memory_or_of_one_disk() {
+        let mut config = config(1000, 512);
+        let disk = |pages: u64| CopiedDisk {
+            size: PageCount::new(pages).bytes(),
+            data: PageCount::new(pages).bytes(),
+        };
+        // They begin at 1024 and 1536, and end with 2 and 600 pages.
+        config.disks = vec![disk(2), disk(600)];
+        let text = |dirty: &[u32], everything| {
+            let pieces = cut(0, dirty, &config, everything);
+            let pieces = pieces.iter().map(|piece| piece.range);
+            let pieces = pieces.map(|range| format!("{}+{}", range.first.get(), range.count.get()));
+            pieces.collect::<Vec<_>>().join(" ")
+        };
+        assert_eq!(text(&[1, 1, 2, 9, 9], false), "0+1000 1024+2 1536+600");
+        assert_eq!(text(&[0, 0, 0, 0, 0], true), "0+1000 1024+2 1536+600");
+        assert_eq!(text(&[1, 0, 0, 0, 1], false), "0+1000 2048+88");
     }
 
     /// Carries a round out at once and tells its steps by their letters.

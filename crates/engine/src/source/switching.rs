@@ -163,6 +163,15 @@ impl Source {
         self.release()
     }
 
+    /// Why the guest cannot run at the target before all is there.
+    pub(super) const fn why_no_switch(&self) -> &'static str {
+        if self.config.disks.is_empty() {
+            "the target cannot serve page faults, which this mode needs"
+        } else {
+            "disks are copied along, which this mode cannot do"
+        }
+    }
+
     /// Whether the technique can become this one now.
     ///
     /// # Errors
@@ -174,9 +183,7 @@ impl Source {
                 Mode::Demand | Mode::PostCopy => Ok(()),
                 _ => Err("the guest runs at the target already: demand or post-copy are left"),
             },
-            _ if mode.needs_faults() && !self.can_switch => {
-                Err("the target cannot serve page faults")
-            }
+            _ if mode.needs_faults() && !self.can_switch => Err(self.why_no_switch()),
             State::Probing { .. } => Ok(()),
             State::Recording { .. }
             | State::Tracking
@@ -309,6 +316,7 @@ mod tests {
             limits: Limits::default(),
             streams: 1,
             memory: PageCount::new(64),
+            disks: Vec::new(),
             chunk: PageCount::new(64),
             verify: true,
             vm: Vec::new(),

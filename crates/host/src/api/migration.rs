@@ -44,9 +44,13 @@ pub struct MigrateBody {
     #[serde(default)]
     #[schema(schema_with = streams_schema)]
     pub streams: Option<Streams>,
-    /// Hash memory and state on both sides at the switch and compare.
+    /// Hash memory and state on both sides at the switch and compare, and disks that are copied.
     #[serde(default)]
     pub verify: bool,
+    /// Copy the guest's disks along, which the target does not have: it makes them anew at the same paths. By
+    /// `pre-copy`, `stop-and-copy` or `auto`. What is here stays, and is not used any more.
+    #[serde(default)]
+    pub copy_disks: bool,
     /// Whether pages are coded to take fewer bytes: `auto` where that is quicker, `on` whatever
     /// shrinks, `off` nothing.
     #[serde(default)]
@@ -90,6 +94,7 @@ impl MigrateBody {
             rounds_max: None,
             streams: None,
             verify: false,
+            copy_disks: false,
             compress: Compression::default(),
             throttle: Throttling::default(),
             defer: Deferral::default(),

@@ -1,6 +1,7 @@
 //! What happens without a request: taking up what an earlier daemon left, and looking around.
 
 use super::Host;
+use crate::ledger::Note;
 use crate::machine::{Activity, Machine};
 use crate::registry::{Adoption, Hold, Slot, Vm, adoption};
 use crate::state_dir::VmName;
@@ -26,8 +27,29 @@ impl Host {
                 silent.insert(name);
             }
         }
+        if silent.is_empty() {
+            self.remove_new_disks()
+                .context("cannot go through the notes of new disks")?;
+        }
         self.take_up_departures(&silent)
             .context("cannot go through the notes of departures")
+    }
+
+    /// Removes what an earlier daemon had made for guests that did not get to run here.
+    fn remove_new_disks(&self) -> std::io::Result<()> {
+        for id in self.new_disks.all()? {
+            let is_here = self.registry().arrival(id).is_some();
+            let has_run = matches!(
+                self.ledger().look_up(id),
+                Some(Note::Ran | Note::Filling | Note::Gone)
+            );
+            if is_here || has_run {
+                self.new_disks.keep(id);
+            } else {
+                self.new_disks.remove(id);
+            }
+        }
+        Ok(())
     }
 
     fn adopt(&self, name: &VmName) -> Result<(), String> {
@@ -76,6 +98,7 @@ impl Host {
                     limits: Limits::default(),
                     streams: Limits::default().streams.connections(),
                     verify: false,
+                    copy_disks: false,
                     link: None,
                     compression: Compression::Auto,
                     push_order: PushOrder::default(),

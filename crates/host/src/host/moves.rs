@@ -80,6 +80,7 @@ impl Host {
             limits,
             streams: limits.streams.connections(),
             verify: body.verify,
+            copy_disks: body.copy_disks,
             link: body.link.map(BytesPerSecond::new),
             compression: body.compress,
             push_order: body.push_order,
@@ -101,9 +102,10 @@ impl Host {
         )
         .inspect_err(|_| self.departures.forget(id))
         .map_err(|error| match error {
-            StartError::Streams(_) | StartError::TooSlow(_) => {
-                Refusal::bad_request(error.to_string())
-            }
+            StartError::Streams(_)
+            | StartError::TooSlow(_)
+            | StartError::DisksByMode(_)
+            | StartError::Disks(_) => Refusal::bad_request(error.to_string()),
             StartError::Guest(_) | StartError::System(_) => Refusal::failed(error.to_string()),
         })
     }

@@ -7,11 +7,11 @@ use super::{Host, parse_name};
 use crate::api::{DirtyPoint, EstimateInfo, MigrateBody, PreflightInfo, milliseconds};
 use crate::refusal::Refusal;
 use crate::registry::Vm;
-use limosa_carrier::{Guest, GuestError, Preflight, PreflightRequest};
+use limosa_carrier::{Guest, GuestError, Preflight, PreflightRequest, copied_disks};
 use limosa_engine::estimate::Sample;
 use limosa_engine::policy::Mode;
 use limosa_os::memory::ExistingPages;
-use limosa_pages::{ByteCount, BytesPerSecond, PageCount, PageRange, PageSet, Pfn};
+use limosa_pages::{ByteCount, BytesPerSecond, Numbering, PageCount, PageRange, PageSet, Pfn};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -38,7 +38,8 @@ impl Host {
         let looked = self.look_ahead(&vm, body);
         self.registry().hold(&name, vm.hold);
         let (differences, sample) = looked?;
-        let modes = Mode::ALL.into_iter();
+        let is_possible = |mode: &Mode| sample.can_switch || !mode.needs_faults();
+        let modes = Mode::ALL.into_iter().filter(is_possible);
         let estimates = modes.map(|mode| EstimateInfo::new(&sample.estimate(mode, &limits)));
         let point = |(after, pages): &(Duration, PageCount)| DirtyPoint::new(*after, *pages);
         Ok(PreflightInfo {
@@ -62,27 +63,41 @@ impl Host {
         let guest = vm.machine.guest();
         let silent =
             |error: GuestError| Refusal::failed(format!("the VM does not answer: {error}"));
+        let disks = if body.copy_disks {
+            copied_disks(&*guest, body.mode)
+                .map_err(|error| Refusal::bad_request(error.to_string()))?
+        } else {
+            Vec::new()
+        };
+        let sizes = disks.iter().map(|disk| disk.size);
+        let numbering = Numbering::new(guest.memory().page_count(), sizes);
+        let all = numbering.expect("disks that can be copied").end();
+        let on_disks = disks.iter().fold(PageCount::ZERO, |sum, disk| {
+            sum.saturating_add(disk.data.pages_ceil())
+        });
         let request = PreflightRequest {
             peer: body.to.clone(),
             link: body.link.map(BytesPerSecond::new),
             credentials: self.credentials.clone(),
             vm: guest.description().map_err(silent)?,
             memory: guest.memory().page_count(),
+            disks,
             mode: body.mode,
         };
         let way = limosa_carrier::preflight(&request).map_err(Refusal::failed)?;
-        let sample = measure(&*guest, &way).map_err(silent)?;
+        let mut sample = measure(&*guest, all, &way).map_err(silent)?;
+        sample.existing = sample.existing.saturating_add(on_disks);
+        sample.can_switch = !body.copy_disks;
         Ok((way.differences, sample))
     }
 }
 
-fn measure(guest: &dyn Guest, way: &Preflight) -> Result<Sample, GuestError> {
-    let memory = guest.memory();
-    let whole = PageRange::new(Pfn::new(0), memory.page_count());
-    let existing = ExistingPages::new(memory).all();
+/// Of a guest with so many pages, those of disks that are copied among them.
+fn measure(guest: &dyn Guest, all: PageCount, way: &Preflight) -> Result<Sample, GuestError> {
+    let existing = ExistingPages::new(guest.memory()).all();
     let existing = existing.map_err(|error| GuestError(error.to_string()))?;
     guest.start_tracking()?;
-    let dirtied = follow_writes(guest, whole);
+    let dirtied = follow_writes(guest, all);
     guest.stop_tracking()?;
     let saved = guest.rehearse()?;
     Ok(Sample {
@@ -92,18 +107,20 @@ fn measure(guest: &dyn Guest, way: &Preflight) -> Result<Sample, GuestError> {
         round_trip: way.round_trip,
         save: saved.saved.since(saved.stopped_first),
         state: ByteCount::new(saved.state.len() as u64),
+        can_switch: true,
     })
 }
 
 /// The curve of what the guest writes: pages that it has written since the start, after so long.
 fn follow_writes(
     guest: &dyn Guest,
-    whole: PageRange,
+    all: PageCount,
 ) -> Result<Vec<(Duration, PageCount)>, GuestError> {
-    let mut set = PageSet::empty(whole.count);
-    // Everything counts as written until it is cleared.
+    let mut set = PageSet::empty(all);
+    // All memory counts as written until it is cleared.
     guest.harvest(&mut set)?;
-    guest.clear(whole, Vec::new())?;
+    let memory = PageRange::new(Pfn::new(0), guest.memory().page_count());
+    guest.clear(memory, Vec::new())?;
     let begun = Instant::now();
     let mut curve = Vec::new();
     for look in LOOKS {

@@ -226,7 +226,7 @@ impl Guest for FakeGuest {
         unreachable!("no migration of a fake gets so far")
     }
 
-    fn pause_and_save(&self, _: bool) -> Result<Saved, GuestError> {
+    fn pause_and_save(&self, _: Option<PageSet>) -> Result<Saved, GuestError> {
         unreachable!("no migration of a fake gets so far")
     }
 
@@ -297,7 +297,11 @@ impl Machines for Arc<FakeMachines> {
     fn describe(&self, start: &Start) -> Result<Described, String> {
         let name = VmName::new(&String::from_utf8_lossy(&start.vm))?;
         let differences = Vec::new();
-        Ok(Described { name, differences })
+        Ok(Described {
+            name,
+            differences,
+            new_disks: Vec::new(),
+        })
     }
 
     fn receive(

@@ -10,6 +10,7 @@ mod preflight;
 
 use crate::api::{self, CommandKind, GuestReport, SectionInfo, VcpuReport, VmSpec};
 use crate::machine::{Activity, Described, Look, Machine, Machines, OnEnd, Shape};
+use crate::new_disks::{self, NewDisk};
 use crate::refusal::Refusal;
 use crate::state_dir::{self, VmName};
 use lent::Lent;
@@ -159,11 +160,26 @@ impl Machines for Processes {
             return Err("the source contradicts itself about the size of the memory".to_owned());
         }
         let name = VmName::new(&config.name)?;
+        let brings_disks = !start.disks.is_empty();
+        let mut new_disks = Vec::new();
+        if brings_disks {
+            new_disks = new_disks::announced(&config.disks, &start.disks)?;
+        }
         // What is not lent is not looked at either: nobody learns whether it is there.
         let mut differences = self.lent.keep_lent(&mut config);
+        if brings_disks {
+            let is_lent = |new: &NewDisk| config.disks.iter().any(|disk| new.path == *disk.path);
+            new_disks.retain(is_lent);
+            differences.extend(new_disks::in_the_way(&new_disks));
+            config.disks.clear();
+        }
         differences.extend(config.differences().iter().map(ToString::to_string));
         differences.extend(ensure_memory(shape(&config)).err());
-        Ok(Described { name, differences })
+        Ok(Described {
+            name,
+            differences,
+            new_disks,
+        })
     }
 
     fn receive(

@@ -12,6 +12,7 @@
 use super::DeviceError;
 use super::device::{Device, Input, Ring, Served};
 use super::places::Places;
+use limosa_os::dirty::disks::DiskNotes;
 use limosa_os::disk::{Action, Completed, Disk, DiskBuffer, DiskQueue, SECTOR_BYTES, Way};
 use limosa_os::memory::GuestView;
 use std::io;
@@ -57,6 +58,8 @@ pub(super) struct Block {
     /// What is under way, by its place in the queue.
     requests: Vec<Option<Request>>,
     spare_buffers: Vec<DiskBuffer>,
+    /// Where writes are noted, for whoever copies the disk.
+    notes: DiskNotes,
     /// The kernel has not taken what was begun: when it is asked again.
     again_at: Option<Instant>,
     /// What it tells of itself, and where it lies.
@@ -123,7 +126,7 @@ impl From<io::Error> for Failure {
 
 impl Block {
     /// The disk that is at `path`.
-    pub(super) fn new(disk: Disk, path: &str, way: Way) -> Self {
+    pub(super) fn new(disk: Disk, path: &str, way: Way, notes: DiskNotes) -> Self {
         let mut serial = [0; VIRTIO_BLK_ID_BYTES as usize];
         let name = path.rsplit('/').next().unwrap_or_default();
         for (place, byte) in serial.iter_mut().zip(name.bytes()) {
@@ -137,6 +140,7 @@ impl Block {
             queue,
             requests: (0..QUEUE_SIZE).map(|_| None).collect(),
             spare_buffers: Vec::new(),
+            notes,
             again_at: None,
             serial,
             path: path.to_owned(),
@@ -304,9 +308,23 @@ impl Block {
         }
     }
 
+    /// What is over next. If it wrote, whether that went well or not, it is noted before anybody hears of it.
+    fn next_completed(&mut self) -> Option<Completed> {
+        let completed = self.queue.completed()?;
+        if let Some(Request {
+            action: Action::Write(offset),
+            len,
+            ..
+        }) = &self.requests[completed.place]
+        {
+            self.notes.note(*offset, *len as u64);
+        }
+        Some(completed)
+    }
+
     /// Answers one request that is over, if there is one.
     fn answer_one(&mut self, ring: &mut Ring<'_>) -> Result<Served, QueueError> {
-        while let Some(completed) = self.queue.completed() {
+        while let Some(completed) = self.next_completed() {
             let Completed {
                 place,
                 mut buffer,
@@ -359,7 +377,7 @@ impl Block {
         }
     }
 
-    /// Does something with each range that a request names: sector, number of sectors, flags.
+    /// Changes each range that a request names: sector, number of sectors, flags.
     fn each_range(
         &self,
         memory: &GuestView,
@@ -380,7 +398,9 @@ impl Block {
             let bytes = u64::from(sectors) * SECTOR_BYTES;
             let offset = self.within(u64::from(high) << 32 | u64::from(low), bytes)?;
             if bytes > 0 {
-                act(self, offset, bytes, flags)?;
+                let done = act(self, offset, bytes, flags);
+                self.notes.note(offset, bytes);
+                done?;
             }
         }
         match from.bytes() {
@@ -452,7 +472,7 @@ impl Device for Block {
                 tracing::warn!(%error, disk = self.path, "the kernel does not say what is done");
                 thread::sleep(ASK_AGAIN);
             }
-            while let Some(completed) = self.queue.completed() {
+            while let Some(completed) = self.next_completed() {
                 self.requests[completed.place] = None;
                 self.spare(completed.buffer);
             }
@@ -530,10 +550,11 @@ impl Device for Block {
 
     fn save(&self) -> Vec<u8> {
         let Self {
-            // The disk is the same one at both ends, and nothing is under way.
+            // The disk is the same one at both ends, or was copied; and nothing is under way.
             queue,
             requests: _,
             spare_buffers: _,
+            notes: _,
             again_at: _,
             serial: _,
             path: _,

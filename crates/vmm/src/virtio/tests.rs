@@ -12,7 +12,7 @@ use limosa_os::dirty::TrackerKind;
 use limosa_os::kvm::Kvm;
 use limosa_os::memory::GuestView;
 use limosa_os::{PageKind, SharedBitmap, SharedMemory};
-use limosa_pages::{ByteCount, PAGE_SIZE, PageCount, PageRange, Pfn};
+use limosa_pages::{ByteCount, Numbering, PAGE_SIZE, PageCount, PageRange, Pfn};
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
 use std::path::PathBuf;

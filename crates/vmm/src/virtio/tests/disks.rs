@@ -376,6 +376,82 @@ fn what_many_requests_read_is_dirty() {
     });
 }
 
+/// What a disk's notes tell, as pages of the disk.
+fn written(bed: &Bed) -> BTreeSet<u64> {
+    let writes = bed.devices.disk_writes();
+    writes.harvest();
+    let bitmap = writes.bitmap().unwrap();
+    let all = PageRange::new(Pfn::new(0), bitmap.page_count());
+    let runs = bitmap.runs_in(all).into_iter();
+    runs.flat_map(PageRange::iter).map(Pfn::get).collect()
+}
+
+/// Has the notes kept, for a bed's only disk.
+fn follow(bed: &Bed) {
+    let pages = bed.memory.page_count();
+    let numbering = Numbering::new(pages, [ByteCount::new(DISK_BYTES)]).unwrap();
+    bed.devices.disk_writes().follow(&numbering).unwrap();
+}
+
+#[test]
+fn whoever_is_answered_has_his_writes_noted() {
+    each_way(|way| {
+        let disks = Disks::new(DISK_BYTES);
+        let bed = Bed::with(&mut disks.config(false), way).unwrap();
+        bed.run();
+        let mut driver = Driver::start(&bed);
+        follow(&bed);
+        let first = bed.memory.page_count().get();
+        let whole = PageRange::new(Pfn::new(first), PageCount::new(DISK_BYTES / PAGE_SIZE));
+        for request in all() {
+            driver.prepare(request, if request == 7 { IN } else { OUT });
+        }
+        driver.queue(all());
+        driver.ring();
+        let mut found = BTreeSet::new();
+        let mut left = usize::from(REQUESTS);
+        while left > 0 {
+            let answered = driver.answered();
+            left -= answered.len();
+            // In this harvest, or in one before.
+            found.extend(written(&bed));
+            assert!(bed.devices.disk_writes().clear(whole, &[]));
+            for request in answered {
+                assert_eq!(
+                    found.contains(&u64::from(request)),
+                    request != 7,
+                    "{request}"
+                );
+            }
+        }
+        assert_eq!(written(&bed), BTreeSet::new());
+    });
+}
+
+#[test]
+fn what_changes_a_disk_in_other_ways_is_noted_too() {
+    each_way(|way| {
+        let disks = Disks::new(DISK_BYTES);
+        let bed = Bed::with(&mut disks.config(false), way).unwrap();
+        bed.run();
+        bed.start(0);
+        bed.block(OUT, 0, &[(DATA, 512, false)]);
+        follow(&bed);
+        bed.block(IN, 0, &[(DATA, 512, true)]);
+        bed.block(FLUSH, 0, &[]);
+        assert_eq!(written(&bed), BTreeSet::new());
+        // Seven sectors from the last of a page on.
+        for (kind, sector) in [(DISCARD, 15_u64), (WRITE_ZEROES, 31)] {
+            let mut range = [0; 16];
+            range[..8].copy_from_slice(&sector.to_le_bytes());
+            range[8] = 7;
+            bed.view.write_slice(&range, GuestAddress(DATA)).unwrap();
+            assert_eq!(bed.block(kind, 0, &[(DATA, 16, false)]), 0);
+        }
+        assert_eq!(written(&bed), BTreeSet::from([1, 2, 3, 4]));
+    });
+}
+
 /// A device whose one request never ends.
 #[derive(Debug)]
 struct Endless;

@@ -1,0 +1,109 @@
+//! Pages of disks from a push stream into the files that were made for them, before the guest runs here.
+//!
+//! What a stream has written is on its disks before it tells of a barrier: a guest that was answered *this is
+//! safe* at the source has it safe here when it runs.
+
+use super::{Owner, PushStream, ReceiveError, content_length};
+use crate::disks;
+use limosa_engine::wire::{CODED_LENGTH_BYTES, Coding, PushHeader, check_coded_length};
+use limosa_pages::codec::lz4;
+use limosa_pages::{PAGE_SIZE_USIZE, PageRange};
+use std::io;
+
+/// After so many bytes a stream waits until they are safe, so that it is not long before a barrier that the last
+/// of them are, however lazy the disk.
+const UNSAFE_BYTES_MAX: u64 = 64 << 20;
+
+impl PushStream {
+    /// Takes what is said about pages that are not those of the memory.
+    pub(super) fn take_disk_pages(
+        &mut self,
+        header: PushHeader,
+        range: PageRange,
+    ) -> Result<(), ReceiveError> {
+        if self.shared.owner() != Owner::Streams {
+            return Err(ReceiveError::Late);
+        }
+        match header {
+            PushHeader::Pages(_) => self.write_disk(range, None),
+            PushHeader::Coded { coding, .. } => self.write_disk(range, Some(coding)),
+            PushHeader::Zeros(_) => self.zero_disk(range).map_err(ReceiveError::Disk),
+            PushHeader::Stale(_) | PushHeader::StaleBits(_) | PushHeader::Barrier { .. } => {
+                Err(ReceiveError::DiskMissing)
+            }
+        }
+    }
+
+    /// Writes the pages that follow.
+    fn write_disk(&mut self, range: PageRange, coding: Option<Coding>) -> Result<(), ReceiveError> {
+        let mut buffer = self.disk_buffer.take().unwrap_or_else(disks::buffer);
+        let content = &mut buffer.bytes_mut()[..content_length(range)];
+        let mut bytes = content.len();
+        match coding {
+            None => self.read(content)?,
+            Some(coding) => {
+                let mut length = [0; CODED_LENGTH_BYTES];
+                self.read(&mut length)?;
+                bytes = check_coded_length(length, range)?;
+                let mut coded = std::mem::take(&mut self.coded);
+                coded.resize(bytes, 0);
+                self.read(&mut coded)?;
+                match coding {
+                    Coding::Lz4 => lz4::decode(&coded, content)?,
+                    Coding::Zstd => {
+                        let decoder = self.zstd.get_or_insert_default();
+                        decoder.decode(&coded, content)?;
+                    }
+                    Coding::Delta => return Err(ReceiveError::DeltaOfNothing),
+                }
+                self.coded = coded;
+            }
+        }
+        let shared = &self.shared;
+        shared.filled().insert_range(range);
+        if let Some(hashes) = &shared.hashes {
+            for (page, content) in range.iter().zip(content.chunks(PAGE_SIZE_USIZE)) {
+                hashes.set_content(page, content);
+            }
+        }
+        shared
+            .disks
+            .write(range, &mut buffer)
+            .map_err(ReceiveError::Disk)?;
+        shared.count(range.count, bytes as u64);
+        self.disk_buffer = Some(buffer);
+        self.unsafe_bytes += range.bytes().get();
+        if self.unsafe_bytes >= UNSAFE_BYTES_MAX {
+            self.flush_disks()?;
+        }
+        Ok(())
+    }
+
+    /// What was never written is zero already.
+    fn zero_disk(&mut self, range: PageRange) -> io::Result<()> {
+        let shared = &self.shared;
+        let stale: Vec<PageRange> = {
+            let mut filled = shared.filled();
+            let stale = filled.runs_in(range).collect();
+            filled.remove_range(range);
+            stale
+        };
+        for run in stale {
+            shared.disks.zero(run)?;
+            if let Some(hashes) = &shared.hashes {
+                run.iter().for_each(|page| hashes.set_zero(page));
+            }
+            self.unsafe_bytes += run.bytes().get();
+        }
+        shared.count(range.count, 0);
+        Ok(())
+    }
+
+    /// Whatever this stream has written to disks is safe when this returns.
+    pub(super) fn flush_disks(&mut self) -> Result<(), ReceiveError> {
+        if std::mem::take(&mut self.unsafe_bytes) > 0 {
+            self.shared.disks.flush().map_err(ReceiveError::Disk)?;
+        }
+        Ok(())
+    }
+}

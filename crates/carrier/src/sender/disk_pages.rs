@@ -1,0 +1,85 @@
+//! Pages of disks onto a push stream: read into a buffer, which tells what they are and is sent.
+
+use super::{Batch, CODED_BYTES_MAX, Count, PushStream, SendError, split_by_content};
+use crate::coding;
+use crate::disks;
+use limosa_engine::source::{Piece, SentPiece};
+use limosa_engine::wire::PushHeader;
+use limosa_pages::{PAGE_SIZE_USIZE, PageCount, PageRange, PageSet, Pfn};
+use std::time::Instant;
+
+impl PushStream {
+    /// Sends the pages of `set` within a piece of a disk.
+    pub(super) fn send_disk_piece(
+        &mut self,
+        piece: Piece,
+        set: &PageSet,
+        skip_holes: bool,
+    ) -> Result<SentPiece, SendError> {
+        let runs = self.runs(piece.range, set, skip_holes);
+        let runs = runs.map_err(SendError::Disk)?;
+        let mut sent = SentPiece {
+            resent: self.mark(&runs),
+            ..SentPiece::default()
+        };
+        let mut buffer = self.disk_buffer.take().unwrap_or_else(disks::buffer);
+        let mut batch = Batch::default();
+        for part in runs.into_iter().flat_map(disks::parts) {
+            let content = self.shared.disks.read(part, &mut buffer);
+            let content = content.map_err(SendError::Disk)?;
+            let of = |range: PageRange| {
+                let at = index(range.first, part.first);
+                &content[at * PAGE_SIZE_USIZE..]
+                    [..index(range.end(), range.first) * PAGE_SIZE_USIZE]
+            };
+            let is_zero = |page: Pfn| {
+                let page = of(PageRange::new(page, PageCount::new(1)));
+                page.iter().all(|&byte| byte == 0)
+            };
+            for header in split_by_content(part, is_zero) {
+                match header {
+                    PushHeader::Pages(range) => self.put_content(range, of(range), &mut sent),
+                    _ => self.coder.out.extend_from_slice(&header.encode()),
+                }
+                sent.count(header);
+                batch.pages += header.range().map_or(0, |range| range.count.get());
+                if self.coder.out.len() >= CODED_BYTES_MAX {
+                    self.flush(&mut batch, &mut sent)?;
+                }
+            }
+        }
+        self.disk_buffer = Some(buffer);
+        self.flush(&mut batch, &mut sent)?;
+        Ok(sent)
+    }
+
+    /// Adds pages with that content as they are, or coded.
+    fn put_content(&mut self, range: PageRange, content: &[u8], sent: &mut SentPiece) {
+        let shared = &self.shared;
+        let mut rest = range;
+        while rest.count > PageCount::ZERO {
+            let content = &content[index(rest.first, range.first) * PAGE_SIZE_USIZE..];
+            let coded = self.coder.wanted(&shared.coding, rest);
+            if coded == PageCount::ZERO {
+                self.coder
+                    .out
+                    .extend_from_slice(&PushHeader::Pages(rest).encode());
+                self.coder.out.extend_from_slice(content);
+                break;
+            }
+            let front = PageRange::new(rest.first, coded);
+            let content = &content[..index(front.end(), front.first) * PAGE_SIZE_USIZE];
+            let outcome =
+                self.coder
+                    .encode_content(&shared.coding, content, front, false, Instant::now());
+            sent.lz4.add(outcome.lz4);
+            sent.zstd.add(outcome.zstd);
+            rest = coding::after(rest, coded);
+        }
+    }
+}
+
+/// How many pages a page lies behind another one.
+fn index(page: Pfn, first: Pfn) -> usize {
+    usize::try_from(page.get() - first.get()).expect("pages of one buffer")
+}

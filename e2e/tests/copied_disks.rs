@@ -1,0 +1,186 @@
+//! Disks that are copied along to a host that does not have them. Both hosts are on one machine, so the second
+//! one sees a directory of its own where the first one has its disks.
+//!
+//! That a disk is copied whole while its guest writes it is shown by a stock kernel on emulated hosts (`linux`).
+
+use limosa_e2e::daemon::lent_disks;
+use limosa_e2e::pair::{assert_completed, body, end, until_stage};
+use limosa_e2e::{Pair, VM, guest, has_kvm, wait};
+use limosa_engine::policy::Mode;
+use limosa_engine::source::Stage;
+use limosa_host::api::{MigrateBody, Report};
+use std::fs::{self, File};
+use std::os::unix::fs::{FileExt, MetadataExt};
+use std::path::{Path, PathBuf};
+
+/// Its last page is short.
+const DISK_BYTES: u64 = (8 << 20) + 512;
+
+/// Two hosts, and a guest on the first one with a disk that the second one does not have.
+struct Bed {
+    pair: Pair,
+    /// The disk on the first host, and where it would be on the second one.
+    disks: [PathBuf; 2],
+    content: Vec<u8>,
+    _places: [tempfile::TempDir; 2],
+}
+
+impl Bed {
+    /// `None` where there is no KVM.
+    fn new() -> Option<Self> {
+        if !has_kvm() {
+            return None;
+        }
+        let of_a = tempfile::tempdir_in(lent_disks()).expect("a directory");
+        let of_b = tempfile::tempdir().expect("a directory");
+        let name = of_a.path().file_name().expect("it has a name");
+        let same = of_b.path().join(name);
+        fs::create_dir(&same).expect("a directory can be made");
+        let disks = [of_a.path(), &same].map(|place| place.join("disk.raw"));
+        let content = write_disk(&disks[0]);
+        let pair = Pair::start_apart(of_b.path());
+        let kernel = guest::write_echo_kernel(of_a.path());
+        let spec = guest::echo(VM, &kernel, &disks[0], false);
+        pair.a.client().run(&spec).expect("it runs");
+        Some(Self {
+            pair,
+            disks,
+            content,
+            _places: [of_a, of_b],
+        })
+    }
+
+    fn body(&self, mode: Mode, to_b: bool) -> MigrateBody {
+        let to = if to_b { &self.pair.b } else { &self.pair.a };
+        let mut body = body(to, mode);
+        body.copy_disks = true;
+        body
+    }
+
+    /// Moves the guest to one of the hosts.
+    fn move_to(&self, mode: Mode, to_b: bool) -> Report {
+        let Pair { a, b, .. } = &self.pair;
+        let from = if to_b { a } else { b };
+        let id = from.client().migrate(VM, &self.body(mode, to_b));
+        end(from, &id.expect("a migration that is accepted"))
+    }
+
+    fn move_whole(&self, mode: Mode, to_b: bool) {
+        let report = self.move_to(mode, to_b);
+        assert_completed(&report);
+        assert_eq!(report.digest_equal, Some(true), "{report:?}");
+        let copied = &self.disks[usize::from(to_b)];
+        assert!(
+            fs::read(copied).expect("it was made") == self.content,
+            "{mode}"
+        );
+        let status = fs::metadata(copied).expect("it is there");
+        // What was never written takes no room there either.
+        assert!(status.blocks() * 512 < DISK_BYTES / 2, "{status:?}");
+        assert_eq!(status.mode() & 0o777, 0o600);
+    }
+
+    /// The guest runs at the first host, and nothing of its disk is at the second one.
+    fn check_at_home(&self) {
+        let info = self.pair.a.client().vm(VM).expect("it is there");
+        assert_eq!(info.phase, "running", "{info:?}");
+        assert!(!self.disks[1].exists(), "nothing is left of the disk");
+    }
+}
+
+/// A disk with some content, most of which is a hole.
+fn write_disk(path: &Path) -> Vec<u8> {
+    let file = File::create(path).expect("a disk can be made");
+    file.set_len(DISK_BYTES).expect("it can be sized");
+    for (offset, len) in [(0, 4096), (1 << 20, 600_000), (DISK_BYTES - 512, 512)] {
+        let part: Vec<u8> = (offset..offset + len)
+            .map(|at| (at / 7 + at / 4096) as u8)
+            .collect();
+        file.write_all_at(&part, offset).expect("it can be written");
+    }
+    // Zeros that were written are as good as a hole.
+    file.write_all_at(&[0; 8192], 4 << 20)
+        .expect("it can be written");
+    fs::read(path).expect("it can be read")
+}
+
+#[test]
+fn disks_go_along_to_a_host_that_lacks_them() {
+    let Some(bed) = Bed::new() else { return };
+    bed.move_whole(Mode::PreCopy, true);
+    let at_home = fs::read(&bed.disks[0]).expect("it stays");
+    assert!(at_home == bed.content, "what was left behind is as it was");
+    // There is one at the place to which it would come back.
+    let report = bed.move_to(Mode::StopAndCopy, false);
+    let text = format!("{report:?}");
+    assert!(text.contains("disk.raw is there already"), "{text}");
+    fs::remove_file(&bed.disks[0]).expect("it can be removed");
+    bed.move_whole(Mode::StopAndCopy, false);
+    fs::remove_file(&bed.disks[1]).expect("it can be removed");
+    bed.move_whole(Mode::Auto, true);
+}
+
+#[test]
+fn disks_are_not_copied_by_modes_that_cannot_do_it() {
+    let Some(bed) = Bed::new() else { return };
+    let client = bed.pair.a.client();
+    for mode in [Mode::PostCopy, Mode::Hybrid, Mode::Demand] {
+        let error = client
+            .migrate(VM, &bed.body(mode, true))
+            .expect_err("refused");
+        let expect =
+            format!("disks are not copied by mode {mode}: use pre-copy, stop-and-copy or auto");
+        assert!(error.to_string().contains(&expect), "{error}");
+    }
+    bed.check_at_home();
+    let answer = client
+        .preflight(VM, &bed.body(Mode::PreCopy, true))
+        .expect("an answer");
+    assert_eq!(answer.differences, Vec::<String>::new());
+    let modes: Vec<Mode> = answer
+        .estimates
+        .iter()
+        .map(|estimate| estimate.mode)
+        .collect();
+    assert_eq!(modes.len(), 3, "{modes:?}");
+    bed.check_at_home();
+    fs::write(&bed.disks[1], b"precious").expect("it can be written");
+    let answer = client
+        .preflight(VM, &bed.body(Mode::PreCopy, true))
+        .expect("an answer");
+    assert_eq!(answer.differences.len(), 1, "{:?}", answer.differences);
+    let left = fs::read(&bed.disks[1]).expect("it is there");
+    assert_eq!(left, b"precious");
+}
+
+/// However a migration ends before its commit, what was made for it goes.
+#[test]
+fn a_disk_whose_guest_does_not_arrive_goes() {
+    let Some(mut bed) = Bed::new() else { return };
+    let begin = |bed: &Bed| {
+        let mut body = bed.body(Mode::PreCopy, true);
+        // Several seconds for what the disk holds.
+        body.link = Some(100_000);
+        body.compress = serde_json::from_str("\"off\"").expect("a way to code");
+        let a = &bed.pair.a;
+        let id = a.client().migrate(VM, &body).expect("it is accepted");
+        until_stage(a, &id, &[Stage::Copying]);
+        wait::until("the disk is made", || bed.disks[1].exists().then_some(()));
+        id
+    };
+    let id = begin(&bed);
+    bed.pair.a.client().abort(&id).expect("in time");
+    assert_eq!(end(&bed.pair.a, &id).outcome.as_deref(), Some("aborted"));
+    wait::until("the disk is removed", || {
+        (!bed.disks[1].exists()).then_some(())
+    });
+    bed.check_at_home();
+
+    let id = begin(&bed);
+    bed.pair.b.kill();
+    assert_eq!(end(&bed.pair.a, &id).outcome.as_deref(), Some("failed"));
+    assert!(bed.disks[1].exists(), "nobody is there to remove it");
+    bed.pair.b.restart();
+    bed.check_at_home();
+    bed.move_whole(Mode::PreCopy, true);
+}
