@@ -9,7 +9,7 @@ use super::packages::{Packages, TRIPLET, succeed};
 use super::{EmulationError, SERIES, failed};
 use std::fs::{self, File};
 use std::io::{self, BufWriter, Write};
-use std::os::unix::fs::symlink;
+use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::Path;
 use std::process::Command;
 
@@ -18,7 +18,11 @@ pub(super) const STAMP: &str = "made-from";
 
 const HOST_INIT: &str = include_str!("../../hosts/host-init");
 const GUEST_INIT: &str = include_str!("../../hosts/guest-init");
-const BARRIER: &str = include_str!("../../hosts/barrier");
+/// What scripts on hosts call or source, by name.
+const TOOLS: [(&str, &str); 2] = [
+    ("barrier", include_str!("../../hosts/barrier")),
+    ("daemon", include_str!("../../hosts/daemon")),
+];
 const HOST_PROGRAMS: [&str; 15] = [
     "busybox",
     "bash",
@@ -71,9 +75,9 @@ pub(super) fn stamp() -> String {
         include_str!("archive.rs"),
         HOST_INIT,
         GUEST_INIT,
-        BARRIER,
     ];
-    parts.concat()
+    let tools = TOOLS.map(|(_, content)| content);
+    parts.concat() + &tools.concat()
 }
 
 /// Makes everything below `cache`.
@@ -162,7 +166,7 @@ fn initial(
     write().map_err(failed(format!("write {}", to.display())))
 }
 
-/// What QEMU needs on a host, and the barrier.
+/// What QEMU needs on a host, and what scripts there call.
 fn complete_usr(packages: &Packages, usr: &Path) -> io::Result<()> {
     let modules = usr.join("lib").join(TRIPLET).join("qemu");
     for directory in [&modules, &usr.join("share/qemu"), &usr.join("bin")] {
@@ -190,12 +194,12 @@ fn complete_usr(packages: &Packages, usr: &Path) -> io::Result<()> {
             fs::copy(path, usr.join("share/qemu").join(name))?;
         }
     }
-    let barrier = usr.join("bin/barrier");
-    fs::write(&barrier, BARRIER)?;
-    fs::set_permissions(
-        &barrier,
-        std::os::unix::fs::PermissionsExt::from_mode(0o755),
-    )
+    for (name, content) in TOOLS {
+        let tool = usr.join("bin").join(name);
+        fs::write(&tool, content)?;
+        fs::set_permissions(&tool, fs::Permissions::from_mode(0o755))?;
+    }
+    Ok(())
 }
 
 /// Busybox stands in for all that is not there otherwise.
