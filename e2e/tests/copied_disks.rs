@@ -4,7 +4,7 @@
 //! That a disk is copied whole while its guest writes it is shown by a stock kernel on emulated hosts (`linux`).
 
 use limosa_e2e::daemon::lent_disks;
-use limosa_e2e::pair::{assert_completed, body, end, until_stage};
+use limosa_e2e::pair::{assert_completed, body, drain, end, until_stage};
 use limosa_e2e::{Pair, VM, guest, has_kvm, wait};
 use limosa_engine::policy::Mode;
 use limosa_engine::source::Stage;
@@ -92,9 +92,14 @@ impl Bed {
 fn write_disk(path: &Path) -> Vec<u8> {
     let file = File::create(path).expect("a disk can be made");
     file.set_len(DISK_BYTES).expect("it can be sized");
+    let mut seed = 1_u64;
     for (offset, len) in [(0, 4096), (1 << 20, 600_000), (DISK_BYTES - 512, 512)] {
-        let part: Vec<u8> = (offset..offset + len)
-            .map(|at| (at / 7 + at / 4096) as u8)
+        let part: Vec<u8> = (0..len)
+            .map(|_| {
+                // Nothing that could be compressed.
+                seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+                (seed >> 56) as u8
+            })
             .collect();
         file.write_all_at(&part, offset).expect("it can be written");
     }
@@ -116,33 +121,21 @@ fn disks_go_along_to_a_host_that_lacks_them() {
     assert!(text.contains("disk.raw is there already"), "{text}");
     fs::remove_file(&bed.disks[0]).expect("it can be removed");
     bed.move_whole(Mode::StopAndCopy, false);
-    fs::remove_file(&bed.disks[1]).expect("it can be removed");
-    bed.move_whole(Mode::Auto, true);
+    let modes = [Mode::PostCopy, Mode::Hybrid, Mode::Demand, Mode::Auto];
+    for (mode, to_b) in modes.into_iter().zip([true, false, true, false]) {
+        fs::remove_file(&bed.disks[usize::from(to_b)]).expect("it can be removed");
+        bed.move_whole(mode, to_b);
+    }
 }
 
 #[test]
-fn disks_are_not_copied_by_modes_that_cannot_do_it() {
+fn what_is_in_the_way_is_said_before() {
     let Some(bed) = Bed::new() else { return };
     let client = bed.pair.a.client();
-    for mode in [Mode::PostCopy, Mode::Hybrid, Mode::Demand] {
-        let error = client
-            .migrate(VM, &bed.body(mode, true))
-            .expect_err("refused");
-        let expect =
-            format!("disks are not copied by mode {mode}: use pre-copy, stop-and-copy or auto");
-        assert!(error.to_string().contains(&expect), "{error}");
-    }
-    bed.check_at_home();
     let answer = client
         .preflight(VM, &bed.body(Mode::PreCopy, true))
         .expect("an answer");
     assert_eq!(answer.differences, Vec::<String>::new());
-    let modes: Vec<Mode> = answer
-        .estimates
-        .iter()
-        .map(|estimate| estimate.mode)
-        .collect();
-    assert_eq!(modes.len(), 3, "{modes:?}");
     bed.check_at_home();
     fs::write(&bed.disks[1], b"precious").expect("it can be written");
     let answer = client
@@ -183,4 +176,45 @@ fn a_disk_whose_guest_does_not_arrive_goes() {
     bed.pair.b.restart();
     bed.check_at_home();
     bed.move_whole(Mode::PreCopy, true);
+}
+
+/// What a disk lacks is written down beside its guest, and comes whoever dies meanwhile.
+#[test]
+fn pages_of_a_disk_come_although_daemons_die() {
+    let Some(mut bed) = Bed::new() else { return };
+    let mut body = bed.body(Mode::Demand, true);
+    body.link = Some(100_000);
+    let id = bed.pair.a.client().migrate(VM, &body);
+    let id = id.expect("a migration that is accepted");
+    until_stage(&bed.pair.a, &id, &[Stage::Serving]);
+    bed.pair.b.kill();
+    bed.pair.b.restart();
+    until_stage(&bed.pair.a, &id, &[Stage::Serving]);
+    bed.pair.a.kill();
+    bed.pair.a.restart();
+    let missing = || {
+        let incoming = bed.pair.b.client().incoming().expect("it answers");
+        incoming.iter().map(|one| one.missing_pages).sum::<u64>()
+    };
+    until_stage(&bed.pair.a, &id, &[Stage::Serving]);
+    assert!(missing() >= DISK_BYTES / 4096, "{}", missing());
+    drain(&bed.pair.a, &id);
+    // By address: in the midst of what the disk holds.
+    wait::until("some of it has come", || {
+        (missing() < DISK_BYTES / 4096 - 300).then_some(())
+    });
+    assert!(missing() > 0, "and not all of it");
+    bed.pair.b.kill();
+    bed.pair.b.restart();
+    bed.pair.a.kill();
+    bed.pair.a.restart();
+    until_stage(&bed.pair.a, &id, &[Stage::Serving, Stage::Finished]);
+    drain(&bed.pair.a, &id);
+    // Of the pause nobody knows any more.
+    let outcome = end(&bed.pair.a, &id).outcome;
+    assert_eq!(outcome.as_deref(), Some("completed"));
+    let copied = fs::read(&bed.disks[1]).expect("it is there");
+    assert!(copied == bed.content);
+    let info = bed.pair.b.client().vm(VM).expect("it is there");
+    assert_eq!(info.residual_dependency, None, "{info:?}");
 }

@@ -1,14 +1,24 @@
 //! Disks that are copied along with their guest: read at the source beside the guest that writes them, written
 //! at the target before it runs there.
 //!
+//! A guest that runs at the target before all of them has come waits in its device for what it needs: which pages
+//! are missing is written down beside the device ([`limosa_os::disk::missing`]), and what comes is put in here, each
+//! page once.
+//!
 //! Their pages are numbered behind those of the memory, and go through the same rounds. What differs is how
 //! they are reached: by reads and writes past the page cache, whose errors are errors of the migration. A
 //! mapping would turn them into the end of the daemon.
 
-use limosa_engine::wire::CopiedDisk;
+use crate::guest::LentDisks;
+use limosa_engine::wire::{CopiedDisk, WireError};
+use limosa_os::disk::missing::MissingThere;
 use limosa_os::disk::{Disk, DiskBuffer};
-use limosa_pages::{ByteCount, Numbering, PAGE_SIZE, PageCount, PageRange, Pfn};
+use limosa_pages::{
+    ByteCount, Numbering, PAGE_SIZE, PAGE_SIZE_USIZE, PageCount, PageRange, PageSet, Pfn,
+};
 use std::io;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, PoisonError};
 
 /// Pages that are read or written at once.
 const PART_PAGES: u64 = 256;
@@ -19,6 +29,11 @@ const PART_BYTES: usize = (PART_PAGES * PAGE_SIZE) as usize;
 pub(crate) struct Disks {
     numbering: Numbering,
     disks: Vec<Disk>,
+    /// What has not come, if there are disks.
+    missing: Option<MissingThere>,
+    missing_count: AtomicU64,
+    /// Held while missing pages are put in: what comes twice must not be written when the guest has it.
+    installing: Mutex<Option<DiskBuffer>>,
 }
 
 /// Room for [`PART_PAGES`] of a disk.
@@ -44,14 +59,46 @@ impl Disks {
         Self {
             numbering,
             disks: Vec::new(),
+            missing: None,
+            missing_count: AtomicU64::new(0),
+            installing: Mutex::default(),
         }
     }
 
     /// Behind so much memory; `None` if they are too large.
-    pub(crate) fn new(memory: PageCount, disks: Vec<Disk>) -> Option<Self> {
+    pub(crate) fn new(memory: PageCount, lent: LentDisks) -> Option<Self> {
+        let LentDisks { disks, missing } = lent;
         let sizes = disks.iter().map(|disk| ByteCount::new(disk.bytes()));
         let numbering = Numbering::new(memory, sizes)?;
-        Some(Self { numbering, disks })
+        Some(Self {
+            numbering,
+            disks,
+            missing_count: AtomicU64::new(missing.count().get()),
+            missing: Some(missing),
+            installing: Mutex::default(),
+        })
+    }
+
+    /// All pages, those of memory and of disks, without what lies between.
+    pub(crate) fn everything(&self) -> PageSet {
+        let mut all = PageSet::empty(self.pages());
+        let whole = PageRange::new(Pfn::new(0), self.pages());
+        self.split(whole).for_each(|part| all.insert_range(part));
+        all
+    }
+
+    /// The parts of a range that are of memory or of one disk each.
+    pub(crate) fn split(&self, range: PageRange) -> impl Iterator<Item = PageRange> {
+        self.numbering.split(range)
+    }
+
+    /// Checks that pages that a peer names are of memory, or of one disk.
+    pub(crate) fn check(&self, range: PageRange) -> Result<(), WireError> {
+        let part = self.numbering.part_of(range.first);
+        match part.filter(|part| range.end() <= part.end()) {
+            Some(_) => Ok(()),
+            None => Err(WireError::MalformedPush("pages of no disk")),
+        }
     }
 
     /// All pages, those of the memory among them.
@@ -154,6 +201,96 @@ impl Disks {
         Ok(())
     }
 
+    /// How many pages have not come.
+    pub(crate) fn missing_count(&self) -> PageCount {
+        PageCount::new(self.missing_count.load(Ordering::SeqCst))
+    }
+
+    /// Adds them to a set of all pages.
+    pub(crate) fn add_missing(&self, set: &mut PageSet) {
+        if let Some(missing) = &self.missing {
+            missing.add_to(set);
+        }
+    }
+
+    /// Which of these pages of one disk have not come.
+    pub(crate) fn missing_in(&self, range: PageRange) -> Vec<PageRange> {
+        match self.missing_of(range) {
+            Ok(missing) => missing.runs_in(range),
+            Err(_) => Vec::new(),
+        }
+    }
+
+    /// Where is read what the guest's devices wait for, if there are disks.
+    pub(crate) const fn asked(&self) -> Option<&MissingThere> {
+        self.missing.as_ref()
+    }
+
+    /// Before the guest runs: the content of these pages of one disk is not here.
+    pub(crate) fn mark_missing(&self, range: PageRange) -> io::Result<()> {
+        let new = self.missing_of(range)?.mark(range);
+        self.missing_count.fetch_add(new.get(), Ordering::SeqCst);
+        Ok(())
+    }
+
+    /// Before the guest runs: these pages of one disk were written.
+    pub(crate) fn arrived_in_place(&self, range: PageRange) -> io::Result<()> {
+        self.arrived(self.missing_of(range)?, range);
+        Ok(())
+    }
+
+    /// Writes those pages of one disk that are missing, or makes them zeroes; how many there were. The others are
+    /// the guest's.
+    pub(crate) fn install(
+        &self,
+        range: PageRange,
+        content: Option<&[u8]>,
+    ) -> io::Result<PageCount> {
+        let missing = self.missing_of(range)?;
+        let mut buffer = self
+            .installing
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        let mut installed = PageCount::ZERO;
+        for run in missing.runs_in(range) {
+            match content {
+                None => self.zero(run)?,
+                Some(content) => {
+                    let buffer = buffer.get_or_insert_with(self::buffer);
+                    let at = (run.first.get() - range.first.get()) as usize * PAGE_SIZE_USIZE;
+                    let bytes = part(run, buffer)?;
+                    bytes.copy_from_slice(&content[at..at + bytes.len()]);
+                    self.write(run, buffer)?;
+                }
+            }
+            installed = installed.saturating_add(self.arrived(missing, run));
+        }
+        Ok(installed)
+    }
+
+    fn arrived(&self, missing: &MissingThere, range: PageRange) -> PageCount {
+        let arrived = missing.arrived(range);
+        self.missing_count
+            .fetch_sub(arrived.get(), Ordering::SeqCst);
+        arrived
+    }
+
+    /// What is missing, for pages of one disk.
+    fn missing_of(&self, range: PageRange) -> io::Result<&MissingThere> {
+        self.place(range)?;
+        Ok(self.missing.as_ref().expect("there are disks"))
+    }
+
+    /// Keeps everybody from writing what is read here, now that its guest does not.
+    pub(crate) fn lock(&self) -> io::Result<()> {
+        self.disks.iter().try_for_each(Disk::lock)
+    }
+
+    /// Lets its guest write again.
+    pub(crate) fn unlock(&self) -> io::Result<()> {
+        self.disks.iter().try_for_each(Disk::unlock)
+    }
+
     /// Returns when all that was written will outlive a loss of power.
     pub(crate) fn flush(&self) -> io::Result<()> {
         self.disks.iter().try_for_each(Disk::flush)
@@ -189,6 +326,7 @@ fn part(range: PageRange, buffer: &mut DiskBuffer) -> io::Result<&mut [u8]> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use limosa_os::disk::missing::MissingHere;
     use std::fs::{self, File};
     use std::path::Path;
 
@@ -203,8 +341,69 @@ mod tests {
             File::create(&path).unwrap().set_len(bytes).unwrap();
             Disk::open(&path, false).unwrap()
         };
-        let all = [("a", 2 * PAGE_SIZE + 512), ("b", 4 << 20)].map(disk);
-        Disks::new(PageCount::new(1000), all.into()).unwrap()
+        let disks = [("a", 2 * PAGE_SIZE + 512), ("b", 4 << 20)].map(disk);
+        let sizes = disks.iter().map(|disk| ByteCount::new(disk.bytes()));
+        let numbering = Numbering::new(PageCount::new(1000), sizes).unwrap();
+        let here = MissingHere::default();
+        let [bitmap, asked] = here
+            .lend(&numbering)
+            .unwrap()
+            .map(|end| end.try_clone_to_owned().unwrap());
+        let lent = LentDisks {
+            disks: disks.into(),
+            missing: MissingThere::new(&numbering, bitmap, asked).unwrap(),
+        };
+        Disks::new(PageCount::new(1000), lent).unwrap()
+    }
+
+    #[test]
+    fn what_is_missing_is_put_in_once() {
+        let directory = tempfile::tempdir().unwrap();
+        let disks = disks(directory.path());
+        let file = || fs::read(directory.path().join("b")).unwrap();
+        let content = |byte: u8, pages: usize| vec![byte; pages * PAGE_SIZE_USIZE];
+        let install = |range, content: Option<&[u8]>| disks.install(range, content).unwrap().get();
+        disks.mark_missing(range(1540, 4)).unwrap();
+        disks.mark_missing(range(1024, 3)).unwrap();
+        assert_eq!(disks.missing_count(), PageCount::new(7));
+        // Of eight pages four are missing; unaligned as a stream may have it.
+        let mut bytes = vec![0; 1];
+        bytes.extend(content(7, 8));
+        assert_eq!(install(range(1538, 8), Some(&bytes[1..])), 4);
+        assert!(
+            file()[..4 * 4096].iter().all(|&byte| byte == 0),
+            "these are the guest's"
+        );
+        assert!(file()[4 * 4096..8 * 4096].iter().all(|&byte| byte == 7));
+        assert_eq!(install(range(1538, 8), Some(&content(9, 8))), 0);
+        assert_eq!(install(range(1536, 1024), None), 0);
+        assert_eq!(file()[4 * 4096], 7, "nothing twice");
+        disks.arrived_in_place(range(1024, 1)).unwrap();
+        assert_eq!(disks.missing_in(range(1024, 3)), [range(1025, 2)]);
+        assert_eq!(install(range(1024, 3), None), 2);
+        assert_eq!(disks.missing_count(), PageCount::ZERO);
+        assert!(disks.install(range(1023, 2), None).is_err());
+        assert!(disks.mark_missing(range(1027, 1)).is_err());
+        assert_eq!(disks.everything().count(), PageCount::new(1000 + 3 + 1024));
+    }
+
+    #[test]
+    fn pages_that_a_peer_names_are_of_one_thing() {
+        let directory = tempfile::tempdir().unwrap();
+        let disks = disks(directory.path());
+        for (first, count, is_sound) in [
+            (0, 1000, true),
+            (1024, 3, true),
+            (1536, 1024, true),
+            (999, 2, false),
+            (1000, 1, false),
+            (1026, 2, false),
+            (1026, 600, false),
+            (2560, 1, false),
+        ] {
+            let checked = disks.check(range(first, count)).is_ok();
+            assert_eq!(checked, is_sound, "{first}+{count}");
+        }
     }
 
     #[test]

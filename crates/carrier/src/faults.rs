@@ -8,7 +8,8 @@
 //!
 //! The fault thread lives from before the state is loaded until nothing is missing; connections come
 //! and go. What was asked for on one that broke is asked again on the next: who waits is written
-//! down here, whoever brings the page. A page that is not missing is resolved without the network.
+//! down here, whoever brings the page. A page that is not missing is resolved without the network. A device that
+//! waits for pages of a disk that comes along is served in the same way.
 //!
 //! One fault thread, whatever the number of vCPUs: it reads the faults of all that wait at once and asks
 //! for their pages in one write, so that its work for a fault shrinks as vCPUs are added. To bring the
@@ -17,17 +18,17 @@
 
 use crate::channel::{Reader, Writer};
 use crate::demanded::{Demanded, Record};
+use crate::installer::Installer;
 use crate::receiver;
 use hdrhistogram::Histogram;
 use limosa_engine::report::{FAULT_BUCKETS, FaultReport};
 use limosa_engine::wire::{PUSH_HEADER_BYTES, PullHeader, PushHeader, WireError};
 use limosa_os::socket::wait_readable;
 use limosa_os::thread::{ThreadId, set_precise_waits};
-use limosa_os::userfault::{InstallError, PageInstaller};
-use limosa_pages::{ByteCount, PAGE_SIZE_USIZE, PageCount, PageRange, PageSet, Pfn};
+use limosa_os::userfault::InstallError;
+use limosa_pages::{ByteCount, PAGE_SIZE_USIZE, PageCount, PageRange, Pfn};
 use std::collections::BTreeMap;
 use std::io::{self, Read, Write};
-use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
@@ -49,7 +50,7 @@ pub(crate) enum Way {
 
 /// What the threads of a guest that misses pages share.
 pub(crate) struct Faults {
-    installer: Arc<PageInstaller>,
+    installer: Installer,
     state: Mutex<State>,
     /// Requests for pages go here, while there is a connection.
     pull: Mutex<Option<Writer>>,
@@ -74,10 +75,10 @@ impl std::fmt::Debug for Faults {
 }
 
 impl Faults {
-    pub(crate) fn new(installer: Arc<PageInstaller>) -> Self {
+    pub(crate) fn new(installer: Installer) -> Self {
         let longest = u64::try_from(LATENCY_MAX.as_nanos()).expect("an hour fits");
         let latencies = Histogram::new_with_bounds(1, longest, 2).expect("sound bounds");
-        let asked_for = Record::new(installer.page_count());
+        let asked_for = Record::new(installer.memory_pages());
         Self {
             installer,
             state: Mutex::new(State {
@@ -92,7 +93,7 @@ impl Faults {
         }
     }
 
-    pub(crate) fn installer(&self) -> &PageInstaller {
+    pub(crate) const fn installer(&self) -> &Installer {
         &self.installer
     }
 
@@ -145,10 +146,14 @@ impl Faults {
         }
     }
 
-    /// True once, when nothing is missing any more.
-    pub(crate) fn is_filled_now(&self) -> bool {
-        self.installer.missing_count() == PageCount::ZERO
-            && !self.is_told.swap(true, Ordering::SeqCst)
+    /// True once, when nothing is missing any more and what came onto disks is safe there.
+    pub(crate) fn is_filled_now(&self) -> Result<bool, InstallError> {
+        let is_so = self.installer.missing_count() == PageCount::ZERO
+            && !self.is_told.swap(true, Ordering::SeqCst);
+        if is_so {
+            self.installer.flush()?;
+        }
+        Ok(is_so)
     }
 
     /// What the guest went through.
@@ -190,13 +195,13 @@ impl Faults {
     /// somebody waits for; how many pages are missing.
     pub(crate) fn reattach(&self, mut pull: Writer) -> io::Result<PageCount> {
         let mut slot = self.pull();
-        let mut missing = PageSet::empty(self.installer.page_count());
-        self.installer.missing_set(&mut missing);
+        let missing = self.installer.missing();
         let mut bytes = Vec::new();
-        let all = PageRange::new(Pfn::new(0), missing.capacity());
-        for (part, bits) in crate::missing::encode(&missing, all) {
-            bytes.extend_from_slice(&part.missing().encode());
-            bytes.extend_from_slice(&bits);
+        for range in self.installer.ranges() {
+            for (part, bits) in crate::missing::encode(&missing, range) {
+                bytes.extend_from_slice(&part.missing().encode());
+                bytes.extend_from_slice(&bits);
+            }
         }
         bytes.extend_from_slice(&PullHeader::MissingEnd.encode());
         pull.write_all(&bytes)?;
@@ -219,11 +224,20 @@ impl Faults {
         self.pull.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// vCPUs wait for these pages: what of them is missing and was not asked for is asked for at once.
-    fn serve(&self, pages: &[Pfn], wants: &mut Vec<u8>) -> Result<(), InstallError> {
+    /// vCPUs wait for these pages, and devices for these of disks: what of them is missing and was not asked for
+    /// is asked for at once.
+    fn serve(
+        &self,
+        pages: &[Pfn],
+        on_disks: &[PageRange],
+        wants: &mut Vec<u8>,
+    ) -> Result<(), InstallError> {
         wants.clear();
         for &page in pages {
             self.fault(page, wants)?;
+        }
+        for &range in on_disks {
+            self.fault_on_disk(range, wants);
         }
         if wants.is_empty() {
             return Ok(());
@@ -269,6 +283,28 @@ impl Faults {
     }
 }
 
+impl Faults {
+    /// A device waits for these pages of a disk.
+    fn fault_on_disk(&self, range: PageRange, wants: &mut Vec<u8>) {
+        for run in self.installer.missing_on_disk(range) {
+            let is_new = |page: Pfn| self.wait_for(page, &[]);
+            // Whoever asks again was asked for before, but for what it has not asked for yet.
+            if run.iter().filter(|&page| is_new(page)).count() > 0 {
+                want(wants, run);
+            }
+        }
+        // As with a page of memory: some may have come before they were noted.
+        let mut state = self.state();
+        let inside = state.waited_for.range(range.first..range.end());
+        let noted: Vec<Pfn> = inside.map(|(&page, _)| page).collect();
+        for page in noted {
+            if self.installer.missing_in_unit(page).is_empty() {
+                state.waited_for.remove(&page);
+            }
+        }
+    }
+}
+
 impl State {
     fn record(&mut self, latency: Duration) {
         if self.latencies.is_empty() {
@@ -303,9 +339,10 @@ pub(crate) fn start(
         .name("faults".to_owned())
         .spawn(move || {
             hurry();
-            let (mut pages, mut wants) = (Vec::new(), Vec::new());
+            let (mut pages, mut on_disks, mut wants) = (Vec::new(), Vec::new(), Vec::new());
             while !faults.is_over.load(Ordering::SeqCst) {
-                if let Err(error) = serve(&faults, &mut pages, &mut wants) {
+                let served = serve(&faults, &mut pages, &mut on_disks, &mut wants);
+                if let Err(error) = served {
                     if !faults.is_over.load(Ordering::SeqCst) {
                         failed(error.to_string());
                     }
@@ -316,15 +353,21 @@ pub(crate) fn start(
     Ok(())
 }
 
-fn serve(faults: &Faults, pages: &mut Vec<Pfn>, wants: &mut Vec<u8>) -> Result<(), InstallError> {
-    let sources = [Some(&*faults.installer as &dyn AsFd)];
+fn serve(
+    faults: &Faults,
+    pages: &mut Vec<Pfn>,
+    on_disks: &mut Vec<PageRange>,
+    wants: &mut Vec<u8>,
+) -> Result<(), InstallError> {
+    let sources = faults.installer.sources();
     // An interrupted or failed wait is a short one.
     if wait_readable(sources, Some(LOOK_EVERY_MS.into())).is_err() {
         return Ok(());
     }
     pages.clear();
-    faults.installer.read_faults(pages)?;
-    faults.serve(pages, wants)
+    on_disks.clear();
+    faults.installer.read_faults(pages, on_disks)?;
+    faults.serve(pages, on_disks, wants)
 }
 
 /// A vCPU waits for this thread.
@@ -364,10 +407,9 @@ pub(crate) fn take_answers(
             let mut content = Vec::new();
             loop {
                 let error = match take_answer(&mut pull, &shared, &faults, &mut content) {
-                    Ok(()) => {
-                        if faults.is_filled_now() {
-                            report(receiver::Report::Filled);
-                        }
+                    Ok(false) => continue,
+                    Ok(true) => {
+                        report(receiver::Report::Filled);
                         continue;
                     }
                     Err(error) => error,
@@ -386,15 +428,17 @@ pub(crate) fn take_answers(
     Ok(())
 }
 
+/// Takes one answer; true if nothing is missing any more.
 fn take_answer(
     pull: &mut Reader,
     shared: &receiver::Shared,
     faults: &Faults,
     content: &mut Vec<u8>,
-) -> Result<(), AnswerError> {
+) -> Result<bool, AnswerError> {
     let mut header = [0; PUSH_HEADER_BYTES];
     pull.read_exact(&mut header)?;
-    match PushHeader::decode(&header, shared.memory.page_count())? {
+    let header = shared.decode(&header)?;
+    match header {
         PushHeader::Pages(range) => {
             let pages = usize::try_from(range.count.get()).expect("limited by the header");
             content.resize(pages * PAGE_SIZE_USIZE, 0);
@@ -404,7 +448,7 @@ fn take_answer(
         PushHeader::Zeros(range) => shared.put_zeros_in(faults, range, Way::Pulled)?,
         _ => return Err(AnswerError::Foreign),
     }
-    Ok(())
+    Ok(faults.is_filled_now()?)
 }
 
 #[cfg(test)]

@@ -10,9 +10,9 @@ use limosa_engine::handover::{MigrationId, Phase};
 use limosa_engine::source::Writers;
 use limosa_engine::throttle::Throttle;
 use limosa_os::SharedMemory;
-use limosa_os::disk::Disk;
 use limosa_os::userfault::PageInstaller;
 use limosa_pages::{PageRange, PageSet, Pfn};
+pub use limosa_vmm::client::LentDisks;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -74,12 +74,12 @@ pub trait Guest: Send + Sync {
     fn memory(&self) -> Arc<SharedMemory>;
 
     /// Its disks, opened here beside the guest that has them, to be read at the source or written at the
-    /// target. From now on its dirty log tells what is written to them, too: see
-    /// [`limosa_pages::Numbering`].
+    /// target. From now on its dirty log tells what is written to them, too, see [`limosa_pages::Numbering`];
+    /// and it waits for pages of them that are marked as missing.
     ///
     /// # Errors
     /// It has none, or they cannot be opened.
-    fn disks(&self, _is_read_only: bool) -> Result<Vec<Disk>, GuestError> {
+    fn disks(&self, _is_read_only: bool) -> Result<LentDisks, GuestError> {
         Err(GuestError("the guest has no disks".to_owned()))
     }
 

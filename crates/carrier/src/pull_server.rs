@@ -6,12 +6,14 @@
 //! misses, which becomes the set of unsent pages.
 
 use crate::channel::Channel;
+use crate::disks;
 use crate::missing;
 use crate::sender::{Shared, Unsent};
 use limosa_engine::wire::{PUSH_HEADER_BYTES, PullHeader, PushHeader, WireError, bits_bytes};
+use limosa_os::disk::DiskBuffer;
 use limosa_os::thread::ThreadId;
 use limosa_pages::{PageRange, PageSet};
-use std::io::{self, Read};
+use std::io::{self, Read, Write};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::thread;
@@ -53,8 +55,9 @@ pub(crate) fn start(
                 tracing::debug!(%error, "page faults of the target may be answered late");
             }
             let mut server = PullServer {
-                missing: PageSet::empty(shared.memory.page_count()),
+                missing: PageSet::empty(shared.disks.pages()),
                 unsent: shared.unsent(),
+                disk_buffer: None,
                 channel,
                 shared,
             };
@@ -72,11 +75,13 @@ struct PullServer {
     shared: Arc<Shared>,
     unsent: Arc<Unsent>,
     missing: PageSet,
+    /// Once a disk was read.
+    disk_buffer: Option<DiskBuffer>,
 }
 
 impl PullServer {
     fn run(&mut self, report: &impl Fn(Report)) -> Result<(), ServeError> {
-        let memory = self.shared.memory.page_count();
+        let pages = self.shared.disks.pages();
         loop {
             let mut header = [0; PUSH_HEADER_BYTES];
             if let Err(error) = self.channel.reader.read_exact(&mut header) {
@@ -84,7 +89,7 @@ impl PullServer {
                 let is_needed = self.shared.is_serving.load(Ordering::SeqCst);
                 return if is_needed { Err(error.into()) } else { Ok(()) };
             }
-            let header = PullHeader::decode(&header, memory);
+            let header = PullHeader::decode(&header, pages);
             if header.is_err() && !self.shared.is_serving.load(Ordering::SeqCst) {
                 thread::sleep(REFUSAL_MAX);
             }
@@ -103,7 +108,7 @@ impl PullServer {
                     }
                 }
                 PullHeader::MissingEnd => {
-                    let missing = std::mem::replace(&mut self.missing, PageSet::empty(memory));
+                    let missing = std::mem::replace(&mut self.missing, PageSet::empty(pages));
                     self.unsent.lock().clone_from(&missing);
                     report(Report::Reconciled(missing));
                 }
@@ -113,6 +118,31 @@ impl PullServer {
 
     fn answer(&mut self, range: PageRange) -> io::Result<()> {
         self.unsent.asked_for(range);
+        let shared = Arc::clone(&self.shared);
+        for part in shared.disks.split(range) {
+            if shared.disks.reaches(part) {
+                self.answer_from_disk(part)?;
+            } else {
+                self.answer_from_memory(part)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn answer_from_disk(&mut self, range: PageRange) -> io::Result<()> {
+        let mut buffer = self.disk_buffer.take().unwrap_or_else(disks::buffer);
+        let content = self.shared.disks.read(range, &mut buffer)?;
+        let mut bytes = PushHeader::Pages(range).encode().to_vec();
+        bytes.extend_from_slice(content);
+        self.disk_buffer = Some(buffer);
+        self.shared.limit.take_first(bytes.len() as u64);
+        self.shared.link.take_first(bytes.len() as u64);
+        self.channel.writer.write_all(&bytes)?;
+        self.count(range);
+        Ok(())
+    }
+
+    fn answer_from_memory(&mut self, range: PageRange) -> io::Result<()> {
         let parts: Vec<([u8; PUSH_HEADER_BYTES], Option<PageRange>)> = self
             .shared
             .parts(range)?
@@ -131,9 +161,13 @@ impl PullServer {
         self.channel
             .writer
             .send_parts(&self.shared.memory, &parts)?;
+        self.count(range);
+        Ok(())
+    }
+
+    fn count(&self, range: PageRange) {
         let pages = range.count.get();
         self.shared.pages_out.fetch_add(pages, Ordering::Relaxed);
         self.shared.pulled_out.fetch_add(pages, Ordering::Release);
-        Ok(())
     }
 }

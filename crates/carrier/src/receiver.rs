@@ -83,7 +83,7 @@ struct Writing {
 pub(crate) struct Shared {
     pub(crate) memory: Arc<SharedMemory>,
     /// Disks that are copied along.
-    disks: Disks,
+    disks: Arc<Disks>,
     /// Pages with content. A zero page that was never there needs no work.
     pub(crate) filled: Mutex<PageSet>,
     /// With verification: the hash of each page as installed.
@@ -101,7 +101,7 @@ pub(crate) struct Shared {
 impl Shared {
     pub(crate) fn new(
         memory: Arc<SharedMemory>,
-        disks: Disks,
+        disks: Arc<Disks>,
         verify: bool,
         faults: Option<Arc<Faults>>,
     ) -> Self {
@@ -163,6 +163,15 @@ impl Shared {
     fn expect_missing(&self) {
         let mut writing = self.writing.lock().unwrap_or_else(PoisonError::into_inner);
         writing.is_any_missing = true;
+    }
+
+    /// A header of a stream, about pages of memory or of one disk.
+    pub(crate) fn decode(&self, bytes: &[u8; PUSH_HEADER_BYTES]) -> Result<PushHeader, WireError> {
+        let header = PushHeader::decode(bytes, self.disks.pages())?;
+        if let Some(range) = header.range() {
+            self.disks.check(range)?;
+        }
+        Ok(header)
     }
 
     fn filled(&self) -> MutexGuard<'_, PageSet> {
@@ -268,8 +277,6 @@ enum ReceiveError {
     DeltaOfNothing,
     #[error(transparent)]
     Codec(#[from] CodecError),
-    #[error("the source spoke of missing pages of a disk")]
-    DiskMissing,
     #[error("a disk cannot be written: {0}")]
     Disk(#[source] io::Error),
     #[error(transparent)]
@@ -325,9 +332,9 @@ struct PushStream {
 
 impl PushStream {
     fn run(&mut self, report: &impl Fn(Report)) -> Result<(), ReceiveError> {
-        let pages = self.shared.disks.pages();
         loop {
-            let header = PushHeader::decode(&self.read_header()?, pages)?;
+            let header = self.read_header()?;
+            let header = self.shared.decode(&header)?;
             self.is_among_runs =
                 matches!(header, PushHeader::Pages(range) if range.count >= DETOUR_PAGES_MIN);
             if !self.continues(header) {
@@ -338,19 +345,14 @@ impl PushStream {
                 .filter(|&range| self.shared.disks.reaches(range))
             {
                 self.take_disk_pages(header, range)?;
+                self.report_filled(report)?;
                 continue;
             }
             match (self.shared.owner(), header) {
                 (Owner::Streams, PushHeader::Pages(range)) => self.install(range)?,
                 (Owner::Streams, PushHeader::Zeros(range)) => self.install_zeros(range)?,
                 (Owner::Streams, PushHeader::Stale(range)) => self.mark_missing(range)?,
-                (Owner::Streams, PushHeader::StaleBits(range)) => {
-                    let mut bits = vec![0; bits_bytes(range)];
-                    self.read(&mut bits)?;
-                    for run in missing::decode(range, &bits) {
-                        self.mark_missing(run)?;
-                    }
-                }
+                (Owner::Streams, PushHeader::StaleBits(range)) => self.mark_bits_missing(range)?,
                 (Owner::Streams, PushHeader::Barrier { round, streams }) => {
                     self.flush_disks()?;
                     report(Report::Barrier {
@@ -372,14 +374,30 @@ impl PushStream {
                 }
                 _ => return Err(ReceiveError::Late),
             }
-            if self.shared.owner() == Owner::Filling && self.faults()?.is_filled_now() {
-                report(Report::Filled);
-            }
+            self.report_filled(report)?;
         }
+    }
+
+    /// Tells when nothing is missing any more.
+    fn report_filled(&self, report: &impl Fn(Report)) -> Result<(), ReceiveError> {
+        if self.shared.owner() == Owner::Filling && self.faults()?.is_filled_now()? {
+            report(Report::Filled);
+        }
+        Ok(())
     }
 
     fn faults(&self) -> Result<&Faults, ReceiveError> {
         self.shared.faults.as_deref().ok_or(ReceiveError::NoFaults)
+    }
+
+    /// The same for the pages of the range whose bits are set in the words that follow.
+    fn mark_bits_missing(&mut self, range: PageRange) -> Result<(), ReceiveError> {
+        let mut bits = vec![0; bits_bytes(range)];
+        self.read(&mut bits)?;
+        for run in missing::decode(range, &bits) {
+            self.mark_missing(run)?;
+        }
+        Ok(())
     }
 
     fn mark_missing(&self, range: PageRange) -> Result<(), ReceiveError> {
@@ -629,7 +647,7 @@ mod tests {
         let memory = Arc::new(SharedMemory::create(size, PageKind::Small).unwrap());
         let shared = Arc::new(Shared::new(
             Arc::clone(&memory),
-            Disks::none(memory.page_count()),
+            Arc::new(Disks::none(memory.page_count())),
             false,
             None,
         ));

@@ -350,7 +350,7 @@ impl PushStream {
         Ok(sent)
     }
 
-    fn push(&mut self, piece: Piece) -> io::Result<SentPiece> {
+    fn push(&mut self, piece: Piece) -> Result<SentPiece, SendError> {
         let mut sent = SentPiece::default();
         let mut batch = Batch::default();
         // By another order than by address it may send what belongs to other pieces meanwhile: they
@@ -358,8 +358,13 @@ impl PushStream {
         while let Some(runs) = self.unsent.take(piece.range) {
             let again = self.mark(&runs);
             sent.resent = sent.resent.saturating_add(again);
-            for run in runs {
-                self.add(run, &mut batch, &mut sent)?;
+            let shared = Arc::clone(&self.shared);
+            for part in runs.into_iter().flat_map(|run| shared.disks.split(run)) {
+                if shared.disks.reaches(part) {
+                    self.add_disk_part(part, &mut batch, &mut sent)?;
+                } else {
+                    self.add(part, &mut batch, &mut sent)?;
+                }
             }
             self.flush(&mut batch, &mut sent)?;
         }
@@ -441,19 +446,18 @@ impl Shared {
         link: Arc<Bucket>,
         manner: &Manner,
     ) -> Self {
-        let pages = memory.page_count();
         Self {
             existing: ExistingPages::new(Arc::clone(&memory)),
             memory,
             ever_sent: Mutex::new(PageSet::empty(disks.pages())),
-            disks,
-            unsent: Mutex::new(Arc::new(Unsent::new(pages, manner.chooser()))),
+            unsent: Mutex::new(Arc::new(Unsent::new(disks.pages(), manner.chooser()))),
             is_serving: AtomicBool::new(is_serving),
             pages_out: AtomicU64::new(0),
             pulled_out: AtomicU64::new(0),
             limit,
             link,
             coding: coding::Shared::new(manner.compression),
+            disks,
         }
     }
 
@@ -513,7 +517,7 @@ impl Shared {
     /// Fresh connections begin: what earlier ones still take from their set is of no interest.
     pub(crate) fn renew_unsent(&self) {
         let chooser = self.unsent().chooser().renewed();
-        let fresh = Arc::new(Unsent::new(self.memory.page_count(), chooser));
+        let fresh = Arc::new(Unsent::new(self.disks.pages(), chooser));
         *self.unsent.lock().unwrap_or_else(PoisonError::into_inner) = fresh;
     }
 }

@@ -100,9 +100,6 @@ pub enum StartError {
         min = RATE_MIN.get()
     )]
     TooSlow(u64),
-    /// A technique by which no disks are copied.
-    #[error("disks are not copied by mode {0}: use pre-copy, stop-and-copy or auto")]
-    DisksByMode(Mode),
     /// There are no disks to copy, or they cannot be.
     #[error("its disks cannot be copied: {0}")]
     Disks(String),
@@ -140,20 +137,19 @@ struct Carriage {
     journal: Option<PathBuf>,
 }
 
-/// The disks that a migration by that technique would copy along. From now on the guest's dirty log tells what
-/// is written to them.
+/// The disks that a migration would copy along. From now on the guest's dirty log tells what is written to them.
 ///
 /// # Errors
-/// They cannot be copied, or not so.
-pub fn copied_disks(guest: &dyn Guest, mode: Mode) -> Result<Vec<CopiedDisk>, StartError> {
-    Ok(open_disks(guest, mode)?.1)
+/// They cannot be copied.
+pub fn copied_disks(guest: &dyn Guest) -> Result<Vec<CopiedDisk>, StartError> {
+    Ok(open_disks(guest, true)?.1)
 }
 
-/// The same, opened.
-fn open_disks(guest: &dyn Guest, mode: Mode) -> Result<(Disks, Vec<CopiedDisk>), StartError> {
+/// The same, opened; none if they are not copied.
+fn open_disks(guest: &dyn Guest, are_copied: bool) -> Result<(Disks, Vec<CopiedDisk>), StartError> {
     let memory = guest.memory().page_count();
-    if mode.needs_faults() {
-        return Err(StartError::DisksByMode(mode));
+    if !are_copied {
+        return Ok((Disks::none(memory), Vec::new()));
     }
     let cannot = |reason: String| StartError::Disks(reason);
     let disks = guest
@@ -196,11 +192,7 @@ impl Migration {
             return Err(StartError::TooSlow(rate.get()));
         }
         let vm = guest.description()?;
-        let (disks, copied) = if request.copy_disks {
-            open_disks(&*guest, request.mode)?
-        } else {
-            (Disks::none(guest.memory().page_count()), Vec::new())
-        };
+        let (disks, copied) = open_disks(&*guest, request.copy_disks)?;
         let manner = Manner::of(&request);
         let config = SourceConfig {
             id: request.id,
@@ -232,13 +224,16 @@ impl Migration {
     /// Digests are not compared: what of them was known died with the daemon.
     ///
     /// # Errors
-    /// The kernel gives no thread.
+    /// The kernel gives no thread, or disks that are copied along cannot be opened any more.
     pub fn recover(
         guest: Arc<dyn Guest>,
         request: MigrateRequest,
         on_finish: OnFinish,
     ) -> Result<Arc<Self>, StartError> {
         let manner = Manner::of(&request);
+        let (disks, copied) = open_disks(&*guest, request.copy_disks)?;
+        let locked = disks.lock();
+        locked.map_err(|error| StartError::Disks(error.to_string()))?;
         let config = SourceConfig {
             id: request.id,
             peer: request.peer,
@@ -246,8 +241,7 @@ impl Migration {
             limits: request.limits,
             streams: request.streams,
             memory: guest.memory().page_count(),
-            // Whoever was committed has them.
-            disks: Vec::new(),
+            disks: copied,
             chunk: CHUNK,
             verify: false,
             vm: Vec::new(),
@@ -258,7 +252,7 @@ impl Migration {
         let carriage = Carriage {
             is_recovery: true,
             link: request.link,
-            disks: Disks::none(guest.memory().page_count()),
+            disks,
             manner,
             credentials: request.credentials,
             journal: None,

@@ -88,7 +88,12 @@ fn wait_until(what: &str, condition: impl Fn() -> bool) {
     }
 }
 
-fn begin(guest: &Arc<ThreadGuest>, peer: SocketAddr, mode: Mode) -> Arc<Migration> {
+fn begin(
+    guest: &Arc<ThreadGuest>,
+    peer: SocketAddr,
+    mode: Mode,
+    copy_disks: bool,
+) -> Arc<Migration> {
     let guest: Arc<dyn Guest> = guest.clone();
     let request = MigrateRequest {
         id: draw_id().unwrap(),
@@ -97,7 +102,7 @@ fn begin(guest: &Arc<ThreadGuest>, peer: SocketAddr, mode: Mode) -> Arc<Migratio
         limits: Limits::default(),
         streams: 2,
         verify: true,
-        copy_disks: false,
+        copy_disks,
         link: Some(BytesPerSecond::new(8_000_000)),
         compression: Compression::Off,
         push_order: PushOrder::Bubbling,
@@ -109,21 +114,29 @@ fn begin(guest: &Arc<ThreadGuest>, peer: SocketAddr, mode: Mode) -> Arc<Migratio
 
 #[test]
 fn a_link_that_breaks_delays_the_pages_and_loses_none() {
-    for mode in [Mode::Demand, Mode::PostCopy, Mode::Hybrid] {
+    let modes = [Mode::Demand, Mode::PostCopy, Mode::Hybrid].into_iter();
+    // Without a disk, and with one that goes along.
+    for (mode, disk) in modes.flat_map(|mode| [(mode, 0), (mode, (4 << 20) + 4608)]) {
         let host = Arc::new(ThreadHost::default());
         let listener = Listener::bind("127.0.0.1:0".parse().unwrap(), host.clone(), None).unwrap();
         let link = Link::to(listener.local_addr());
-        let guest = ThreadGuest::new(8192, 3000, true);
-        let migration = begin(&guest, link.address, mode);
+        let guest = ThreadGuest::with_disk(8192, 3000, true, disk);
+        let migration = begin(&guest, link.address, mode, disk > 0);
         let arrived = || host.guests.lock().unwrap()[0].1.clone();
         for _ in 0..3 {
             wait_until("the guest runs at the target", || {
                 migration.status().stage == Stage::Serving
             });
             let worked = arrived().work.load(Ordering::SeqCst);
-            wait_until("it works", || {
-                arrived().work.load(Ordering::SeqCst) > worked + 20
-            });
+            let end = Instant::now() + PATIENCE;
+            while arrived().work.load(Ordering::SeqCst) <= worked + 20 {
+                let (status, incoming) = (migration.status(), listener.incoming());
+                assert!(
+                    Instant::now() < end,
+                    "{mode}, disk {disk}: it does not work: {status:?} {incoming:?}"
+                );
+                std::thread::sleep(Duration::from_millis(1));
+            }
             link.cut();
             wait_until("the source notices", || {
                 migration.status().stage == Stage::Unresolved

@@ -329,9 +329,9 @@ pub(crate) struct Migrate {
     /// Copy the guest's disks along, which the target does not have
     ///
     /// It makes them anew at the same paths, below what it lends with --lend-disk, and refuses where there is
-    /// something already. They are sent as memory is: what the guest writes meanwhile is sent again, the last of it in
-    /// the pause. By pre-copy, stop-and-copy or auto, which then does without missing pages. What is here
-    /// stays, and is not used any more.
+    /// something already. They are sent as memory is, by each technique: what the guest writes meanwhile is sent
+    /// again, and what is missing when it runs there comes when it is needed. What is here stays, and is not
+    /// used any more.
     #[arg(long)]
     pub copy_disks: bool,
     /// Behave as over a link of this rate

@@ -28,8 +28,6 @@ pub struct Sample {
     pub save: Duration,
     /// Size of its state.
     pub state: ByteCount,
-    /// The guest could run at the target before all is there.
-    pub can_switch: bool,
 }
 
 /// What one technique would take.
@@ -95,11 +93,11 @@ impl Sample {
         let pages = pages.saturating_add(left);
         let copied = time(left);
         let downtime = match verdict {
-            Verdict::SwitchNow(_) if self.can_switch => fixed,
+            Verdict::SwitchNow(_) => fixed,
             _ => fixed.saturating_add(copied),
         };
         let ending = match verdict {
-            Verdict::SwitchNow(_) if self.can_switch => Ending::Switches,
+            Verdict::SwitchNow(_) => Ending::Switches,
             _ if downtime > limits.downtime_max => Ending::CopiesLate,
             _ => Ending::Copies,
         };
@@ -200,7 +198,6 @@ mod tests {
             bandwidth: BytesPerSecond::new(1_000_000_000),
             round_trip: MS / 10,
             save: MS,
-            can_switch: true,
             state: ByteCount::new(100_000),
         }
     }

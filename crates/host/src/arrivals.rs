@@ -30,10 +30,13 @@ impl TargetHost for Arrivals {
             name,
             differences,
             new_disks,
+            macs,
         } = host.machines().describe(start)?;
         if !differences.is_empty() {
             return Err(differences.join("; "));
         }
+        let is_free = host.registry().check_macs(&macs);
+        is_free.map_err(|refusal| refusal.message)?;
         // Of as many pages as the machine has, which was just checked.
         let demanded = Demanded::decode(&start.demanded, start.memory_pages)
             .map_err(|error| error.to_string())?;
@@ -67,9 +70,12 @@ impl TargetHost for Arrivals {
             Ok(described) => described,
             Err(reason) => return vec![reason],
         };
-        let is_taken = host.registry().check_free(&described.name).err();
-        let is_taken = is_taken.map(|refusal| refusal.message);
-        described.differences.into_iter().chain(is_taken).collect()
+        let registry = host.registry();
+        let name = registry.check_free(&described.name).err();
+        let macs = registry.check_macs(&described.macs).err();
+        let taken = name.into_iter().chain(macs);
+        let taken = taken.map(|refusal| refusal.message);
+        described.differences.into_iter().chain(taken).collect()
     }
 
     fn running(&self, id: MigrationId, is_filling: bool) {
@@ -222,6 +228,7 @@ mod tests {
     use crate::state_dir::{StateDir, VmName};
     use limosa_engine::policy::Mode;
     use limosa_pages::PageCount;
+    use limosa_vmm::config::devices::Mac;
 
     const ONE: MigrationId = MigrationId(1);
     const TWO: MigrationId = MigrationId(2);
@@ -274,6 +281,23 @@ mod tests {
         arrivals.finished(ONE, &TargetOutcome::Completed);
         assert_eq!(arrivals.0.vm("web").unwrap().migration, None);
         assert_eq!(machines.made.lock().unwrap()[0].ended(), None);
+    }
+
+    #[test]
+    fn two_guests_do_not_have_the_same_address() {
+        let (arrivals, machines, _dir) = arrivals();
+        arrivals.create(ONE, &start("web")).map(drop).unwrap();
+        let mac = Mac::of("web", 0);
+        *machines.made.lock().unwrap()[0].macs.lock().unwrap() = vec![mac];
+        *machines.macs.lock().unwrap() = vec![Mac::of("db", 0), mac];
+        let expect = format!("the network address {mac} is that of VM 'web' on this host");
+        let refused = arrivals.create(TWO, &start("db")).map(drop).unwrap_err();
+        assert!(refused.starts_with(&expect), "{refused}");
+        let differences = arrivals.differences(&start("db"));
+        assert_eq!(differences.len(), 1);
+        assert!(differences[0].starts_with(&expect), "{differences:?}");
+        *machines.macs.lock().unwrap() = vec![Mac::of("db", 0)];
+        arrivals.create(TWO, &start("db")).map(drop).unwrap();
     }
 
     #[test]

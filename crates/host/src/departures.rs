@@ -37,6 +37,9 @@ pub struct Departure {
     pub limits: Limits,
     /// Rate of an emulated link, in bytes a second.
     pub link: Option<BytesPerSecond>,
+    /// The guest's disks go along.
+    #[serde(default)]
+    pub copy_disks: bool,
     /// The VM process is gone and with it the guest's memory: the target has to be told.
     pub is_bereft: bool,
 }
@@ -51,6 +54,7 @@ impl Departure {
             mode: request.mode,
             limits: request.limits,
             link: request.link,
+            copy_disks: request.copy_disks,
             is_bereft: false,
         }
     }
@@ -71,7 +75,7 @@ impl Departure {
             limits,
             streams: limits.streams.connections(),
             verify: false,
-            copy_disks: false,
+            copy_disks: self.copy_disks,
             link: self.link.filter(possible),
             compression: Compression::Auto,
             push_order: PushOrder::default(),
@@ -170,6 +174,7 @@ mod tests {
             mode: Mode::Demand,
             limits: Limits::default(),
             link: None,
+            copy_disks: true,
             is_bereft: false,
         }
     }

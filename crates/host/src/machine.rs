@@ -16,6 +16,7 @@ use limosa_engine::handover::{MigrationId, Phase};
 use limosa_engine::wire::Start;
 use limosa_os::dirty::TrackerKind;
 use limosa_vmm::answer::BalloonInfo;
+use limosa_vmm::config::devices::Mac;
 use limosa_vmm::cpu::CpuModel;
 use serde::{Deserialize, Serialize};
 use std::sync::Arc;
@@ -69,6 +70,9 @@ pub trait Machine: Send + Sync {
 
     /// Its size.
     fn shape(&self) -> Shape;
+
+    /// The addresses of its network interfaces.
+    fn macs(&self) -> Vec<Mac>;
 
     /// For a migration.
     fn guest(&self) -> Arc<dyn Guest>;
@@ -141,6 +145,8 @@ pub struct Described {
     pub differences: Vec<String>,
     /// Disks that it brings along, and that have to be made before it is.
     pub new_disks: Vec<NewDisk>,
+    /// The addresses of its network interfaces.
+    pub macs: Vec<Mac>,
 }
 
 /// Makes and finds virtual machines.

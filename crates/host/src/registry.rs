@@ -18,6 +18,7 @@ use crate::refusal::Refusal;
 use crate::state_dir::VmName;
 use limosa_engine::handover::{MigrationId, Phase};
 use limosa_engine::report::Outcome;
+use limosa_vmm::config::devices::Mac;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
@@ -143,6 +144,24 @@ impl Registry {
             ))),
             None => Ok(()),
         }
+    }
+
+    /// Checks that no virtual machine has one of these addresses: two with the same one on a network would take
+    /// each other's packets.
+    ///
+    /// # Errors
+    /// One has.
+    pub fn check_macs(&self, macs: &[Mac]) -> Result<(), Refusal> {
+        for (name, slot) in &self.slots {
+            let Slot::Alive(vm) = slot else { continue };
+            let taken = vm.machine.macs().into_iter().find(|mac| macs.contains(mac));
+            if let Some(mac) = taken {
+                return Err(Refusal::conflict(format!(
+                    "the network address {mac} is that of VM '{name}' on this host: give another one by --net TAP,mac=ADDRESS"
+                )));
+            }
+        }
+        Ok(())
     }
 
     /// Fills a reserved name.

@@ -13,8 +13,10 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 
 const WORD_BITS: u64 = u64::BITS as u64;
+const HALF_BITS: u64 = u32::BITS as u64;
 
 /// Seals of a bitmap: those of memory, and nobody maps it writable any more. `F_SEAL_FUTURE_WRITE`.
 const SEALS: i32 = WRITABLE_SEALS | libc::F_SEAL_FUTURE_WRITE;
@@ -217,6 +219,56 @@ impl SharedBitmap {
         page.get() < self.pages.get()
             && self.load_in_order((page.get() / WORD_BITS) as usize) >> (page.get() % WORD_BITS) & 1
                 == 1
+    }
+
+    /// Sleeps while the page's bit is set, until [`SharedBitmap::wake`] by anybody who has the bitmap, or for
+    /// `limit`; it may be sooner.
+    ///
+    /// # Panics
+    /// If the page is beyond the bitmap.
+    pub fn wait_while_set(&self, page: Pfn, limit: Duration) {
+        let half = self.half_of(page);
+        let word = self.word((page.get() / WORD_BITS) as usize);
+        let word = word.load(Ordering::SeqCst);
+        if word >> (page.get() % WORD_BITS) & 1 == 0 {
+            return;
+        }
+        let seen = (word >> (page.get() % WORD_BITS / HALF_BITS * HALF_BITS)) as u32;
+        let limit = libc::timespec {
+            tv_sec: libc::time_t::try_from(limit.as_secs()).unwrap_or(libc::time_t::MAX),
+            tv_nsec: limit.subsec_nanos().into(),
+        };
+        // SAFETY: the word is valid as long as `self` lives, and the kernel reads it and the time. Whatever it
+        // answers, the caller looks again.
+        unsafe {
+            libc::syscall(
+                libc::SYS_futex,
+                half,
+                libc::FUTEX_WAIT,
+                seen,
+                &raw const limit,
+            )
+        };
+    }
+
+    /// Wakes all who wait for bits of pages of `range`.
+    ///
+    /// # Panics
+    /// If the range ends beyond the bitmap.
+    pub fn wake(&self, range: PageRange) {
+        let halves = range.first.get() / HALF_BITS..range.end().get().div_ceil(HALF_BITS);
+        for half in halves.filter(|_| range.count > PageCount::ZERO) {
+            let half = self.half_of(Pfn::new(half * HALF_BITS));
+            // SAFETY: the word is valid as long as `self` lives; the kernel takes its address only.
+            unsafe { libc::syscall(libc::SYS_futex, half, libc::FUTEX_WAKE, i32::MAX) };
+        }
+    }
+
+    /// Where the half of the word with the page's bit is, as futex(2) takes it.
+    fn half_of(&self, page: Pfn) -> *mut u32 {
+        assert!(page.get() < self.pages.get(), "a page of this bitmap");
+        let half = self.mapping.at(page.get() / HALF_BITS * 4, 4);
+        half.expect("a word of this bitmap").cast()
     }
 
     fn assert_writable(&self) {

@@ -105,7 +105,10 @@ mod tests {
                 }
                 assert_eq!(numbering.part_of(Pfn::new(numbering.end().get())), None);
                 let is_page = numbering.part_of(Pfn::new(memory)).is_some();
-                assert_eq!(is_page, memory % 512 == 0 && !numbering.disks().is_empty());
+                assert_eq!(
+                    is_page,
+                    memory.is_multiple_of(512) && !numbering.disks().is_empty()
+                );
                 parts.join(" ")
             }
         };

@@ -18,6 +18,7 @@ use crate::protocol::{
 };
 use crate::state::STATE_BYTES_MAX;
 use disks::DiskWrites;
+pub use disks::LentDisks;
 use limosa_engine::Timestamp;
 use limosa_engine::handover::{MigrationId, Phase};
 use limosa_engine::source::Writers;

@@ -57,7 +57,6 @@ use msrs::MsrPlan;
 use seat::{Seats, Shared};
 use snapshot::{MachineSections, MachineState};
 use std::io;
-use std::iter;
 use std::net::SocketAddr;
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
@@ -466,8 +465,10 @@ impl Machine {
         Ok(self.vm.stop_tracking()?)
     }
 
-    /// Follows from now on what is written to the machine's disks: a harvest tells that, too. What is lent for
-    /// it: a bitmap with a bit for each page from that of the first disk on, then each disk's file.
+    /// Follows from now on what is written to the machine's disks: a harvest tells that, too; and waits where
+    /// pages of them are marked as missing. What is lent for it: two bitmaps with a bit for each page from
+    /// that of the first disk on, of what was written and of what is missing; where is read which of these are
+    /// needed; each disk's file.
     ///
     /// # Errors
     /// It has no disks, or the kernel has no memory for the bitmap.
@@ -478,9 +479,10 @@ impl Machine {
             .filter(|all| !all.disks().is_empty());
         let numbering = numbering.ok_or(MachineError::NoDisks)?;
         let devices = self.board.devices();
-        let bitmap = devices.disk_writes().follow(&numbering)?;
+        let written = devices.disk_writes().follow(&numbering)?.file();
+        let [missing, asked] = devices.missing_on_disks().lend(&numbering)?;
         let files = devices.disk_files();
-        Ok(iter::once(bitmap.file()).chain(files).collect())
+        Ok([written, missing, asked].into_iter().chain(files).collect())
     }
 
     /// Slows the guest's writers down from now on.

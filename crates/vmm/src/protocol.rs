@@ -53,8 +53,9 @@ pub(crate) enum Request {
     Inspect,
     StartTracking,
     StopTracking,
-    /// Follow what is written to disks, too, from now on. Answered with descriptors: a bitmap to which a
-    /// harvest goes, from the first disk's first page on, and each disk's file.
+    /// Follow what is written to disks, too, from now on, and wait for pages of them that are missing. Answered
+    /// with descriptors: a bitmap to which a harvest goes and one of what is missing, from the first disk's
+    /// first page on; a pipe with what is asked for; each disk's file.
     LendDisks,
     Harvest,
     Clear {

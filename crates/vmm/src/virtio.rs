@@ -39,6 +39,7 @@ use block::Block;
 use device::Device;
 use entropy::Entropy;
 use limosa_os::dirty::disks::{DiskNotes, DiskWrites};
+use limosa_os::disk::missing::{MissingHere, MissingPages};
 use limosa_os::disk::{Disk, Way};
 use limosa_os::kvm::{KvmError, Vm};
 use limosa_os::tap::Tap;
@@ -154,6 +155,8 @@ pub(crate) struct Devices {
     balloon: Arc<balloon::Ledger>,
     /// What is written to disks, and their files, for whoever copies them.
     disk_writes: Arc<DiskWrites>,
+    /// What of them has not come yet.
+    missing_on_disks: Arc<MissingHere>,
     disk_files: Vec<OwnedFd>,
 }
 
@@ -192,7 +195,12 @@ impl Devices {
                 writes: Arc::clone(&all.disk_writes),
                 disk: index,
             };
-            devices.push(Box::new(Block::new(disk, &config.path, way, notes)));
+            let missing = MissingPages {
+                all: Arc::clone(&all.missing_on_disks),
+                disk: index,
+            };
+            let block = Block::new(disk, &config.path, way, notes, missing);
+            devices.push(Box::new(block));
         }
         for config in &config.networks {
             let tap = Tap::open(&config.tap).map_err(|source| no_network(config, source))?;
@@ -266,6 +274,11 @@ impl Devices {
     /// What is written to disks.
     pub(crate) fn disk_writes(&self) -> &DiskWrites {
         &self.disk_writes
+    }
+
+    /// What of disks has not come yet.
+    pub(crate) fn missing_on_disks(&self) -> &MissingHere {
+        &self.missing_on_disks
     }
 
     /// The files of disks, in their order.

@@ -2,7 +2,8 @@
 
 use super::*;
 use crate::channel::Channel;
-use limosa_os::userfault::{FaultGate, FaultPath, GateError};
+use crate::disks::Disks;
+use limosa_os::userfault::{FaultGate, FaultPath, GateError, PageInstaller};
 use limosa_os::{PageKind, SharedBitmap, SharedMemory};
 use limosa_pages::PAGE_SIZE;
 use std::net::{TcpListener, TcpStream};
@@ -44,7 +45,9 @@ fn bed() -> Option<Bed> {
         .unwrap();
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let pull = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
-    let faults = Arc::new(Faults::new(Arc::new(installer)));
+    let disks = Arc::new(Disks::none(guest.page_count()));
+    let installer = Installer::new(Arc::new(installer), disks);
+    let faults = Arc::new(Faults::new(installer));
     faults.attach(Channel::plain(pull).writer);
     let (source, _) = listener.accept().unwrap();
     source
@@ -134,13 +137,13 @@ fn faults_that_are_read_together_are_asked_for_together() {
     let Some(mut bed) = bed() else { return };
     let [first, here, again, last] = [3, 5, 7, 11].map(Pfn::new);
     let mut wants = Vec::new();
-    bed.faults.serve(&[again], &mut wants).unwrap();
+    bed.faults.serve(&[again], &[], &mut wants).unwrap();
     assert_eq!(next_want(&mut bed.source), Some(again));
     bed.faults
         .install(one(here), &content(here), Way::Pushed)
         .unwrap();
     bed.faults
-        .serve(&[first, here, first, again, last], &mut wants)
+        .serve(&[first, here, first, again, last], &[], &mut wants)
         .unwrap();
     assert_eq!(wants.len(), 2 * PUSH_HEADER_BYTES);
     assert_eq!(next_want(&mut bed.source), Some(first));

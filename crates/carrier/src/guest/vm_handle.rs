@@ -7,11 +7,10 @@ use limosa_engine::source::Writers;
 use limosa_engine::throttle::Throttle;
 use limosa_os::SharedMemory;
 use limosa_os::dirty::TrackerKind;
-use limosa_os::disk::Disk;
 use limosa_os::userfault::PageInstaller;
 use limosa_pages::{PageRange, PageSet};
 use limosa_vmm::answer::RunState;
-use limosa_vmm::client::{VmError, VmHandle};
+use limosa_vmm::client::{LentDisks, VmError, VmHandle};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -52,7 +51,7 @@ impl Guest for VmHandle {
         Arc::clone(self.memory())
     }
 
-    fn disks(&self, is_read_only: bool) -> Result<Vec<Disk>, GuestError> {
+    fn disks(&self, is_read_only: bool) -> Result<LentDisks, GuestError> {
         Ok(self.disks(is_read_only)?)
     }
 

@@ -1,14 +1,15 @@
-//! Pages of disks from a push stream into the files that were made for them, before the guest runs here.
+//! Pages of disks from a push stream into the files that were made for them: written as they come before the
+//! guest runs here, put in by the installer from then on.
 //!
 //! What a stream has written is on its disks before it tells of a barrier: a guest that was answered *this is
 //! safe* at the source has it safe here when it runs.
 
 use super::{Owner, PushStream, ReceiveError, content_length};
 use crate::disks;
+use crate::faults::Way;
 use limosa_engine::wire::{CODED_LENGTH_BYTES, Coding, PushHeader, check_coded_length};
 use limosa_pages::codec::lz4;
 use limosa_pages::{PAGE_SIZE_USIZE, PageRange};
-use std::io;
 
 /// After so many bytes a stream waits until they are safe, so that it is not long before a barrier that the last
 /// of them are, however lazy the disk.
@@ -21,21 +22,32 @@ impl PushStream {
         header: PushHeader,
         range: PageRange,
     ) -> Result<(), ReceiveError> {
-        if self.shared.owner() != Owner::Streams {
-            return Err(ReceiveError::Late);
-        }
-        match header {
-            PushHeader::Pages(_) => self.write_disk(range, None),
-            PushHeader::Coded { coding, .. } => self.write_disk(range, Some(coding)),
-            PushHeader::Zeros(_) => self.zero_disk(range).map_err(ReceiveError::Disk),
-            PushHeader::Stale(_) | PushHeader::StaleBits(_) | PushHeader::Barrier { .. } => {
-                Err(ReceiveError::DiskMissing)
+        match (self.shared.owner(), header) {
+            (Owner::Streams, PushHeader::Zeros(_)) => self.zero_disk(range),
+            (Owner::Filling, PushHeader::Zeros(_)) => {
+                Ok(self
+                    .shared
+                    .put_zeros_in(self.faults()?, range, Way::Pushed)?)
             }
+            (Owner::Streams, PushHeader::Stale(_)) => self.mark_missing(range),
+            (Owner::Streams, PushHeader::StaleBits(_)) => self.mark_bits_missing(range),
+            (owner @ (Owner::Streams | Owner::Filling), PushHeader::Pages(_)) => {
+                self.take_content(owner, range, None)
+            }
+            (owner @ (Owner::Streams | Owner::Filling), PushHeader::Coded { coding, .. }) => {
+                self.take_content(owner, range, Some(coding))
+            }
+            _ => Err(ReceiveError::Late),
         }
     }
 
-    /// Writes the pages that follow.
-    fn write_disk(&mut self, range: PageRange, coding: Option<Coding>) -> Result<(), ReceiveError> {
+    /// Takes the pages that follow.
+    fn take_content(
+        &mut self,
+        owner: Owner,
+        range: PageRange,
+        coding: Option<Coding>,
+    ) -> Result<(), ReceiveError> {
         let mut buffer = self.disk_buffer.take().unwrap_or_else(disks::buffer);
         let content = &mut buffer.bytes_mut()[..content_length(range)];
         let mut bytes = content.len();
@@ -60,6 +72,14 @@ impl PushStream {
             }
         }
         let shared = &self.shared;
+        if shared.owner() != owner {
+            return Err(ReceiveError::Late);
+        }
+        if owner == Owner::Filling {
+            shared.put_in(self.faults()?, range, content, Way::Pushed)?;
+            self.disk_buffer = Some(buffer);
+            return Ok(());
+        }
         shared.filled().insert_range(range);
         if let Some(hashes) = &shared.hashes {
             for (page, content) in range.iter().zip(content.chunks(PAGE_SIZE_USIZE)) {
@@ -70,6 +90,7 @@ impl PushStream {
             .disks
             .write(range, &mut buffer)
             .map_err(ReceiveError::Disk)?;
+        self.arrived_in_place(range)?;
         shared.count(range.count, bytes as u64);
         self.disk_buffer = Some(buffer);
         self.unsafe_bytes += range.bytes().get();
@@ -80,7 +101,7 @@ impl PushStream {
     }
 
     /// What was never written is zero already.
-    fn zero_disk(&mut self, range: PageRange) -> io::Result<()> {
+    fn zero_disk(&mut self, range: PageRange) -> Result<(), ReceiveError> {
         let shared = &self.shared;
         let stale: Vec<PageRange> = {
             let mut filled = shared.filled();
@@ -89,13 +110,14 @@ impl PushStream {
             stale
         };
         for run in stale {
-            shared.disks.zero(run)?;
+            shared.disks.zero(run).map_err(ReceiveError::Disk)?;
             if let Some(hashes) = &shared.hashes {
                 run.iter().for_each(|page| hashes.set_zero(page));
             }
             self.unsafe_bytes += run.bytes().get();
         }
-        shared.count(range.count, 0);
+        self.arrived_in_place(range)?;
+        self.shared.count(range.count, 0);
         Ok(())
     }
 

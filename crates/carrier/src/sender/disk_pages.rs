@@ -22,9 +22,46 @@ impl PushStream {
             resent: self.mark(&runs),
             ..SentPiece::default()
         };
-        let mut buffer = self.disk_buffer.take().unwrap_or_else(disks::buffer);
         let mut batch = Batch::default();
-        for part in runs.into_iter().flat_map(disks::parts) {
+        for run in runs {
+            self.add_disk_run(run, &mut batch, &mut sent)?;
+        }
+        self.flush(&mut batch, &mut sent)?;
+        Ok(sent)
+    }
+
+    /// Adds missing pages of one disk. Those that were never written are told, but do not count as sent.
+    pub(super) fn add_disk_part(
+        &mut self,
+        part: PageRange,
+        batch: &mut Batch,
+        sent: &mut SentPiece,
+    ) -> Result<(), SendError> {
+        let runs = self.shared.disks.runs_in(part);
+        let runs = runs.map_err(SendError::Disk)?;
+        let mut next = part.first;
+        let end = PageRange::new(part.end(), PageCount::ZERO);
+        for run in runs.into_iter().chain([end]) {
+            let hole = PageRange::new(next, PageCount::new(run.first.get() - next.get()));
+            if hole.count > PageCount::ZERO {
+                let header = PushHeader::Zeros(hole).encode();
+                self.coder.out.extend_from_slice(&header);
+            }
+            self.add_disk_run(run, batch, sent)?;
+            next = run.end();
+        }
+        Ok(())
+    }
+
+    /// Adds pages of one disk as they are now.
+    fn add_disk_run(
+        &mut self,
+        run: PageRange,
+        batch: &mut Batch,
+        sent: &mut SentPiece,
+    ) -> Result<(), SendError> {
+        let mut buffer = self.disk_buffer.take().unwrap_or_else(disks::buffer);
+        for part in disks::parts(run) {
             let content = self.shared.disks.read(part, &mut buffer);
             let content = content.map_err(SendError::Disk)?;
             let of = |range: PageRange| {
@@ -38,19 +75,18 @@ impl PushStream {
             };
             for header in split_by_content(part, is_zero) {
                 match header {
-                    PushHeader::Pages(range) => self.put_content(range, of(range), &mut sent),
+                    PushHeader::Pages(range) => self.put_content(range, of(range), sent),
                     _ => self.coder.out.extend_from_slice(&header.encode()),
                 }
                 sent.count(header);
                 batch.pages += header.range().map_or(0, |range| range.count.get());
                 if self.coder.out.len() >= CODED_BYTES_MAX {
-                    self.flush(&mut batch, &mut sent)?;
+                    self.flush(batch, sent)?;
                 }
             }
         }
         self.disk_buffer = Some(buffer);
-        self.flush(&mut batch, &mut sent)?;
-        Ok(sent)
+        Ok(())
     }
 
     /// Adds pages with that content as they are, or coded.

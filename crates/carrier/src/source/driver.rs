@@ -320,6 +320,8 @@ impl Driver {
                 harvest, switch, ..
             } => return self.pause(harvest, switch).map(Some),
             SourceAction::Resume => {
+                let unlocked = self.pages.disks.unlock();
+                unlocked.map_err(|error| GuestError(error.to_string()))?;
                 self.guest.resume()?;
                 return Ok(Some(SourceEvent::Resumed));
             }
@@ -525,7 +527,7 @@ impl Driver {
         let mut deferred = PageCount::ZERO;
         let dirty = if round == 0 {
             // All that exists is to be sent, whatever the log says about it.
-            set = PageSet::full(self.all);
+            set = self.pages.disks.everything();
             self.existing_pages()?
         } else {
             if let Some(heat) = &mut self.heat {
@@ -589,6 +591,9 @@ impl Driver {
             dirty,
             first_needed,
         } = self.guest.pause_and_save(log)?;
+        // It has let go of its disks, for whoever runs it next; what is copied of them must not change.
+        let locked = self.pages.disks.lock();
+        locked.map_err(|error| GuestError(format!("a disk that is copied is in use: {error}")))?;
         self.skip_holes = dirty.is_none();
         let mut paused = Paused {
             dirty: Vec::new(),
@@ -603,7 +608,7 @@ impl Driver {
         };
         if switch {
             // Without a log every page is missing; that holes are zero is told by the pushes.
-            let missing = dirty.unwrap_or_else(|| PageSet::full(self.all));
+            let missing = dirty.unwrap_or_else(|| self.pages.disks.everything());
             self.switch(missing, first_needed, &mut paused);
         } else {
             paused.dirty = match dirty {
@@ -613,7 +618,7 @@ impl Driver {
                     counts
                 }
                 None => {
-                    self.set = Arc::new(PageSet::full(self.all));
+                    self.set = Arc::new(self.pages.disks.everything());
                     self.existing_pages()?
                 }
             };

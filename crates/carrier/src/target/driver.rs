@@ -365,9 +365,12 @@ impl Driver {
         if let Some(pull) = self.session.inside().pull.take() {
             faults.attach(pull);
         }
-        if faults.is_filled_now() {
-            let report = faults.report();
-            self.session.tell(TargetEvent::AllPresent(report));
+        match faults.is_filled_now() {
+            Ok(false) => {}
+            Ok(true) => self.session.tell(TargetEvent::AllPresent(faults.report())),
+            Err(error) => self.session.tell(TargetEvent::VmFailed {
+                reason: error.to_string(),
+            }),
         }
     }
 

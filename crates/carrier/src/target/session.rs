@@ -11,6 +11,7 @@ use crate::connection::{ControlWriter, HANDSHAKE_MAX};
 use crate::disks::Disks;
 use crate::faults::{self, Faults};
 use crate::guest::Guest;
+use crate::installer::Installer;
 use crate::receiver;
 use limosa_engine::handover::{MigrationId, Resolution};
 use limosa_engine::target::{Target, TargetEvent};
@@ -103,10 +104,10 @@ impl Session {
         guest: Arc<dyn Guest>,
         host: Arc<dyn TargetHost>,
     ) -> Option<(Arc<Self>, Driver)> {
-        let installer = guest.installer()?;
+        let disks = Arc::new(disks_that_came(&*guest));
+        let installer = Installer::new(guest.installer()?, Arc::clone(&disks));
         let memory = guest.memory();
         let faults = Arc::new(Faults::new(installer));
-        let disks = Disks::none(memory.page_count());
         let pages = Arc::new(receiver::Shared::new(memory, disks, false, Some(faults)));
         let inside = Inside {
             pages: Some(pages),
@@ -325,15 +326,14 @@ impl Session {
         if memory.page_count() != start.memory_pages {
             return Err("the machine's description and the announced memory differ".to_owned());
         }
-        let disks = disks_of(&**guest, start)?;
+        let disks = Arc::new(disks_of(&**guest, start)?);
         let streams = self
             .take_streams(start.streams)
             .ok_or("the page streams did not come")?;
         let faults = guest
             .installer()
-            .map(|installer| Arc::new(Faults::new(installer)));
-        // A guest does not wait for missing pages of its disks.
-        let can_fault = faults.is_some() && disks.is_empty();
+            .map(|memory| Arc::new(Faults::new(Installer::new(memory, Arc::clone(&disks)))));
+        let can_fault = faults.is_some();
         let broken = |error: std::io::Error| error.to_string();
         if let Some(faults) = &faults {
             // Already a rehearsal may touch pages, which are zero as far as it is concerned.
@@ -432,6 +432,15 @@ fn disks_of(guest: &dyn Guest, start: &Start) -> Result<Disks, String> {
     let disks = guest.disks(false).map_err(|error| error.to_string())?;
     let disks = Disks::new(start.memory_pages, disks).filter(|disks| disks.are(&start.disks));
     disks.ok_or_else(|| "the machine's description and the announced disks differ".to_owned())
+}
+
+/// The disks of a guest that runs here without all its pages, some of which may be theirs.
+fn disks_that_came(guest: &dyn Guest) -> Disks {
+    let memory = guest.memory().page_count();
+    let disks = guest.disks(false);
+    let disks = disks.inspect_err(|error| tracing::debug!(%error, "no disks came along"));
+    let disks = disks.ok().and_then(|disks| Disks::new(memory, disks));
+    disks.unwrap_or_else(|| Disks::none(memory))
 }
 
 /// Nothing is shaped on the way to the source.

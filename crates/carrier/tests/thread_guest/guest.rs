@@ -2,13 +2,16 @@
 //! makes such guests. Its dirty log behaves as KVM's with manual protection does: reading does not
 //! clear, and everything is dirty until it is cleared. It may have a disk, whose pages prove themselves, too.
 
-use limosa_carrier::{CommitError, Demanded, Guest, GuestError, Running, Saved, TargetHost};
+use limosa_carrier::{
+    CommitError, Demanded, Guest, GuestError, LentDisks, Running, Saved, TargetHost,
+};
 use limosa_engine::Timestamp;
 use limosa_engine::handover::{MigrationId, OnDaemonLost, Phase, Resolution};
 use limosa_engine::source::Writers;
 use limosa_engine::target::TargetOutcome;
 use limosa_engine::throttle::Throttle;
 use limosa_engine::wire::Start;
+use limosa_os::disk::missing::{MissingPages, MissingThere};
 use limosa_os::disk::{Disk, DiskBuffer};
 use limosa_os::userfault::{FaultGate, PageInstaller};
 use limosa_os::{PageKind, SharedBitmap, SharedMemory, monotonic_nanos};
@@ -38,6 +41,8 @@ struct Inside {
 /// A disk of a guest, written past the page cache as real ones are.
 struct ThreadDisk {
     disk: Disk,
+    missing: MissingPages,
+    numbering: Numbering,
     /// Its pages, behind those of the memory.
     pages: PageRange,
 }
@@ -49,14 +54,25 @@ impl ThreadDisk {
         let numbering = Numbering::new(memory, [ByteCount::new(bytes)]).unwrap();
         let pages = numbering.disks()[0];
         let disk = Disk::open_again(file.as_fd(), false).unwrap();
-        Self { disk, pages }
+        let missing = MissingPages {
+            all: Arc::default(),
+            disk: 0,
+        };
+        Self {
+            disk,
+            missing,
+            numbering,
+            pages,
+        }
     }
 
-    /// Where a page is, and how many bytes of it there are.
+    /// Where a page is, and how many bytes of it there are; once it has come.
     fn place(&self, page: u64) -> (u64, usize) {
         let offset = (page - self.pages.first.get()) * PAGE_SIZE_USIZE as u64;
         let left = usize::try_from(self.disk.bytes() - offset).unwrap();
-        (offset, left.min(PAGE_SIZE_USIZE))
+        let len = left.min(PAGE_SIZE_USIZE);
+        self.missing.wait_for(offset, len as u64);
+        (offset, len)
     }
 }
 
@@ -318,11 +334,15 @@ impl Guest for ThreadGuest {
         Arc::clone(&self.lent)
     }
 
-    fn disks(&self, is_read_only: bool) -> Result<Vec<Disk>, GuestError> {
+    fn disks(&self, is_read_only: bool) -> Result<LentDisks, GuestError> {
         let inside = self.lock();
         let disk = inside.disk.as_ref().ok_or_else(|| refused("no disk"))?;
-        let disk = Disk::open_again(disk.disk.file(), is_read_only);
-        Ok(vec![disk.map_err(refused)?])
+        let lent = disk.missing.all.lend(&disk.numbering).map_err(refused)?;
+        let [bitmap, asked] = lent.map(|end| end.try_clone_to_owned().unwrap());
+        Ok(LentDisks {
+            disks: vec![Disk::open_again(disk.disk.file(), is_read_only).map_err(refused)?],
+            missing: MissingThere::new(&disk.numbering, bitmap, asked).map_err(refused)?,
+        })
     }
 
     fn installer(&self) -> Option<Arc<PageInstaller>> {

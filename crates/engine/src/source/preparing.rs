@@ -8,7 +8,6 @@ use crate::handover::Phase;
 use crate::report::ClockOffset;
 use crate::time::Timestamp;
 use crate::wire::{ControlFrame, Start};
-use alloc::format;
 use alloc::string::String;
 use alloc::vec;
 use alloc::vec::Vec;
@@ -62,7 +61,8 @@ impl Source {
     ) -> Vec<SourceAction> {
         self.can_switch = can_fault;
         if self.config.mode.needs_faults() && !can_fault {
-            return self.fail(now, format!("{}: see its log", self.why_no_switch()));
+            let text = "the target cannot serve page faults, which this mode needs: see its log";
+            return self.fail(now, String::from(text));
         }
         if boot_id == self.config.boot_id {
             // One kernel, one clock.

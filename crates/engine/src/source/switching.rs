@@ -163,15 +163,6 @@ impl Source {
         self.release()
     }
 
-    /// Why the guest cannot run at the target before all is there.
-    pub(super) const fn why_no_switch(&self) -> &'static str {
-        if self.config.disks.is_empty() {
-            "the target cannot serve page faults, which this mode needs"
-        } else {
-            "disks are copied along, which this mode cannot do"
-        }
-    }
-
     /// Whether the technique can become this one now.
     ///
     /// # Errors
@@ -183,7 +174,9 @@ impl Source {
                 Mode::Demand | Mode::PostCopy => Ok(()),
                 _ => Err("the guest runs at the target already: demand or post-copy are left"),
             },
-            _ if mode.needs_faults() && !self.can_switch => Err(self.why_no_switch()),
+            _ if mode.needs_faults() && !self.can_switch => {
+                Err("the target cannot serve page faults")
+            }
             State::Probing { .. } => Ok(()),
             State::Recording { .. }
             | State::Tracking

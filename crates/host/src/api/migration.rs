@@ -47,8 +47,8 @@ pub struct MigrateBody {
     /// Hash memory and state on both sides at the switch and compare, and disks that are copied.
     #[serde(default)]
     pub verify: bool,
-    /// Copy the guest's disks along, which the target does not have: it makes them anew at the same paths. By
-    /// `pre-copy`, `stop-and-copy` or `auto`. What is here stays, and is not used any more.
+    /// Copy the guest's disks along, which the target does not have: it makes them anew at the same paths. What is
+    /// here stays, and is not used any more.
     #[serde(default)]
     pub copy_disks: bool,
     /// Whether pages are coded to take fewer bytes: `auto` where that is quicker, `on` whatever

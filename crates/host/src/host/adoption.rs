@@ -300,6 +300,7 @@ mod tests {
                 mode: Mode::Demand,
                 limits: Limits::default(),
                 link: None,
+                copy_disks: false,
                 is_bereft: false,
             };
             departures.note(MigrationId(id), &departure).unwrap();

@@ -102,10 +102,9 @@ impl Host {
         )
         .inspect_err(|_| self.departures.forget(id))
         .map_err(|error| match error {
-            StartError::Streams(_)
-            | StartError::TooSlow(_)
-            | StartError::DisksByMode(_)
-            | StartError::Disks(_) => Refusal::bad_request(error.to_string()),
+            StartError::Streams(_) | StartError::TooSlow(_) | StartError::Disks(_) => {
+                Refusal::bad_request(error.to_string())
+            }
             StartError::Guest(_) | StartError::System(_) => Refusal::failed(error.to_string()),
         })
     }

@@ -38,8 +38,7 @@ impl Host {
         let looked = self.look_ahead(&vm, body);
         self.registry().hold(&name, vm.hold);
         let (differences, sample) = looked?;
-        let is_possible = |mode: &Mode| sample.can_switch || !mode.needs_faults();
-        let modes = Mode::ALL.into_iter().filter(is_possible);
+        let modes = Mode::ALL.into_iter();
         let estimates = modes.map(|mode| EstimateInfo::new(&sample.estimate(mode, &limits)));
         let point = |(after, pages): &(Duration, PageCount)| DirtyPoint::new(*after, *pages);
         Ok(PreflightInfo {
@@ -64,8 +63,7 @@ impl Host {
         let silent =
             |error: GuestError| Refusal::failed(format!("the VM does not answer: {error}"));
         let disks = if body.copy_disks {
-            copied_disks(&*guest, body.mode)
-                .map_err(|error| Refusal::bad_request(error.to_string()))?
+            copied_disks(&*guest).map_err(|error| Refusal::bad_request(error.to_string()))?
         } else {
             Vec::new()
         };
@@ -87,7 +85,6 @@ impl Host {
         let way = limosa_carrier::preflight(&request).map_err(Refusal::failed)?;
         let mut sample = measure(&*guest, all, &way).map_err(silent)?;
         sample.existing = sample.existing.saturating_add(on_disks);
-        sample.can_switch = !body.copy_disks;
         Ok((way.differences, sample))
     }
 }
@@ -107,7 +104,6 @@ fn measure(guest: &dyn Guest, all: PageCount, way: &Preflight) -> Result<Sample,
         round_trip: way.round_trip,
         save: saved.saved.since(saved.stopped_first),
         state: ByteCount::new(saved.state.len() as u64),
-        can_switch: true,
     })
 }
 

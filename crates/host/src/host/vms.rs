@@ -179,15 +179,17 @@ impl Host {
         let log = self.state.vm_log(name);
         let said_before = log.metadata().map_or(0, |log| log.len());
         let machine = self.machines.boot(name, spec, self.on_end(name))?;
-        let started = machine
-            .run()
-            .map_err(|error| Refusal::failed(format!("the guest cannot start: {error}")))
-            .and_then(|()| {
-                first_sign(&*machine).map_err(|how| {
-                    let words = last_words(&log, said_before).unwrap_or(how);
-                    Refusal::bad_request(format!("VM '{name}' ended at once: {words}"))
-                })
-            });
+        let is_free = self.registry().check_macs(&machine.macs());
+        let run = |()| {
+            let run = machine.run();
+            run.map_err(|error| Refusal::failed(format!("the guest cannot start: {error}")))
+        };
+        let started = is_free.and_then(run).and_then(|()| {
+            first_sign(&*machine).map_err(|how| {
+                let words = last_words(&log, said_before).unwrap_or(how);
+                Refusal::bad_request(format!("VM '{name}' ended at once: {words}"))
+            })
+        });
         if let Err(refusal) = started {
             machine.kill();
             return Err(refusal);

@@ -15,6 +15,7 @@ use limosa_os::userfault::PageInstaller;
 use limosa_os::{PageKind, SharedMemory};
 use limosa_pages::{ByteCount, PageRange, PageSet};
 use limosa_vmm::answer::{BalloonInfo, GuestMemory};
+use limosa_vmm::config::devices::Mac;
 use limosa_vmm::cpu::CpuModel;
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -28,6 +29,7 @@ pub struct FakeMachine {
     misses_pages: AtomicBool,
     ended: Mutex<Option<String>>,
     balloon: Mutex<Option<BalloonInfo>>,
+    pub macs: Mutex<Vec<Mac>>,
 }
 
 /// The guest of one: it has a phase and nothing else.
@@ -51,6 +53,7 @@ impl FakeMachine {
             misses_pages: AtomicBool::new(false),
             ended: Mutex::new(None),
             balloon: Mutex::new(None),
+            macs: Mutex::default(),
         })
     }
 
@@ -124,6 +127,10 @@ impl Machine for FakeMachine {
             dirty_tracker: TrackerKind::default(),
             cpu: CpuModel::default(),
         }
+    }
+
+    fn macs(&self) -> Vec<Mac> {
+        self.macs.lock().unwrap().clone()
     }
 
     fn guest(&self) -> Arc<dyn Guest> {
@@ -277,6 +284,8 @@ impl Guest for FakeGuest {
 pub struct FakeMachines {
     pub left: HashMap<String, Arc<FakeMachine>>,
     pub made: Mutex<Vec<Arc<FakeMachine>>>,
+    /// Addresses of those that are described.
+    pub macs: Mutex<Vec<Mac>>,
 }
 
 impl FakeMachines {
@@ -301,6 +310,7 @@ impl Machines for Arc<FakeMachines> {
             name,
             differences,
             new_disks: Vec::new(),
+            macs: self.macs.lock().unwrap().clone(),
         })
     }
 

@@ -21,6 +21,7 @@ use limosa_micro_abi as abi;
 use limosa_pages::{ByteCount, PAGE_SIZE_USIZE};
 use limosa_vmm::answer::{self, RunState};
 use limosa_vmm::client::{VmError, VmHandle};
+use limosa_vmm::config::devices::Mac;
 use limosa_vmm::config::{Platform, VmConfig};
 use limosa_vmm::process::console_socket;
 use preflight::{Program, ensure_memory};
@@ -179,6 +180,7 @@ impl Machines for Processes {
             name,
             differences,
             new_disks,
+            macs: macs(&config),
         })
     }
 
@@ -243,6 +245,7 @@ struct Process {
     pid: u32,
     descriptor: Arc<OwnedFd>,
     shape: Shape,
+    macs: Vec<Mac>,
     socket: PathBuf,
     ended: Arc<OnceLock<String>>,
 }
@@ -272,7 +275,9 @@ impl Process {
                 on_end(pid, &reason);
             })
             .map_err(|error| format!("no thread to watch VM process {pid}: {error}"))?;
+        let config = handle.attached().config;
         Ok(Arc::new(Self {
+            macs: config.as_ref().map_or_else(Vec::new, macs),
             handle: Arc::new(handle),
             pid,
             descriptor,
@@ -319,6 +324,10 @@ impl Machine for Process {
 
     fn shape(&self) -> Shape {
         self.shape
+    }
+
+    fn macs(&self) -> Vec<Mac> {
+        self.macs.clone()
     }
 
     fn guest(&self) -> Arc<dyn Guest> {
@@ -410,6 +419,10 @@ impl Machine for Process {
     fn ended(&self) -> Option<String> {
         self.ended.get().cloned()
     }
+}
+
+fn macs(config: &VmConfig) -> Vec<Mac> {
+    config.networks.iter().map(|network| network.mac).collect()
 }
 
 fn shape(config: &VmConfig) -> Shape {

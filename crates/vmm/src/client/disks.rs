@@ -4,6 +4,7 @@ use super::{VmError, VmHandle};
 use crate::protocol::Request;
 use limosa_os::SharedBitmap;
 use limosa_os::disk::Disk;
+use limosa_os::disk::missing::MissingThere;
 use limosa_pages::{PageCount, PageSet};
 use std::io;
 use std::os::fd::AsFd;
@@ -16,20 +17,30 @@ pub(super) struct DiskWrites {
     bitmap: SharedBitmap,
 }
 
+/// The disks of a machine.
+#[derive(Debug)]
+pub struct LentDisks {
+    /// In their order.
+    pub disks: Vec<Disk>,
+    /// What of them has not come yet: the guest's device waits for it.
+    pub missing: MissingThere,
+}
+
 impl VmHandle {
     /// Opens its disks, in their order: the very files that it has open. From now on what the guest writes to
     /// them is followed as what it writes to its memory is, by the numbers of [`crate::config::VmConfig::numbering`].
     ///
     /// # Errors
     /// It has none, or they cannot be opened.
-    pub fn disks(&self, is_read_only: bool) -> Result<Vec<Disk>, VmError> {
+    pub fn disks(&self, is_read_only: bool) -> Result<LentDisks, VmError> {
         let frame = self.exchange(&Request::LendDisks, &[])?;
         let numbering = self.lent().config.numbering();
         let numbering = numbering.ok_or_else(|| self.foreign())?;
         let mut descriptors = frame.descriptors.into_iter();
-        let (Some(bitmap), Some(first)) = (descriptors.next(), numbering.disks().first()) else {
-            return Err(self.foreign());
-        };
+        let mut next = || descriptors.next().ok_or_else(|| self.foreign());
+        let (bitmap, missing, asked) = (next()?, next()?, next()?);
+        let first = numbering.disks().first().ok_or_else(|| self.foreign())?;
+        let missing = MissingThere::new(&numbering, missing, asked)?;
         let disks = descriptors
             .map(|file| Disk::open_again(file.as_fd(), is_read_only))
             .collect::<io::Result<Vec<_>>>()
@@ -46,7 +57,7 @@ impl VmHandle {
         };
         // Whoever asks again is lent the same.
         drop(self.disk_writes.set(writes));
-        Ok(disks)
+        Ok(LentDisks { disks, missing })
     }
 
     /// Copies what was harvested last.

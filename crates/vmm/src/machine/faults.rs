@@ -59,10 +59,11 @@ impl Machine {
         self.faults.as_ref().map_err(String::as_str)
     }
 
-    /// How many pages are missing; `None` if nothing is held back.
+    /// How many pages are missing, of memory and disks; `None` if nothing is held back.
     pub fn missing(&self) -> Option<PageCount> {
         let held = self.faults.as_ref().ok()?;
-        Some(held.missing.count())
+        let on_disks = self.board.devices().missing_on_disks().count();
+        Some(held.missing.count().saturating_add(on_disks))
     }
 
     /// Takes out of the guest's sight what something has touched while pages were being marked as

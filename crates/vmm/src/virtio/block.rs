@@ -6,6 +6,9 @@
 //! notes writes. A flush is begun after all that was answered before it, so that these are safe when it
 //! is answered; what is under way beside it need not be.
 //!
+//! A guest that arrived before all of a copied disk did waits here for the pages that a request is about, with all
+//! that it asks of this disk.
+//!
 //! While the guest rests nothing is under way, so none is lost and none is done twice, and its disk is
 //! flushed; a guest that leaves gives up its lock, for whoever runs it next.
 
@@ -13,6 +16,7 @@ use super::DeviceError;
 use super::device::{Device, Input, Ring, Served};
 use super::places::Places;
 use limosa_os::dirty::disks::DiskNotes;
+use limosa_os::disk::missing::MissingPages;
 use limosa_os::disk::{Action, Completed, Disk, DiskBuffer, DiskQueue, SECTOR_BYTES, Way};
 use limosa_os::memory::GuestView;
 use std::io;
@@ -58,8 +62,9 @@ pub(super) struct Block {
     /// What is under way, by its place in the queue.
     requests: Vec<Option<Request>>,
     spare_buffers: Vec<DiskBuffer>,
-    /// Where writes are noted, for whoever copies the disk.
+    /// Where writes are noted, for whoever copies the disk; and what of it has not come yet.
     notes: DiskNotes,
+    missing: MissingPages,
     /// The kernel has not taken what was begun: when it is asked again.
     again_at: Option<Instant>,
     /// What it tells of itself, and where it lies.
@@ -126,7 +131,13 @@ impl From<io::Error> for Failure {
 
 impl Block {
     /// The disk that is at `path`.
-    pub(super) fn new(disk: Disk, path: &str, way: Way, notes: DiskNotes) -> Self {
+    pub(super) fn new(
+        disk: Disk,
+        path: &str,
+        way: Way,
+        notes: DiskNotes,
+        missing: MissingPages,
+    ) -> Self {
         let mut serial = [0; VIRTIO_BLK_ID_BYTES as usize];
         let name = path.rsplit('/').next().unwrap_or_default();
         for (place, byte) in serial.iter_mut().zip(name.bytes()) {
@@ -141,6 +152,7 @@ impl Block {
             requests: (0..QUEUE_SIZE).map(|_| None).collect(),
             spare_buffers: Vec::new(),
             notes,
+            missing,
             again_at: None,
             serial,
             path: path.to_owned(),
@@ -232,6 +244,13 @@ impl Block {
     ) -> io::Result<()> {
         let left = usize::try_from(request.data.bytes()).unwrap_or(usize::MAX);
         request.len = left.min(BUFFER_BYTES);
+        if let Action::Read(offset) | Action::Write(offset) = request.action
+            && self.missing.lacks(offset, request.len as u64)
+        {
+            // What was begun before goes on meanwhile.
+            self.submit();
+            self.missing.wait_for(offset, request.len as u64);
+        }
         if let Action::Write(_) = request.action {
             let bytes = &mut buffer.bytes_mut()[..request.len];
             request.data.read(memory, bytes)?;
@@ -398,6 +417,7 @@ impl Block {
             let bytes = u64::from(sectors) * SECTOR_BYTES;
             let offset = self.within(u64::from(high) << 32 | u64::from(low), bytes)?;
             if bytes > 0 {
+                self.missing.wait_for(offset, bytes);
                 let done = act(self, offset, bytes, flags);
                 self.notes.note(offset, bytes);
                 done?;
@@ -555,6 +575,7 @@ impl Device for Block {
             requests: _,
             spare_buffers: _,
             notes: _,
+            missing: _,
             again_at: _,
             serial: _,
             path: _,

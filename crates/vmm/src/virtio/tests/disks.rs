@@ -3,6 +3,7 @@
 use super::*;
 use crate::virtio::device::{Ring, Served};
 use crate::virtio::transport::Transport;
+use limosa_os::disk::missing::MissingThere;
 use std::collections::BTreeSet;
 use virtio_queue::Error as QueueError;
 
@@ -449,6 +450,61 @@ fn what_changes_a_disk_in_other_ways_is_noted_too() {
             assert_eq!(bed.block(kind, 0, &[(DATA, 16, false)]), 0);
         }
         assert_eq!(written(&bed), BTreeSet::from([1, 2, 3, 4]));
+    });
+}
+
+/// A guest that arrived before its disk did reads what has come, and nothing else; and what it writes is not
+/// overwritten by what comes.
+#[test]
+fn a_request_waits_for_pages_that_have_not_come() {
+    each_way(|way| {
+        let disks = Disks::new(DISK_BYTES);
+        let bed = Bed::with(&mut disks.config(false), way).unwrap();
+        bed.run();
+        let mut driver = Driver::start(&bed);
+        let first = bed.memory.page_count();
+        let numbering = Numbering::new(first, [ByteCount::new(DISK_BYTES)]).unwrap();
+        let lent = bed.devices.missing_on_disks().lend(&numbering).unwrap();
+        let [bitmap, asked] = lent.map(|end| end.try_clone_to_owned().unwrap());
+        let there = MissingThere::new(&numbering, bitmap, asked).unwrap();
+        let page = |number: u64| PageRange::new(Pfn::new(first.get() + number), PageCount::new(1));
+        [3, 7]
+            .into_iter()
+            .map(page)
+            .for_each(|one| drop(there.mark(one)));
+        for (request, kind) in [(2, IN), (3, IN), (7, OUT)] {
+            driver.prepare(request, kind);
+            driver.fill(request, pattern(request, 1));
+        }
+        driver.queue([2, 3, 7]);
+        driver.ring();
+        let mut wanted = Vec::new();
+        for number in [3, 7] {
+            while !wanted.contains(&page(number)) {
+                there.read_asked(&mut wanted).unwrap();
+                thread::yield_now();
+            }
+            assert!(!driver.answered().contains(&(number as u16)), "{number}");
+            // As the daemon does: first the content, then the word that it is there.
+            let file = File::options().write(true).open(&disks.path).unwrap();
+            file.write_all_at(&[0x5a; PART as usize], number * PART)
+                .unwrap();
+            file.sync_all().unwrap();
+            assert_eq!(there.arrived(page(number)), PageCount::new(1));
+        }
+        driver.bed.wait_for_used(3);
+        assert!(bed.holds(Driver::data(3), 0x5a, PART as usize), "what came");
+        assert!(
+            bed.holds(Driver::data(2), 0, PART as usize),
+            "what was there"
+        );
+        let on_disk = fs::read(&disks.path).unwrap();
+        let written = &on_disk[7 * PART as usize..8 * PART as usize];
+        assert!(
+            written.iter().all(|&byte| byte == pattern(7, 1)),
+            "what was written"
+        );
+        assert_eq!(bed.devices.missing_on_disks().count(), PageCount::ZERO);
     });
 }
 
