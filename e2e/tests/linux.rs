@@ -248,8 +248,7 @@ fn a_stock_kernel_takes_its_disk_along() {
     if !is_debian() {
         return;
     }
-    let modes = ["pre-copy", "stop-and-copy", "auto"];
-    let variables = [("SERIES", SERIES[0]), ("MODES", &modes.join(" "))];
+    let variables = [("SERIES", SERIES[0]), ("MODES", &MODES.join(" "))];
     let output = run("hosts/copies", &variables, 0);
     let said = said(&output);
     assert!(
@@ -258,7 +257,35 @@ fn a_stock_kernel_takes_its_disk_along() {
     );
     check_beats(&said);
     check_disk(&output, &said);
-    check_moved(&output, modes.len());
+    check_moved(&output, MODES.len());
+}
+
+/// Where everything at the target is killed, by which technique.
+const KILLS: [&str; 8] = [
+    "source.rehearse/pre-copy",
+    "source.send-piece/pre-copy",
+    "source.pause/pre-copy",
+    "source.state/pre-copy",
+    "target.load/stop-and-copy",
+    "target.prepared/hybrid",
+    "source.send-stale/post-copy",
+    "target.serve-faults/post-copy",
+];
+
+/// A target that dies leaves the guest where it was, with its disk; a source that dies after the commit leaves it
+/// where it went.
+#[test]
+fn a_stock_kernel_outlives_the_other_host() {
+    if !is_debian() {
+        return;
+    }
+    let variables = [("SERIES", SERIES[0]), ("POINTS", &KILLS.join(" "))];
+    let output = run("hosts/kills", &variables, 64);
+    let said = said(&output);
+    assert_eq!(output.matches("| KILLED ").count(), KILLS.len());
+    assert!(told(&output, "ALONE ").contains("running"));
+    check_beats(&said);
+    check_disk(&output, &said);
 }
 
 #[test]

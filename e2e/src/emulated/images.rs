@@ -23,7 +23,7 @@ const TOOLS: [(&str, &str); 2] = [
     ("barrier", include_str!("../../hosts/barrier")),
     ("daemon", include_str!("../../hosts/daemon")),
 ];
-const HOST_PROGRAMS: [&str; 15] = [
+const HOST_PROGRAMS: [&str; 16] = [
     "busybox",
     "bash",
     "socat",
@@ -38,6 +38,7 @@ const HOST_PROGRAMS: [&str; 15] = [
     "stress-ng",
     "mke2fs",
     "e2fsck",
+    "debugfs",
     "qemu-system-x86_64",
 ];
 const GUEST_PROGRAMS: [&str; 5] = [
