@@ -253,7 +253,7 @@ fn run(
             let number = seed >> 33;
             let page = match &state.disk {
                 // Also those that were never written.
-                Some(disk) if number % 2 == 0 => {
+                Some(disk) if number.is_multiple_of(2) => {
                     disk.pages.first.get() + number / 2 % disk.pages.count.get()
                 }
                 _ => number % busy,

@@ -72,8 +72,15 @@ pub(super) fn save(
     let instance = u16::from(index);
     let mut writer = Writer::with_capacity(16 << 10);
     let mut place_in_memory = Place::default();
-    // Reading the run state first: it may deliver what is pending to the interrupt controller.
-    for (kind, part) in parts(fixed.has_irqchip).filter(|(_, part)| *part != VcpuPart::Events) {
+    // Reading the run state first: it may deliver what is pending to the interrupt controller. Then the events:
+    // KVM puts the address of a page fault that it has not delivered yet into CR2 when it tells of it.
+    let others = parts(fixed.has_irqchip)
+        .filter(|(_, part)| !matches!(part, VcpuPart::RunState | VcpuPart::Events));
+    let first = [
+        (Kind::RunState, VcpuPart::RunState),
+        (Kind::Events, VcpuPart::Events),
+    ];
+    for (kind, part) in first.into_iter().chain(others) {
         writer.fill(kind, instance, vcpu.part_bytes(part), |place| {
             vcpu.read_part(part, place)?;
             place_in_memory.note(part, place);
@@ -90,11 +97,6 @@ pub(super) fn save(
             place[4..].copy_from_slice(&value.to_le_bytes());
         }
         Ok::<(), KvmError>(())
-    })?;
-    // Events last, since reading other parts may change them.
-    let bytes = vcpu.part_bytes(VcpuPart::Events);
-    writer.fill(Kind::Events, instance, bytes, |place| {
-        vcpu.read_part(VcpuPart::Events, place)
     })?;
     writer.write(Kind::Ports, instance, &ports.save());
     Ok(SavedVcpu {

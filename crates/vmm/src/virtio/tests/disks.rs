@@ -468,10 +468,9 @@ fn a_request_waits_for_pages_that_have_not_come() {
         let [bitmap, asked] = lent.map(|end| end.try_clone_to_owned().unwrap());
         let there = MissingThere::new(&numbering, bitmap, asked).unwrap();
         let page = |number: u64| PageRange::new(Pfn::new(first.get() + number), PageCount::new(1));
-        [3, 7]
-            .into_iter()
-            .map(page)
-            .for_each(|one| drop(there.mark(one)));
+        for number in [3, 7] {
+            assert_eq!(there.mark(page(number)), PageCount::new(1));
+        }
         for (request, kind) in [(2, IN), (3, IN), (7, OUT)] {
             driver.prepare(request, kind);
             driver.fill(request, pattern(request, 1));
