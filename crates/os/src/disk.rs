@@ -6,6 +6,7 @@
 //! the guest is stopped, and so goes over to whoever runs the guest next. [`DiskQueue`] has several
 //! operations under way at a time.
 
+pub(crate) mod bits;
 pub mod missing;
 mod queue;
 

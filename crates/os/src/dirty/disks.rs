@@ -7,7 +7,8 @@
 
 use super::seen::Seen;
 use crate::bitmap::{BitmapError, SharedBitmap};
-use limosa_pages::{Numbering, PAGE_SIZE, PageCount, PageRange, Pfn};
+use crate::disk::bits::DiskBits;
+use limosa_pages::{Numbering, PageRange};
 use std::sync::{Arc, OnceLock};
 
 /// The notes as the device of one disk has them.
@@ -33,9 +34,7 @@ pub struct DiskWrites(OnceLock<Followed>);
 /// From when on somebody follows.
 #[derive(Debug)]
 struct Followed {
-    /// The page that the first bit stands for.
-    base: u64,
-    disks: Vec<PageRange>,
+    bits: DiskBits,
     seen: Seen,
     /// Where a harvest goes.
     bitmap: SharedBitmap,
@@ -52,13 +51,11 @@ impl DiskWrites {
     /// If the machine has no disk.
     pub fn follow(&self, numbering: &Numbering) -> Result<&SharedBitmap, BitmapError> {
         if self.0.get().is_none() {
-            let base = numbering.disks().first().expect("a disk").first.get();
-            let pages = PageCount::new(numbering.end().get() - base);
+            let bits = DiskBits::new(numbering);
             let followed = Followed {
-                base,
-                disks: numbering.disks().to_vec(),
-                seen: Seen::nothing(pages),
-                bitmap: SharedBitmap::create(pages)?,
+                seen: Seen::nothing(bits.count()),
+                bitmap: SharedBitmap::create(bits.count())?,
+                bits,
             };
             // Whoever was first has the same numbering.
             drop(self.0.set(followed));
@@ -74,16 +71,8 @@ impl DiskWrites {
     /// These bytes of the disk with that index were written, or may have been.
     fn note(&self, disk: usize, offset: u64, bytes: u64) {
         let Some(followed) = self.0.get() else { return };
-        let Some(pages) = followed.disks.get(disk) else {
-            return;
-        };
-        let first = offset / PAGE_SIZE;
-        let end = offset.saturating_add(bytes).div_ceil(PAGE_SIZE);
-        let end = end.min(pages.count.get());
-        if first < end {
-            let from = pages.first.get() - followed.base + first;
-            let count = PageCount::new(end - first);
-            followed.seen.add(PageRange::new(Pfn::new(from), count));
+        if let Some(bits) = followed.bits.of_bytes(disk, offset, bytes) {
+            followed.seen.add(bits);
         }
     }
 
@@ -100,16 +89,9 @@ impl DiskWrites {
         let Some(followed) = self.0.get() else {
             return false;
         };
-        let end = followed.bitmap.page_count().get();
-        let place = |range: &PageRange| {
-            let first = range.first.get().checked_sub(followed.base)?;
-            let is_inside = first <= end && range.count.get() <= end - first;
-            is_inside.then(|| PageRange::new(Pfn::new(first), range.count))
-        };
-        let (Some(range), Some(kept)) = (
-            place(&range),
-            kept.iter().map(place).collect::<Option<Vec<_>>>(),
-        ) else {
+        let kept = kept.iter().map(|&run| followed.bits.of_pages(run));
+        let kept = kept.collect::<Option<Vec<_>>>();
+        let (Some(range), Some(kept)) = (followed.bits.of_pages(range), kept) else {
             return false;
         };
         for run in kept {
@@ -130,7 +112,7 @@ impl DiskWrites {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use limosa_pages::ByteCount;
+    use limosa_pages::{ByteCount, PageCount, Pfn};
 
     fn range(first: u64, count: u64) -> PageRange {
         PageRange::new(Pfn::new(first), PageCount::new(count))

@@ -13,8 +13,9 @@
 //! A page whose bit is clear is the guest's, and nobody but its device writes it: daemons write under one lock,
 //! look there what is still missing, and clear the bit when the disk has the content.
 
+use super::bits::DiskBits;
 use crate::bitmap::{BitmapError, SharedBitmap};
-use limosa_pages::{Numbering, PAGE_SIZE, PageCount, PageRange, PageSet, Pfn};
+use limosa_pages::{Numbering, PageCount, PageRange, PageSet, Pfn};
 use std::fs::File;
 use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, BorrowedFd, FromRawFd, OwnedFd};
@@ -54,24 +55,17 @@ pub struct MissingHere(OnceLock<Held>);
 
 #[derive(Debug)]
 struct Held {
-    bitmap: MissingBitmap,
+    bits: DiskBits,
+    bitmap: SharedBitmap,
     asked: OwnedFd,
     asks: File,
-}
-
-/// Which pages are missing, as both sides have it.
-#[derive(Debug)]
-struct MissingBitmap {
-    /// The page that the first bit stands for.
-    base: u64,
-    disks: Vec<PageRange>,
-    bits: SharedBitmap,
 }
 
 /// What the daemon has.
 #[derive(Debug)]
 pub struct MissingThere {
-    bitmap: MissingBitmap,
+    bits: DiskBits,
+    bitmap: SharedBitmap,
     asked: File,
 }
 
@@ -86,14 +80,15 @@ impl MissingHere {
     /// If the machine has no disk.
     pub fn lend(&self, numbering: &Numbering) -> Result<[BorrowedFd<'_>; 2], BitmapError> {
         if self.0.get().is_none() {
-            let bits = SharedBitmap::create_writable(MissingBitmap::page_count(numbering))?;
+            let bits = DiskBits::new(numbering);
             let call = |source| crate::MemoryError::Call {
                 action: "make a pipe beside",
                 source,
             };
             let (asked, asks) = pipe().map_err(call)?;
             let held = Held {
-                bitmap: MissingBitmap::new(numbering, bits),
+                bitmap: SharedBitmap::create_writable(bits.count())?,
+                bits,
                 asked,
                 asks: File::from(asks),
             };
@@ -101,34 +96,34 @@ impl MissingHere {
             drop(self.0.set(held));
         }
         let held = self.0.get().expect("set just now");
-        Ok([held.bitmap.bits.file(), held.asked.as_fd()])
+        Ok([held.bitmap.file(), held.asked.as_fd()])
     }
 
     /// How many pages are missing.
     pub fn count(&self) -> PageCount {
         let held = self.0.get();
-        held.map_or(PageCount::ZERO, |held| held.bitmap.bits.count())
+        held.map_or(PageCount::ZERO, |held| held.bitmap.count())
     }
 
     /// Which bits of these bytes are set, if somebody was lent them.
     fn runs_in(&self, disk: usize, offset: u64, bytes: u64) -> Option<(&Held, Vec<PageRange>)> {
         let held = self.0.get()?;
-        let range = held.bitmap.place(disk, offset, bytes)?;
-        Some((held, held.bitmap.bits.runs_in(range)))
+        let range = held.bits.of_bytes(disk, offset, bytes)?;
+        Some((held, held.bitmap.runs_in(range)))
     }
 
     fn wait_for(&self, disk: usize, offset: u64, bytes: u64) {
         while let Some((held, runs)) = self.runs_in(disk, offset, bytes) {
             let Some(first) = runs.first() else { return };
             for run in &runs {
-                let first = held.bitmap.base + run.first.get();
+                let first = held.bits.page(run.first).get();
                 let mut want = [0; WANT_BYTES];
                 want[..8].copy_from_slice(&first.to_le_bytes());
                 want[8..].copy_from_slice(&run.count.get().to_le_bytes());
                 // So few bytes are written whole or, while the pipe is full, not at all: then later.
                 let _later = (&held.asks).write(&want);
             }
-            held.bitmap.bits.wait_while_set(first.first, ASK_AGAIN);
+            held.bitmap.wait_while_set(first.first, ASK_AGAIN);
         }
     }
 }
@@ -146,16 +141,17 @@ impl MissingThere {
         bitmap: OwnedFd,
         asked: OwnedFd,
     ) -> Result<Self, BitmapError> {
-        let bits = SharedBitmap::open_writable(bitmap, MissingBitmap::page_count(numbering))?;
+        let bits = DiskBits::new(numbering);
         Ok(Self {
-            bitmap: MissingBitmap::new(numbering, bits),
+            bitmap: SharedBitmap::open_writable(bitmap, bits.count())?,
+            bits,
             asked: File::from(asked),
         })
     }
 
     /// How many pages are missing.
     pub fn count(&self) -> PageCount {
-        self.bitmap.bits.count()
+        self.bitmap.count()
     }
 
     /// The content of these pages is not here; how many of them were.
@@ -163,7 +159,7 @@ impl MissingThere {
     /// # Panics
     /// If they are no pages of disks.
     pub fn mark(&self, range: PageRange) -> PageCount {
-        self.bitmap.bits.put_range(self.bitmap.bits_of(range))
+        self.bitmap.put_range(self.bits_of(range))
     }
 
     /// The content of these pages is on the disk; how many of them were missing. Wakes who waits for them.
@@ -171,10 +167,10 @@ impl MissingThere {
     /// # Panics
     /// If they are no pages of disks.
     pub fn arrived(&self, range: PageRange) -> PageCount {
-        let range = self.bitmap.bits_of(range);
-        let taken = self.bitmap.bits.take_range(range);
+        let range = self.bits_of(range);
+        let taken = self.bitmap.take_range(range);
         if taken > PageCount::ZERO {
-            self.bitmap.bits.wake(range);
+            self.bitmap.wake(range);
         }
         taken
     }
@@ -184,16 +180,16 @@ impl MissingThere {
     /// # Panics
     /// If they are no pages of disks.
     pub fn runs_in(&self, range: PageRange) -> Vec<PageRange> {
-        let mut runs = self.bitmap.bits.runs_in(self.bitmap.bits_of(range));
+        let mut runs = self.bitmap.runs_in(self.bits_of(range));
         for run in &mut runs {
-            run.first = Pfn::new(run.first.get() + self.bitmap.base);
+            run.first = self.bits.page(run.first);
         }
         runs
     }
 
     /// Adds all missing pages to a set.
     pub fn add_to(&self, set: &mut PageSet) {
-        for &disk in &self.bitmap.disks {
+        for &disk in self.bits.disks() {
             self.runs_in(disk)
                 .into_iter()
                 .for_each(|run| set.insert_range(run));
@@ -218,11 +214,11 @@ impl MissingThere {
                 u64::from_le_bytes(bytes)
             };
             let (first, count) = (number(0), number(8));
-            let is_in = |disk: &&PageRange| {
+            let is_in = |disk: &PageRange| {
                 let (start, end) = (disk.first.get(), disk.end().get());
                 start <= first && first <= end && count <= end - first
             };
-            if self.bitmap.disks.iter().find(is_in).is_some() {
+            if self.bits.disks().iter().any(is_in) {
                 into.push(PageRange::new(Pfn::new(first), PageCount::new(count)));
             }
         }
@@ -230,43 +226,16 @@ impl MissingThere {
     }
 }
 
+impl MissingThere {
+    fn bits_of(&self, range: PageRange) -> PageRange {
+        self.bits.of_pages(range).expect("pages of disks")
+    }
+}
+
 impl AsFd for MissingThere {
     /// Readable when something was asked for.
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.asked.as_fd()
-    }
-}
-
-impl MissingBitmap {
-    fn new(numbering: &Numbering, bits: SharedBitmap) -> Self {
-        Self {
-            base: Self::base(numbering),
-            disks: numbering.disks().to_vec(),
-            bits,
-        }
-    }
-
-    fn base(numbering: &Numbering) -> u64 {
-        numbering.disks().first().expect("a disk").first.get()
-    }
-
-    fn page_count(numbering: &Numbering) -> PageCount {
-        PageCount::new(numbering.end().get() - Self::base(numbering))
-    }
-
-    /// The bits of the pages in which these bytes are; `None` if there are none.
-    fn place(&self, disk: usize, offset: u64, bytes: u64) -> Option<PageRange> {
-        let pages = self.disks.get(disk)?;
-        let first = offset / PAGE_SIZE;
-        let end = offset.saturating_add(bytes).div_ceil(PAGE_SIZE);
-        let end = end.min(pages.count.get());
-        let from = pages.first.get() - self.base + first;
-        (first < end).then(|| PageRange::new(Pfn::new(from), PageCount::new(end - first)))
-    }
-
-    fn bits_of(&self, range: PageRange) -> PageRange {
-        let first = range.first.get().checked_sub(self.base);
-        PageRange::new(Pfn::new(first.expect("pages of disks")), range.count)
     }
 }
 
