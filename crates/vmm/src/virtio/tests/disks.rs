@@ -479,7 +479,9 @@ fn a_request_waits_for_pages_that_have_not_come() {
         driver.ring();
         let mut wanted = Vec::new();
         for number in [3, 7] {
+            let end = Instant::now() + Duration::from_secs(20);
             while !wanted.contains(&page(number)) {
+                assert!(Instant::now() < end, "nobody asks for page {number}");
                 there.read_asked(&mut wanted).unwrap();
                 thread::yield_now();
             }
