@@ -16,6 +16,9 @@ use xxhash_rust::xxh3::{Xxh3, xxh3_64};
 /// Stands for a zero page in a table of hashes.
 const ZERO: u64 = 0;
 
+/// Parts of disks, of 1 MiB at most, after which progress is told.
+const PROGRESS_PARTS: u64 = 64;
+
 /// Pages whose hashes are allocated together: one page of hashes.
 const CHUNK: u64 = 512;
 
@@ -70,7 +73,13 @@ impl PageHashes {
 }
 
 /// The digest of a frozen guest: its memory, the disks that were copied, its state.
-pub(crate) fn of_guest(memory: &SharedMemory, disks: &Disks, state: &[u8]) -> io::Result<Digest> {
+/// `progress` is called now and then while disks are read, which may take minutes.
+pub(crate) fn of_guest(
+    memory: &SharedMemory,
+    disks: &Disks,
+    state: &[u8],
+    progress: impl Fn(),
+) -> io::Result<Digest> {
     let mut sum = Sum::default();
     let all = PageRange::new(Pfn::new(0), memory.page_count());
     for extent in memory.data_extents(all)? {
@@ -79,8 +88,13 @@ pub(crate) fn of_guest(memory: &SharedMemory, disks: &Disks, state: &[u8]) -> io
             .for_each(|page| sum.add(page, hash(page, memory)));
     }
     let mut buffer = disks::buffer();
+    let mut read = 0_u64;
     for part in disks.runs()?.into_iter().flat_map(disks::parts) {
         let content = disks.read(part, &mut buffer)?;
+        read += 1;
+        if read.is_multiple_of(PROGRESS_PARTS) {
+            progress();
+        }
         for (page, content) in part.iter().zip(content.chunks(PAGE_SIZE_USIZE)) {
             sum.add(page, hash_content(content));
         }

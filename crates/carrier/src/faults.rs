@@ -254,8 +254,10 @@ impl Faults {
     /// Notes that somebody waits for `page`, for which `missing` has to come; true if nobody did.
     fn wait_for(&self, page: Pfn, missing: &[PageRange]) -> bool {
         let mut state = self.state();
-        let is_new = state.waited_for.insert(page, Instant::now()).is_none();
+        // Who asks again has waited since the first time.
+        let is_new = !state.waited_for.contains_key(&page);
         if is_new {
+            state.waited_for.insert(page, Instant::now());
             missing.iter().for_each(|&run| state.asked_for.note(run));
         }
         is_new

@@ -150,6 +150,14 @@ pub trait Guest: Send + Sync {
     /// The state does not fit or is damaged; the guest cannot run then.
     fn load(&self, state: &[u8], is_rehearsal: bool) -> Result<Duration, GuestError>;
 
+    /// Whether pages of its disks are missing.
+    ///
+    /// # Errors
+    /// The VM process does not answer.
+    fn misses_disk_pages(&self) -> Result<bool, GuestError> {
+        Ok(false)
+    }
+
     /// What installs pages that come when the guest runs; `None` if its page faults cannot be
     /// served, or need not be any more.
     fn installer(&self) -> Option<Arc<PageInstaller>>;

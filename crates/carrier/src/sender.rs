@@ -605,7 +605,7 @@ impl Count for SentPiece {
 const PART_PAGES: u64 = 128;
 
 /// Splits a run into headers: pages with content and ranges of zero pages, each within its limit.
-fn split_by_content(
+pub(crate) fn split_by_content(
     run: PageRange,
     is_zero: impl Fn(Pfn) -> bool,
 ) -> impl Iterator<Item = PushHeader> {

@@ -174,10 +174,10 @@ impl Listener {
     /// page faults are served again, and its source is waited for.
     ///
     /// # Errors
-    /// The kernel gives no thread.
+    /// The kernel gives no thread, or disks that come along cannot be opened.
     pub fn recover(&self, id: MigrationId, guest: Arc<dyn Guest>) -> io::Result<()> {
         let host = Arc::clone(&self.shared.host);
-        match Session::recover(id, guest, host) {
+        match Session::recover(id, guest, host).map_err(io::Error::other)? {
             Some((session, driver)) => self.shared.begin(id, session, driver),
             None => Ok(()),
         }

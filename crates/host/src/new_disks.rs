@@ -3,7 +3,8 @@
 //! They are files at the paths that the guest knows, which must be free. Until the guest runs here they are
 //! nobody's: if it does not arrive they go, and a daemon that was killed meanwhile finds what it made in a
 //! note for each attempt. A note names the file itself, so that no other one is removed that has its path by
-//! then. No `fsync`: a crash of the whole host may leave a file behind.
+//! then. No `fsync`: after a crash of the whole host nobody knows who ran, so what a note of an earlier boot names
+//! is kept. A daemon that is killed between making a file and noting it leaves that behind, too, empty.
 
 use limosa_engine::handover::MigrationId;
 use limosa_engine::wire::CopiedDisk;
@@ -25,6 +26,14 @@ pub struct NewDisk {
     pub bytes: u64,
     /// How much of it will be written.
     pub data: u64,
+}
+
+/// What was made for an attempt.
+#[derive(Debug, Serialize, Deserialize)]
+struct Note {
+    /// The running kernel at that time.
+    boot_id: u128,
+    made: Vec<Made>,
 }
 
 /// A file that was made.
@@ -134,8 +143,11 @@ impl NewDisks {
     /// The guest of the attempt will not run here: its disks go.
     pub fn remove(&self, id: MigrationId) {
         match fs::read(self.file(id)) {
-            Ok(text) => match serde_json::from_slice::<Vec<Made>>(&text) {
-                Ok(made) => remove_all(&made),
+            Ok(text) => match serde_json::from_slice::<Note>(&text) {
+                Ok(note) if note.boot_id == limosa_os::boot_id() => remove_all(&note.made),
+                Ok(note) => {
+                    tracing::warn!(migration_id = %id, made = ?note.made, "disks of an earlier boot stay");
+                }
                 Err(error) => {
                     tracing::warn!(migration_id = %id, %error, "the note of new disks is not understood");
                 }
@@ -164,7 +176,11 @@ impl NewDisks {
 
     fn note(&self, id: MigrationId, made: &[Made]) -> io::Result<()> {
         let next = self.dir.join(format!("{id}.next"));
-        fs::write(&next, serde_json::to_vec(made)?)?;
+        let note = Note {
+            boot_id: limosa_os::boot_id(),
+            made: made.to_vec(),
+        };
+        fs::write(&next, serde_json::to_vec(&note)?)?;
         fs::rename(&next, self.file(id))
     }
 
@@ -274,6 +290,15 @@ mod tests {
         bed.disks.remove(ID);
         assert_eq!(bed.left(), (vec!["b", "c"], 0));
         bed.disks.remove(ID);
+        fs::remove_file(bed.path("b")).unwrap();
+        bed.disks.make(ID, &both[1..]).unwrap();
+        // The host was started anew: the guest may have run.
+        let file = bed.disks.file(ID);
+        let mut note: Note = serde_json::from_slice(&fs::read(&file).unwrap()).unwrap();
+        note.boot_id ^= 1;
+        fs::write(&file, serde_json::to_vec(&note).unwrap()).unwrap();
+        bed.disks.remove(ID);
+        assert_eq!(bed.left(), (vec!["b", "c"], 0));
         fs::remove_file(bed.path("b")).unwrap();
         bed.disks.make(ID, &both).unwrap();
         bed.disks.keep(ID);

@@ -8,7 +8,7 @@
 //!  logs/NAME.log what a VM process printed
 //!  ledger        migration ids with their outcome
 //!  departures/ID migrations away that are not over
-//!  new-disks/ID  disks that were made for a guest that does not run here yet
+//!  new-disks/ID.json disks that were made for a guest that does not run here yet
 //!  demanded/NAME what a guest asked for in earlier moves
 //!  journals/ID   one engine journal a migration
 //! ```

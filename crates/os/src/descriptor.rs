@@ -44,7 +44,7 @@ pub fn send(
     message.msg_iovlen = vectors.len();
     if !descriptors.is_empty() {
         let numbers: Vec<RawFd> = descriptors.iter().map(AsRawFd::as_raw_fd).collect();
-        let bytes = u32::try_from(size_of_val(numbers.as_slice())).expect("at most 8 numbers");
+        let bytes = u32::try_from(size_of_val(numbers.as_slice())).expect("a few numbers");
         message.msg_control = control.0.as_mut_ptr().cast();
         // SAFETY: the control buffer is large enough for one header with `DESCRIPTORS_MAX` numbers
         // (checked below by the kernel's own macro), aligned for it, and lives until the call.

@@ -52,7 +52,7 @@ use limosa_os::bitmap::BitmapError;
 use limosa_os::kvm::{Kvm, KvmError, Vcpu, Vm};
 use limosa_os::userfault::GateError;
 use limosa_os::{MemoryError, SharedBitmap, SharedMemory};
-use limosa_pages::{ByteCount, PAGE_SIZE, PageCount, PageRange, Pfn};
+use limosa_pages::{ByteCount, DISK_BYTES_MAX, PAGE_SIZE, PageCount, PageRange, Pfn};
 use msrs::MsrPlan;
 use seat::{Seats, Shared};
 use snapshot::{MachineSections, MachineState};
@@ -79,9 +79,12 @@ pub enum MachineError {
     /// There is no memory for it.
     #[error(transparent)]
     Memory(#[from] MemoryError),
-    /// It has no disks that could be lent.
-    #[error("the machine has no disks")]
+    /// It has no disks that could be lent, or they are too large.
+    #[error("the machine has no disks, or they are larger than {DISK_BYTES_MAX}")]
     NoDisks,
+    /// Its disks are not complete.
+    #[error("{0} of its disks are still missing")]
+    MissingOnDisks(PageCount),
     /// There is no dirty bitmap for it.
     #[error(transparent)]
     Bitmap(#[from] BitmapError),
@@ -452,6 +455,7 @@ impl Machine {
     /// KVM refuses.
     pub fn start_tracking(&mut self) -> Result<(), MachineError> {
         self.shared.rule.forget_held();
+        self.board.devices().disk_writes().forget_all();
         Ok(self.vm.start_tracking()?)
     }
 

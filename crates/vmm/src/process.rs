@@ -19,6 +19,7 @@ use crate::protocol::{
     self, Boot, Faults, Frame, FrameError, PROTOCOL_VERSION, Refusal, Reply, Request, in_one_line,
 };
 use crate::state;
+use crate::virtio::DeviceError;
 pub use console::console_socket;
 use limosa_engine::Timestamp;
 use limosa_engine::handover::{IllegalTransition, MigrationId, OnDaemonLost, Phase};
@@ -32,6 +33,7 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
+use std::thread;
 use std::time::{Duration, Instant};
 
 /// How long a process without a machine waits for a daemon: one that does not come was killed
@@ -638,7 +640,7 @@ impl Process<'_> {
             return;
         };
         if machine.run_state() == RunState::Paused
-            && let Err(error) = machine.run()
+            && let Err(error) = run_when_free(machine)
         {
             tracing::error!(error = in_one_line(&error), "the guest does not run on");
         }
@@ -667,6 +669,22 @@ impl Process<'_> {
                 }
                 _ => {}
             }
+        }
+    }
+}
+
+/// Runs a guest whose daemon is gone. That may have had locks on its disks, to copy them, which go with its last
+/// descriptors: after the connection, perhaps.
+fn run_when_free(machine: &mut Machine) -> Result<Running, MachineError> {
+    const PATIENCE: Duration = Duration::from_secs(5);
+    const PAUSE: Duration = Duration::from_millis(5);
+    let end = Instant::now() + PATIENCE;
+    loop {
+        match machine.run() {
+            Err(MachineError::Device(DeviceError::DiskBusy { .. })) if Instant::now() < end => {
+                thread::sleep(PAUSE);
+            }
+            other => return other,
         }
     }
 }

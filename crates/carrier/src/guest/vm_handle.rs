@@ -110,6 +110,12 @@ impl Guest for VmHandle {
         Ok(self.load(state, is_rehearsal)?.took)
     }
 
+    fn misses_disk_pages(&self) -> Result<bool, GuestError> {
+        let all = self.status()?.missing;
+        let of_memory = self.installer().map(|memory| memory.missing_count());
+        Ok(all > of_memory)
+    }
+
     fn installer(&self) -> Option<Arc<PageInstaller>> {
         self.installer()
     }

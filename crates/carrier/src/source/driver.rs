@@ -440,6 +440,7 @@ impl Driver {
             })?;
         for (index, stream) in (0u8..).zip(streams) {
             let report = self.reporter();
+            let pages = Arc::clone(&self.pages);
             let orders =
                 sender::start(index, stream.writer, Arc::clone(&self.pages), move |news| {
                     report(News::Event(match news {
@@ -458,9 +459,7 @@ impl Driver {
                                 connection::in_words(&error)
                             ),
                         },
-                        sender::Report::Unreadable { error } => SourceEvent::GuestFailed {
-                            reason: format!("a disk cannot be read: {error}"),
-                        },
+                        sender::Report::Unreadable { error } => unreadable(&error, &pages),
                     }));
                 })?;
             links.orders.push(orders);
@@ -701,7 +700,8 @@ impl Driver {
         let state = self.state.clone();
         let report = self.reporter();
         self.spawn("hash", move || {
-            let digest = digest::of_guest(&pages.memory, &pages.disks, &state);
+            let goes_on = || report(News::Event(SourceEvent::Moved));
+            let digest = digest::of_guest(&pages.memory, &pages.disks, &state, goes_on);
             report(News::Event(match digest {
                 Ok(digest) => SourceEvent::Hashed(digest),
                 Err(error) => SourceEvent::ConnectionLost {
@@ -739,6 +739,16 @@ impl Driver {
             let reason = format!("no thread to {name}: {error}");
             self.reporter()(News::Event(SourceEvent::ConnectionLost { reason }));
         }
+    }
+}
+
+/// What it means that a disk cannot be read. Of a guest that is the target's already nobody else has the pages.
+fn unreadable(error: &io::Error, pages: &sender::Shared) -> SourceEvent {
+    let reason = format!("a disk cannot be read: {error}");
+    if pages.is_serving.load(Ordering::SeqCst) {
+        SourceEvent::ConnectionLost { reason }
+    } else {
+        SourceEvent::GuestFailed { reason }
     }
 }
 

@@ -318,6 +318,10 @@ impl Driver {
     /// Closes the streams of the present connections; what they brought stays.
     fn detach_streams(&self) {
         let mut inside = self.session.inside();
+        // First: whoever writes to one at the moment has it while it writes.
+        inside.receiving.iter().for_each(Handle::close);
+        inside.receiving.clear();
+        inside.pull = None;
         if let Some(faults) = inside
             .pages
             .as_ref()
@@ -325,9 +329,6 @@ impl Driver {
         {
             faults.detach();
         }
-        inside.pull = None;
-        inside.receiving.iter().for_each(Handle::close);
-        inside.receiving.clear();
     }
 
     fn pages(&self) -> Option<Arc<receiver::Shared>> {

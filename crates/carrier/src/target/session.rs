@@ -99,13 +99,19 @@ impl Session {
 
     /// The session of a guest that a restarted daemon found, running and without all its pages.
     /// `None` if its page faults cannot be served any more, which means that it has them.
+    ///
+    /// # Errors
+    /// Disks that come along cannot be opened: nothing is served then, so that nobody believes that all is here.
     pub(super) fn recover(
         id: MigrationId,
         guest: Arc<dyn Guest>,
         host: Arc<dyn TargetHost>,
-    ) -> Option<(Arc<Self>, Driver)> {
-        let disks = Arc::new(disks_that_came(&*guest));
-        let installer = Installer::new(guest.installer()?, Arc::clone(&disks));
+    ) -> Result<Option<(Arc<Self>, Driver)>, String> {
+        let Some(installer) = guest.installer() else {
+            return Ok(None);
+        };
+        let disks = Arc::new(disks_that_come(&*guest)?);
+        let installer = Installer::new(installer, Arc::clone(&disks));
         let memory = guest.memory();
         let faults = Arc::new(Faults::new(installer));
         let pages = Arc::new(receiver::Shared::new(memory, disks, false, Some(faults)));
@@ -117,7 +123,7 @@ impl Session {
         let (session, mut driver) = Self::with(id, engine, inside, host);
         session.committed.store(true, Ordering::SeqCst);
         driver.guest = Some(guest);
-        Some((session, driver))
+        Ok(Some((session, driver)))
     }
 
     fn with(
@@ -434,13 +440,15 @@ fn disks_of(guest: &dyn Guest, start: &Start) -> Result<Disks, String> {
     disks.ok_or_else(|| "the machine's description and the announced disks differ".to_owned())
 }
 
-/// The disks of a guest that runs here without all its pages, some of which may be theirs.
-fn disks_that_came(guest: &dyn Guest) -> Disks {
+/// The disks of a guest that runs here without all its pages, if some of these are theirs.
+fn disks_that_come(guest: &dyn Guest) -> Result<Disks, String> {
     let memory = guest.memory().page_count();
-    let disks = guest.disks(false);
-    let disks = disks.inspect_err(|error| tracing::debug!(%error, "no disks came along"));
-    let disks = disks.ok().and_then(|disks| Disks::new(memory, disks));
-    disks.unwrap_or_else(|| Disks::none(memory))
+    let in_words = |error: crate::GuestError| error.to_string();
+    if !guest.misses_disk_pages().map_err(in_words)? {
+        return Ok(Disks::none(memory));
+    }
+    let disks = guest.disks(false).map_err(in_words)?;
+    Disks::new(memory, disks).ok_or_else(|| "disks that come along are too large".to_owned())
 }
 
 /// Nothing is shaped on the way to the source.

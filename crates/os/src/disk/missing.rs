@@ -200,10 +200,11 @@ impl MissingThere {
     /// left out.
     ///
     /// # Errors
-    /// The pipe cannot be read.
+    /// The pipe cannot be read, or the VM process is gone.
     pub fn read_asked(&self, into: &mut Vec<PageRange>) -> io::Result<()> {
         let mut bytes = [0; 64 * WANT_BYTES];
         let read = match (&self.asked).read(&mut bytes) {
+            Ok(0) => return Err(io::ErrorKind::BrokenPipe.into()),
             Ok(read) => read,
             Err(error) if is_empty(&error) => return Ok(()),
             Err(error) => return Err(error),

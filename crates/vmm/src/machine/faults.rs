@@ -81,8 +81,12 @@ impl Machine {
     /// Holds nobody back any more; a page that has not arrived would read as zeros. May be repeated.
     ///
     /// # Errors
-    /// The kernel refuses.
+    /// Pages of disks are missing, or the kernel refuses.
     pub fn disarm(&mut self) -> Result<(), MachineError> {
+        let on_disks = self.board.devices().missing_on_disks().count();
+        if on_disks > PageCount::ZERO {
+            return Err(MachineError::MissingOnDisks(on_disks));
+        }
         let complete = Err("its memory is complete".to_owned());
         match std::mem::replace(&mut self.faults, complete) {
             Ok(held) => held.gate.close()?,
