@@ -11,13 +11,13 @@
 //! a source until its operator decides.
 
 use crate::machine::Shape;
+use crate::notes::Notes;
 use crate::state_dir::VmName;
 use limosa_carrier::{Compression, Credentials, Demanded, MigrateRequest, PushOrder, RATE_MIN};
 use limosa_engine::handover::MigrationId;
 use limosa_engine::policy::{Limits, Mode};
 use limosa_pages::BytesPerSecond;
 use serde::{Deserialize, Serialize};
-use std::fs;
 use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -87,14 +87,12 @@ impl Departure {
 
 /// The notes of one host.
 #[derive(Debug)]
-pub struct Departures {
-    dir: PathBuf,
-}
+pub struct Departures(Notes<Departure>);
 
 impl Departures {
     /// In the directory `dir`, which is there.
     pub fn new(dir: PathBuf) -> Self {
-        Self { dir }
+        Self(Notes::new(dir, "a departure"))
     }
 
     /// Notes a departure, or what has changed about it.
@@ -102,34 +100,17 @@ impl Departures {
     /// # Errors
     /// The file cannot be written; what was noted before stays.
     pub fn note(&self, id: MigrationId, departure: &Departure) -> io::Result<()> {
-        let text = serde_json::to_vec_pretty(departure)?;
-        let next = self.dir.join(format!("{id}.next"));
-        fs::write(&next, text)?;
-        fs::rename(&next, self.file(id))
+        self.0.write(id, departure)
     }
 
     /// What is noted of an attempt.
     pub fn look_up(&self, id: MigrationId) -> Option<Departure> {
-        let file = self.file(id);
-        let read = fs::read(&file).and_then(|text| Ok(serde_json::from_slice(&text)?));
-        match read {
-            Ok(departure) => Some(departure),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => None,
-            Err(error) => {
-                tracing::warn!(migration_id = %id, %error, "the note of a departure is not understood");
-                None
-            }
-        }
+        self.0.look_up(id)
     }
 
     /// The attempt is over.
     pub fn forget(&self, id: MigrationId) {
-        match fs::remove_file(self.file(id)) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                tracing::warn!(migration_id = %id, %error, "the note of a departure stays behind");
-            }
-            Ok(()) | Err(_) => {}
-        }
+        self.0.forget(id);
     }
 
     /// All that are noted.
@@ -137,28 +118,15 @@ impl Departures {
     /// # Errors
     /// The directory cannot be read.
     pub fn all(&self) -> io::Result<Vec<(MigrationId, Departure)>> {
-        let mut all = Vec::new();
-        for entry in fs::read_dir(&self.dir)? {
-            let name = entry?.file_name();
-            let id = name.to_str().and_then(|name| name.strip_suffix(".json"));
-            if let Some(id) = id.and_then(crate::api::parse_id)
-                && let Some(departure) = self.look_up(id)
-            {
-                all.push((id, departure));
-            }
-        }
-        all.sort_by_key(|(id, _)| *id);
-        Ok(all)
-    }
-
-    fn file(&self, id: MigrationId) -> PathBuf {
-        self.dir.join(format!("{id}.json"))
+        let ids = self.0.ids()?.into_iter();
+        Ok(ids.filter_map(|id| Some((id, self.look_up(id)?))).collect())
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::fs;
 
     fn departure() -> Departure {
         Departure {

@@ -25,6 +25,7 @@ mod ledger;
 mod machine;
 mod migrations;
 mod new_disks;
+mod notes;
 mod records;
 mod refusal;
 mod registry;

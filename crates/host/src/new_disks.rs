@@ -6,6 +6,7 @@
 //! then. No `fsync`: after a crash of the whole host nobody knows who ran, so what a note of an earlier boot names
 //! is kept. A daemon that is killed between making a file and noting it leaves that behind, too, empty.
 
+use crate::notes::Notes;
 use limosa_engine::handover::MigrationId;
 use limosa_engine::wire::CopiedDisk;
 use limosa_vmm::config::devices::DiskConfig;
@@ -105,14 +106,12 @@ fn free_bytes(directory: &Path) -> io::Result<u64> {
 
 /// The disks that were made for guests that do not run here yet.
 #[derive(Debug)]
-pub struct NewDisks {
-    dir: PathBuf,
-}
+pub struct NewDisks(Notes<Note>);
 
 impl NewDisks {
     /// With notes in the directory `dir`, which is there.
     pub fn new(dir: PathBuf) -> Self {
-        Self { dir }
+        Self(Notes::new(dir, "new disks"))
     }
 
     /// Makes the disks of an attempt, all zero; none if one cannot be made.
@@ -125,7 +124,7 @@ impl NewDisks {
             let result = make(disk, &mut made).and_then(|()| self.note(id, &made));
             if let Err(error) = result {
                 remove_all(&made);
-                self.forget(id);
+                self.0.forget(id);
                 return Err(format!(
                     "disk {} cannot be made: {error}",
                     disk.path.display()
@@ -137,27 +136,19 @@ impl NewDisks {
 
     /// The guest of the attempt runs here, or did: its disks are its own.
     pub fn keep(&self, id: MigrationId) {
-        self.forget(id);
+        self.0.forget(id);
     }
 
     /// The guest of the attempt will not run here: its disks go.
     pub fn remove(&self, id: MigrationId) {
-        match fs::read(self.file(id)) {
-            Ok(text) => match serde_json::from_slice::<Note>(&text) {
-                Ok(note) if note.boot_id == limosa_os::boot_id() => remove_all(&note.made),
-                Ok(note) => {
-                    tracing::warn!(migration_id = %id, made = ?note.made, "disks of an earlier boot stay");
-                }
-                Err(error) => {
-                    tracing::warn!(migration_id = %id, %error, "the note of new disks is not understood");
-                }
-            },
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return,
-            Err(error) => {
-                tracing::warn!(migration_id = %id, %error, "the note of new disks cannot be read");
+        match self.0.look_up(id) {
+            Some(note) if note.boot_id == limosa_os::boot_id() => remove_all(&note.made),
+            Some(note) => {
+                tracing::warn!(migration_id = %id, made = ?note.made, "disks of an earlier boot stay");
             }
+            None => {}
         }
-        self.forget(id);
+        self.0.forget(id);
     }
 
     /// Attempts for which there are such disks.
@@ -165,36 +156,15 @@ impl NewDisks {
     /// # Errors
     /// The directory cannot be read.
     pub fn all(&self) -> io::Result<Vec<MigrationId>> {
-        let mut all = Vec::new();
-        for entry in fs::read_dir(&self.dir)? {
-            let name = entry?.file_name();
-            let id = name.to_str().and_then(|name| name.strip_suffix(".json"));
-            all.extend(id.and_then(crate::api::parse_id));
-        }
-        Ok(all)
+        self.0.ids()
     }
 
     fn note(&self, id: MigrationId, made: &[Made]) -> io::Result<()> {
-        let next = self.dir.join(format!("{id}.next"));
         let note = Note {
             boot_id: limosa_os::boot_id(),
             made: made.to_vec(),
         };
-        fs::write(&next, serde_json::to_vec(&note)?)?;
-        fs::rename(&next, self.file(id))
-    }
-
-    fn forget(&self, id: MigrationId) {
-        match fs::remove_file(self.file(id)) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                tracing::warn!(migration_id = %id, %error, "the note of new disks stays behind");
-            }
-            Ok(()) | Err(_) => {}
-        }
-    }
-
-    fn file(&self, id: MigrationId) -> PathBuf {
-        self.dir.join(format!("{id}.json"))
+        self.0.write(id, &note)
     }
 }
 
@@ -293,7 +263,7 @@ mod tests {
         fs::remove_file(bed.path("b")).unwrap();
         bed.disks.make(ID, &both[1..]).unwrap();
         // The host was started anew: the guest may have run.
-        let file = bed.disks.file(ID);
+        let file = bed.disks.0.file(ID);
         let mut note: Note = serde_json::from_slice(&fs::read(&file).unwrap()).unwrap();
         note.boot_id ^= 1;
         fs::write(&file, serde_json::to_vec(&note).unwrap()).unwrap();
