@@ -7,7 +7,7 @@
 use crate::disks::{self, Disks};
 use limosa_engine::wire::Digest;
 use limosa_os::SharedMemory;
-use limosa_pages::{PAGE_SIZE_USIZE, PageCount, PageRange, Pfn};
+use limosa_pages::{PageCount, PageRange, Pfn};
 use std::io;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -95,7 +95,7 @@ pub(crate) fn of_guest(
         if read.is_multiple_of(PROGRESS_PARTS) {
             progress();
         }
-        for (page, content) in part.iter().zip(content.chunks(PAGE_SIZE_USIZE)) {
+        for (page, content) in content.pages() {
             sum.add(page, hash_content(content));
         }
     }

@@ -10,7 +10,8 @@
 //! mapping would turn them into the end of the daemon.
 
 use crate::guest::LentDisks;
-use limosa_engine::wire::{CopiedDisk, WireError};
+use crate::sender::split_by_content;
+use limosa_engine::wire::{CopiedDisk, PushHeader, WireError};
 use limosa_os::disk::missing::MissingThere;
 use limosa_os::disk::{Disk, DiskBuffer};
 use limosa_pages::{
@@ -52,6 +53,34 @@ pub(crate) fn parts(run: PageRange) -> impl Iterator<Item = PageRange> {
     })
 }
 
+/// Pages in a row, and what is in them.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Content<'a> {
+    range: PageRange,
+    bytes: &'a [u8],
+}
+
+impl<'a> Content<'a> {
+    /// What is in some of them.
+    pub(crate) fn of(&self, range: PageRange) -> &'a [u8] {
+        let index = |page: Pfn| (page.get() - self.range.first.get()) as usize * PAGE_SIZE_USIZE;
+        &self.bytes[index(range.first)..index(range.end())]
+    }
+
+    /// Each of them.
+    pub(crate) fn pages(&self) -> impl Iterator<Item = (Pfn, &'a [u8])> {
+        self.range.iter().zip(self.bytes.chunks(PAGE_SIZE_USIZE))
+    }
+
+    /// What a push or an answer says of them: pages with content, and ranges of zeros.
+    pub(crate) fn headers(self) -> impl Iterator<Item = PushHeader> + use<'a> {
+        split_by_content(self.range, move |page| {
+            let page = self.of(PageRange::new(page, PageCount::new(1)));
+            page.iter().all(|&byte| byte == 0)
+        })
+    }
+}
+
 impl Disks {
     /// Of a guest whose disks are not copied.
     pub(crate) fn none(memory: PageCount) -> Self {
@@ -82,9 +111,15 @@ impl Disks {
     /// All pages, those of memory and of disks, without what lies between.
     pub(crate) fn everything(&self) -> PageSet {
         let mut all = PageSet::empty(self.pages());
-        let whole = PageRange::new(Pfn::new(0), self.pages());
-        self.split(whole).for_each(|part| all.insert_range(part));
+        self.numbering
+            .parts()
+            .for_each(|part| all.insert_range(part));
         all
+    }
+
+    /// The pages of the memory, and of each disk.
+    pub(crate) fn ranges(&self) -> impl Iterator<Item = PageRange> {
+        self.numbering.parts()
     }
 
     /// The parts of a range that are of memory or of one disk each.
@@ -104,11 +139,6 @@ impl Disks {
     /// All pages, those of the memory among them.
     pub(crate) fn pages(&self) -> PageCount {
         self.numbering.end()
-    }
-
-    /// True if no disk is copied.
-    pub(crate) const fn is_empty(&self) -> bool {
-        self.disks.is_empty()
     }
 
     /// True if some of these pages are none of the memory.
@@ -170,13 +200,13 @@ impl Disks {
         &self,
         range: PageRange,
         into: &'a mut DiskBuffer,
-    ) -> io::Result<&'a [u8]> {
+    ) -> io::Result<Content<'a>> {
         let (disk, _, offset, len) = self.place(range)?;
         let bytes = part(range, into)?;
         let (content, beyond) = bytes.split_at_mut(usize::try_from(len).unwrap_or(usize::MAX));
         disk.read_at(content, offset)?;
         beyond.fill(0);
-        Ok(bytes)
+        Ok(Content { range, bytes })
     }
 
     /// Writes pages of one disk from the beginning of the buffer; what lies behind its end is left out.
@@ -190,15 +220,11 @@ impl Disks {
     pub(crate) fn zero(&self, range: PageRange) -> io::Result<()> {
         let (disk, _, offset, len) = self.place(range)?;
         match disk.punch(offset, len) {
-            Err(error) if error.kind() == io::ErrorKind::Unsupported => {}
-            other => return other,
+            Err(error) if error.kind() == io::ErrorKind::Unsupported => {
+                disk.write_zeroes(offset, len)
+            }
+            other => other,
         }
-        let mut zeroes = buffer();
-        for done in (0..len).step_by(PART_BYTES) {
-            let len = usize::try_from(len - done).unwrap_or(PART_BYTES);
-            disk.write_at(&zeroes.bytes_mut()[..len.min(PART_BYTES)], offset + done)?;
-        }
-        Ok(())
     }
 
     /// How many pages have not come.
@@ -257,9 +283,11 @@ impl Disks {
                 None => self.zero(run)?,
                 Some(content) => {
                     let buffer = buffer.get_or_insert_with(self::buffer);
-                    let at = (run.first.get() - range.first.get()) as usize * PAGE_SIZE_USIZE;
-                    let bytes = part(run, buffer)?;
-                    bytes.copy_from_slice(&content[at..at + bytes.len()]);
+                    let content = Content {
+                        range,
+                        bytes: content,
+                    };
+                    part(run, buffer)?.copy_from_slice(content.of(run));
                     self.write(run, buffer)?;
                 }
             }
@@ -420,7 +448,7 @@ mod tests {
         assert_eq!(file.len(), 2 * 4096 + 512, "it does not grow");
         assert!(file[..4096].iter().all(|&byte| byte == 0));
         assert!(file[4096..].iter().all(|&byte| byte == 7));
-        let read = disks.read(range(1026, 1), &mut buffer).unwrap();
+        let read = disks.read(range(1026, 1), &mut buffer).unwrap().bytes;
         assert_eq!((read[511], read[512], read.len()), (7, 0, 4096));
         assert_eq!(disks.runs_in(range(1536, 1024)).unwrap(), [range(1540, 3)]);
         assert_eq!(disks.runs().unwrap(), [range(1025, 2), range(1540, 3)]);
@@ -434,7 +462,7 @@ mod tests {
             .map(|disk| disk.data.get());
         assert_eq!(data.collect::<Vec<_>>(), [4096 + 512, 3 * 4096]);
         disks.zero(range(1541, 1)).unwrap();
-        let read = disks.read(range(1540, 3), &mut buffer).unwrap();
+        let read = disks.read(range(1540, 3), &mut buffer).unwrap().bytes;
         assert_eq!(
             (read[4095], read[4096], read[8191], read[8192]),
             (7, 0, 0, 7)

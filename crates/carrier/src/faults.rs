@@ -283,9 +283,7 @@ impl Faults {
         }
         Ok(())
     }
-}
 
-impl Faults {
     /// A device waits for these pages of a disk.
     fn fault_on_disk(&self, range: PageRange, wants: &mut Vec<u8>) {
         for run in self.installer.missing_on_disk(range) {

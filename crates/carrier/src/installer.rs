@@ -27,8 +27,7 @@ impl Installer {
 
     /// The pages of the memory, and of each disk.
     pub(crate) fn ranges(&self) -> impl Iterator<Item = PageRange> {
-        let whole = PageRange::new(Pfn::new(0), self.disks.pages());
-        self.disks.split(whole)
+        self.disks.ranges()
     }
 
     /// Before the guest runs: the content of these pages is not here.
@@ -57,11 +56,7 @@ impl Installer {
     pub(crate) fn missing(&self) -> PageSet {
         let mut of_memory = PageSet::empty(self.memory.page_count());
         self.memory.missing_set(&mut of_memory);
-        if self.disks.is_empty() {
-            return of_memory;
-        }
-        let mut all = PageSet::empty(self.disks.pages());
-        of_memory.runs().for_each(|run| all.insert_range(run));
+        let mut all = of_memory.widened(self.disks.pages());
         self.disks.add_missing(&mut all);
         all
     }

@@ -8,11 +8,11 @@
 use crate::channel::Channel;
 use crate::disks;
 use crate::missing;
-use crate::sender::{Shared, Unsent, split_by_content};
+use crate::sender::{Shared, Unsent};
 use limosa_engine::wire::{PUSH_HEADER_BYTES, PullHeader, PushHeader, WireError, bits_bytes};
 use limosa_os::disk::DiskBuffer;
 use limosa_os::thread::ThreadId;
-use limosa_pages::{PAGE_SIZE_USIZE, PageCount, PageRange, PageSet};
+use limosa_pages::{PageRange, PageSet};
 use std::io::{self, Read, Write};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -132,19 +132,11 @@ impl PullServer {
     fn answer_from_disk(&mut self, range: PageRange) -> io::Result<()> {
         let mut buffer = self.disk_buffer.take().unwrap_or_else(disks::buffer);
         let content = self.shared.disks.read(range, &mut buffer)?;
-        let of = |part: PageRange| {
-            let at = (part.first.get() - range.first.get()) as usize * PAGE_SIZE_USIZE;
-            &content[at..at + part.count.get() as usize * PAGE_SIZE_USIZE]
-        };
-        let is_zero = |page| {
-            let page = of(PageRange::new(page, PageCount::new(1)));
-            page.iter().all(|&byte| byte == 0)
-        };
         let mut bytes = Vec::new();
-        for header in split_by_content(range, is_zero) {
+        for header in content.headers() {
             bytes.extend_from_slice(&header.encode());
             if let PushHeader::Pages(part) = header {
-                bytes.extend_from_slice(of(part));
+                bytes.extend_from_slice(content.of(part));
             }
         }
         self.disk_buffer = Some(buffer);

@@ -413,27 +413,18 @@ impl PushStream {
         range: PageRange,
         coding: Coding,
     ) -> Result<(), ReceiveError> {
-        let mut length = [0; CODED_LENGTH_BYTES];
-        self.read(&mut length)?;
-        let length = check_coded_length(length, range)?;
-        let mut coded = std::mem::take(&mut self.coded);
-        coded.resize(length, 0);
-        self.read(&mut coded)?;
         let mut content = std::mem::take(&mut self.content);
         content.resize(content_length(range), 0);
-        match coding {
-            Coding::Lz4 => lz4::decode(&coded, &mut content)?,
-            Coding::Zstd => {
-                let decoder = self.zstd.get_or_insert_default();
-                decoder.decode(&coded, &mut content)?;
-            }
+        let length = match coding {
             Coding::Delta if owner == Owner::Streams => {
+                let coded = self.read_coded(range)?;
                 let offset = range.first.file_offset();
                 self.shared.memory.read_at(offset, &mut content)?;
-                decode_deltas(&coded, &mut content)?;
+                decode_deltas(&self.coded, &mut content)?;
+                coded
             }
-            Coding::Delta => return Err(ReceiveError::DeltaOfNothing),
-        }
+            coding => self.decode(range, coding, &mut content)?,
+        };
         if owner == Owner::Streams {
             self.install_content(range, &content)?;
             self.shared.count(range.count, length as u64);
@@ -441,8 +432,39 @@ impl PushStream {
             self.shared
                 .put_in(self.faults()?, range, &content, Way::Pushed)?;
         }
-        (self.coded, self.content) = (coded, content);
+        self.content = content;
         Ok(())
+    }
+
+    /// Reads coded pages as they are; how many bytes they are.
+    fn read_coded(&mut self, range: PageRange) -> Result<usize, ReceiveError> {
+        let mut length = [0; CODED_LENGTH_BYTES];
+        self.read(&mut length)?;
+        let length = check_coded_length(length, range)?;
+        let mut coded = std::mem::take(&mut self.coded);
+        coded.resize(length, 0);
+        self.read(&mut coded)?;
+        self.coded = coded;
+        Ok(length)
+    }
+
+    /// Reads and decodes pages that are no differences to others; how many bytes they were.
+    fn decode(
+        &mut self,
+        range: PageRange,
+        coding: Coding,
+        content: &mut [u8],
+    ) -> Result<usize, ReceiveError> {
+        let length = self.read_coded(range)?;
+        match coding {
+            Coding::Lz4 => lz4::decode(&self.coded, content)?,
+            Coding::Zstd => {
+                let decoder = self.zstd.get_or_insert_default();
+                decoder.decode(&self.coded, content)?;
+            }
+            Coding::Delta => return Err(ReceiveError::DeltaOfNothing),
+        }
+        Ok(length)
     }
 
     fn install_content(&mut self, range: PageRange, content: &[u8]) -> Result<(), ReceiveError> {

@@ -472,14 +472,7 @@ impl Shared {
 
     /// All pages that exist now, of memory and disks.
     pub(crate) fn all_existing(&self) -> io::Result<PageSet> {
-        let of_memory = self.existing.all()?;
-        if self.disks.is_empty() {
-            return Ok(of_memory);
-        }
-        let mut all = PageSet::empty(self.disks.pages());
-        for run in of_memory.runs() {
-            all.insert_range(run);
-        }
+        let mut all = self.existing.all()?.widened(self.disks.pages());
         for run in self.disks.runs()? {
             all.insert_range(run);
         }

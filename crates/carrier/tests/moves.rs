@@ -72,6 +72,15 @@ fn wait_until(what: &str, condition: impl Fn() -> bool) {
     }
 }
 
+/// Has the guest run at the target without what it does not ask for, for so long, and then sends the rest.
+fn let_run_on_demand(migration: &Migration, time: Duration) {
+    wait_until("the guest runs at the target", || {
+        migration.status().stage == Stage::Serving
+    });
+    std::thread::sleep(time);
+    migration.set_mode(Mode::PostCopy).unwrap();
+}
+
 /// The guest works at the source and every page of it is right.
 fn assert_runs_on(guest: &ThreadGuest) {
     assert!(guest.runs());
@@ -104,11 +113,7 @@ fn every_mode_moves_a_busy_guest_whole() {
         };
         let migration = start(&guest, request);
         if mode == Mode::Demand {
-            wait_until("the guest runs at the target", || {
-                migration.status().stage == Stage::Serving
-            });
-            std::thread::sleep(Duration::from_millis(50));
-            migration.set_mode(Mode::PostCopy).unwrap();
+            let_run_on_demand(&migration, Duration::from_millis(50));
         }
         let report = migration.wait(PATIENCE).expect("a migration ends");
         assert_eq!(report.outcome, Some(Outcome::Completed), "{mode}");
@@ -159,11 +164,7 @@ fn disks_are_copied_with_their_guest() {
         };
         let migration = start(&guest, request);
         if mode == Mode::Demand {
-            wait_until("the guest runs at the target", || {
-                migration.status().stage == Stage::Serving
-            });
-            std::thread::sleep(Duration::from_millis(100));
-            migration.set_mode(Mode::PostCopy).unwrap();
+            let_run_on_demand(&migration, Duration::from_millis(100));
         }
         let report = migration.wait(PATIENCE).expect("a migration ends");
         assert_eq!(report.outcome, Some(Outcome::Completed), "{mode}");
@@ -204,11 +205,7 @@ fn what_was_asked_for_goes_first_the_next_time() {
     let first = request(listener.local_addr(), Mode::Demand);
     let id = first.id;
     let migration = start(&guest, first);
-    wait_until("the guest runs at the target", || {
-        migration.status().stage == Stage::Serving
-    });
-    std::thread::sleep(Duration::from_millis(50));
-    migration.set_mode(Mode::PostCopy).unwrap();
+    let_run_on_demand(&migration, Duration::from_millis(50));
     let report = migration.wait(PATIENCE).unwrap();
     assert_eq!(report.outcome, Some(Outcome::Completed));
     assert_eq!(report.recorded, PageCount::ZERO, "nothing was known");

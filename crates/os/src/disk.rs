@@ -10,6 +10,7 @@ pub(crate) mod bits;
 pub mod missing;
 mod queue;
 
+use crate::holes;
 use std::fs::{File, OpenOptions};
 use std::io::{self, Seek, SeekFrom};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
@@ -163,21 +164,13 @@ impl Disk {
         Ok(extents)
     }
 
-    /// Asks the file system; `None` if there is no more of it. A device knows no holes: all of it is data.
-    /// The file's position, which this moves, is used by nobody.
+    /// [`holes::seek`] of its file. A device knows no holes: all of it is data.
     fn seek(&self, offset: u64, whence: libc::c_int) -> io::Result<Option<u64>> {
-        let number = libc::off_t::try_from(offset).map_err(|_| io::ErrorKind::InvalidInput)?;
-        // SAFETY: the descriptor is open; the call touches no memory of this process.
-        let found = unsafe { libc::lseek(self.file.as_raw_fd(), number, whence) };
-        match u64::try_from(found) {
-            Ok(found) => Ok(Some(found)),
-            Err(_) => match io::Error::last_os_error() {
-                error if error.raw_os_error() == Some(libc::ENXIO) => Ok(None),
-                error if error.raw_os_error() == Some(libc::EINVAL) => {
-                    Ok((whence == libc::SEEK_DATA).then_some(offset))
-                }
-                error => Err(error),
-            },
+        match holes::seek(self.file.as_fd(), offset, whence) {
+            Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {
+                Ok((whence == libc::SEEK_DATA).then_some(offset))
+            }
+            other => other,
         }
     }
 
@@ -203,6 +196,21 @@ impl Disk {
             offset,
             bytes,
         )
+    }
+
+    /// Writes zeroes, where neither of these is possible.
+    ///
+    /// # Errors
+    /// The disk is full or at fault.
+    pub fn write_zeroes(&self, offset: u64, bytes: u64) -> io::Result<()> {
+        const PART_BYTES: usize = 256 << 10;
+        let mut zeroes = DiskBuffer::new(PART_BYTES);
+        for done in (0..bytes).step_by(PART_BYTES) {
+            let len = usize::try_from(bytes - done).unwrap_or(PART_BYTES);
+            let part = &zeroes.bytes_mut()[..len.min(PART_BYTES)];
+            self.write_at(part, offset + done)?;
+        }
+        Ok(())
     }
 
     fn allocate(&self, mode: libc::c_int, offset: u64, bytes: u64) -> io::Result<()> {
@@ -305,6 +313,14 @@ mod tests {
         assert!(bytes[3584..7680].iter().all(|&byte| byte == 0));
         assert!(bytes[7680..].iter().all(|&byte| byte == 7));
         assert!(disk.read_at(buffer.bytes_mut(), 1 << 20).is_err());
+        buffer.bytes_mut().fill(7);
+        disk.write_at(buffer.bytes_mut(), 600 << 10).unwrap();
+        // More than it writes at once, and no whole number of that.
+        disk.write_zeroes(64 << 10, (536 << 10) + 512).unwrap();
+        disk.read_at(buffer.bytes_mut(), 600 << 10).unwrap();
+        let bytes = buffer.bytes_mut();
+        assert!(bytes[..512].iter().all(|&byte| byte == 0));
+        assert!(bytes[512..].iter().all(|&byte| byte == 7));
     }
 
     #[test]

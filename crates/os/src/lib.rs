@@ -15,6 +15,7 @@ mod clock;
 pub mod descriptor;
 pub mod dirty;
 pub mod disk;
+mod holes;
 pub mod kvm;
 mod mapping;
 pub mod memory;

@@ -53,19 +53,22 @@ impl Numbering {
         &self.disks
     }
 
+    /// The memory, and each disk, ascending.
+    pub fn parts(&self) -> impl Iterator<Item = PageRange> {
+        let memory = PageRange::new(Pfn::new(0), self.memory);
+        [memory].into_iter().chain(self.disks.iter().copied())
+    }
+
     /// The memory, or the disk, that begins at this page or has it; `None` if it is no page of anything.
     pub fn part_of(&self, page: Pfn) -> Option<PageRange> {
-        let memory = PageRange::new(Pfn::new(0), self.memory);
-        let mut parts = self.disks.iter().copied().chain([memory]);
-        parts.find(|part| (part.first..part.end()).contains(&page))
+        self.parts()
+            .find(|part| (part.first..part.end()).contains(&page))
     }
 
     /// The parts of a range that are of memory or of one disk each, ascending; what is no page of anything is
     /// left out.
     pub fn split(&self, range: PageRange) -> impl Iterator<Item = PageRange> {
-        let memory = PageRange::new(Pfn::new(0), self.memory);
-        let parts = [memory].into_iter().chain(self.disks.iter().copied());
-        parts.filter_map(move |part| {
+        self.parts().filter_map(move |part| {
             let (first, end) = (part.first.max(range.first), part.end().min(range.end()));
             let count = end
                 .get()

@@ -38,6 +38,17 @@ impl PageSet {
         set
     }
 
+    /// The same pages in a set over more.
+    ///
+    /// # Panics
+    /// If it is over fewer.
+    pub fn widened(&self, capacity: PageCount) -> Self {
+        assert!(capacity >= self.capacity, "a set over more pages");
+        let mut set = Self::empty(capacity);
+        set.words[..self.words.len()].copy_from_slice(&self.words);
+        set
+    }
+
     /// How many pages the guest has.
     pub fn capacity(&self) -> PageCount {
         self.capacity
@@ -370,6 +381,14 @@ mod tests {
             prop_assert_eq!(set.count_range(range(from, to)).get(), inside.len() as u64);
             let runs: BTreeSet<_> = set.runs_in(range(from, to)).flat_map(PageRange::iter).map(Pfn::get).collect();
             prop_assert_eq!(runs, inside);
+        }
+
+        #[test]
+        fn wider_has_the_same_pages(steps in prop::collection::vec(step(), 0..60), more in 0u64..200) {
+            let (set, model) = build(&steps);
+            let wider = set.widened(PageCount::new(CAPACITY + more));
+            prop_assert_eq!(wider.capacity(), PageCount::new(CAPACITY + more));
+            prop_assert_eq!(pages(&wider), model);
         }
 
         #[test]

@@ -465,7 +465,6 @@ impl Machine {
     /// KVM refuses.
     pub fn stop_tracking(&mut self) -> Result<(), MachineError> {
         self.let_go();
-        self.board.devices().disk_writes().forget_all();
         Ok(self.vm.stop_tracking()?)
     }
 

@@ -7,8 +7,7 @@
 use super::{Owner, PushStream, ReceiveError, content_length};
 use crate::disks;
 use crate::faults::Way;
-use limosa_engine::wire::{CODED_LENGTH_BYTES, Coding, PushHeader, check_coded_length};
-use limosa_pages::codec::lz4;
+use limosa_engine::wire::{Coding, PushHeader};
 use limosa_pages::{PAGE_SIZE_USIZE, PageRange};
 
 /// After so many bytes a stream waits until they are safe, so that it is not long before a barrier that the last
@@ -53,23 +52,7 @@ impl PushStream {
         let mut bytes = content.len();
         match coding {
             None => self.read(content)?,
-            Some(coding) => {
-                let mut length = [0; CODED_LENGTH_BYTES];
-                self.read(&mut length)?;
-                bytes = check_coded_length(length, range)?;
-                let mut coded = std::mem::take(&mut self.coded);
-                coded.resize(bytes, 0);
-                self.read(&mut coded)?;
-                match coding {
-                    Coding::Lz4 => lz4::decode(&coded, content)?,
-                    Coding::Zstd => {
-                        let decoder = self.zstd.get_or_insert_default();
-                        decoder.decode(&coded, content)?;
-                    }
-                    Coding::Delta => return Err(ReceiveError::DeltaOfNothing),
-                }
-                self.coded = coded;
-            }
+            Some(coding) => bytes = self.decode(range, coding, content)?,
         }
         let shared = &self.shared;
         if shared.owner() != owner {

@@ -1,11 +1,11 @@
 //! Pages of disks onto a push stream: read into a buffer, which tells what they are and is sent.
 
-use super::{Batch, CODED_BYTES_MAX, Count, PushStream, SendError, split_by_content};
+use super::{Batch, CODED_BYTES_MAX, Count, PushStream, SendError};
 use crate::coding;
-use crate::disks;
+use crate::disks::{self, Content};
 use limosa_engine::source::{Piece, SentPiece};
 use limosa_engine::wire::PushHeader;
-use limosa_pages::{PAGE_SIZE_USIZE, PageCount, PageRange, PageSet, Pfn};
+use limosa_pages::{PageCount, PageRange, PageSet};
 use std::time::Instant;
 
 impl PushStream {
@@ -64,18 +64,9 @@ impl PushStream {
         for part in disks::parts(run) {
             let content = self.shared.disks.read(part, &mut buffer);
             let content = content.map_err(SendError::Disk)?;
-            let of = |range: PageRange| {
-                let at = index(range.first, part.first);
-                &content[at * PAGE_SIZE_USIZE..]
-                    [..index(range.end(), range.first) * PAGE_SIZE_USIZE]
-            };
-            let is_zero = |page: Pfn| {
-                let page = of(PageRange::new(page, PageCount::new(1)));
-                page.iter().all(|&byte| byte == 0)
-            };
-            for header in split_by_content(part, is_zero) {
+            for header in content.headers() {
                 match header {
-                    PushHeader::Pages(range) => self.put_content(range, of(range), sent),
+                    PushHeader::Pages(range) => self.put_content(range, content, sent),
                     _ => self.coder.out.extend_from_slice(&header.encode()),
                 }
                 sent.count(header);
@@ -89,33 +80,30 @@ impl PushStream {
         Ok(())
     }
 
-    /// Adds pages with that content as they are, or coded.
-    fn put_content(&mut self, range: PageRange, content: &[u8], sent: &mut SentPiece) {
+    /// Adds some of these pages as they are, or coded.
+    fn put_content(&mut self, range: PageRange, content: Content<'_>, sent: &mut SentPiece) {
         let shared = &self.shared;
         let mut rest = range;
         while rest.count > PageCount::ZERO {
-            let content = &content[index(rest.first, range.first) * PAGE_SIZE_USIZE..];
             let coded = self.coder.wanted(&shared.coding, rest);
             if coded == PageCount::ZERO {
                 self.coder
                     .out
                     .extend_from_slice(&PushHeader::Pages(rest).encode());
-                self.coder.out.extend_from_slice(content);
+                self.coder.out.extend_from_slice(content.of(rest));
                 break;
             }
             let front = PageRange::new(rest.first, coded);
-            let content = &content[..index(front.end(), front.first) * PAGE_SIZE_USIZE];
-            let outcome =
-                self.coder
-                    .encode_content(&shared.coding, content, front, false, Instant::now());
+            let outcome = self.coder.encode_content(
+                &shared.coding,
+                content.of(front),
+                front,
+                false,
+                Instant::now(),
+            );
             sent.lz4.add(outcome.lz4);
             sent.zstd.add(outcome.zstd);
             rest = coding::after(rest, coded);
         }
     }
-}
-
-/// How many pages a page lies behind another one.
-fn index(page: Pfn, first: Pfn) -> usize {
-    usize::try_from(page.get() - first.get()).expect("pages of one buffer")
 }

@@ -324,9 +324,9 @@ impl Round {
     }
 }
 
-/// Cuts the guest's memory, and disks that are copied along, into pieces that hold about [`PIECE_PAGES`] pages to send each.
-/// A piece is of memory, or of one disk. With `everything`, chunks without a page to send are in a piece
-/// too.
+/// Cuts the guest's memory, and disks that are copied along, into pieces that hold about [`PIECE_PAGES`] pages
+/// to send each. A piece is of memory, or of one disk. With `everything`, chunks without a page to send
+/// are in a piece too.
 fn cut(round: u32, dirty: &[u32], config: &SourceConfig, everything: bool) -> VecDeque<Piece> {
     let chunk = config.chunk.get();
     let numbering = config.numbering().expect("disks of a possible size");

@@ -225,9 +225,7 @@ impl MissingThere {
         }
         Ok(())
     }
-}
 
-impl MissingThere {
     fn bits_of(&self, range: PageRange) -> PageRange {
         self.bits.of_pages(range).expect("pages of disks")
     }

@@ -7,11 +7,11 @@
 //! which is right and slow.
 
 use super::{HUGE_PAGE_BYTES, PageKind, SharedMemory};
+use crate::holes::seek;
 use crate::mapping::{Access, Mapping};
 use crate::userfault::request::{Step, Userfault, feature, mode};
 use limosa_pages::{PAGE_SIZE, PageCount, PageRange, Pfn};
 use std::io;
-use std::os::fd::AsRawFd;
 
 /// Ranges of at most so many pages are asked about page by page. `SEEK_HOLE` walks to the end of the
 /// data however far that is, which takes milliseconds in a gigabyte; `SEEK_DATA` answers for a page
@@ -42,14 +42,17 @@ impl SharedMemory {
         let mut extents: Vec<PageRange> = Vec::new();
         let mut next = range.first.file_offset();
         while next < end {
-            let Some(data) = self.seek(next, libc::SEEK_DATA)?.filter(|&data| data < end) else {
+            let Some(data) = seek(self.file(), next, libc::SEEK_DATA)?.filter(|&data| data < end)
+            else {
                 break;
             };
             let first = data / PAGE_SIZE;
             let stop = if range.count <= STEPPED_PAGES_MAX {
                 first + 1
             } else {
-                let hole = self.seek(data, libc::SEEK_HOLE)?.unwrap_or(end).min(end);
+                let hole = seek(self.file(), data, libc::SEEK_HOLE)?
+                    .unwrap_or(end)
+                    .min(end);
                 hole.div_ceil(PAGE_SIZE)
             };
             match extents.last_mut().filter(|last| last.end().get() == first) {
@@ -62,21 +65,6 @@ impl SharedMemory {
             next = stop * PAGE_SIZE;
         }
         Ok(extents)
-    }
-
-    /// Asks the file system; `None` if there is no more of it. The file's position, which this
-    /// moves, is used by nobody.
-    fn seek(&self, offset: u64, whence: libc::c_int) -> io::Result<Option<u64>> {
-        let offset = libc::off_t::try_from(offset).map_err(|_| io::ErrorKind::InvalidInput)?;
-        // SAFETY: the descriptor is open; the call touches no memory of this process.
-        let found = unsafe { libc::lseek(self.file().as_raw_fd(), offset, whence) };
-        match u64::try_from(found) {
-            Ok(found) => Ok(Some(found)),
-            Err(_) => match io::Error::last_os_error() {
-                error if error.raw_os_error() == Some(libc::ENXIO) => Ok(None),
-                error => Err(error),
-            },
-        }
     }
 
     fn huge_extents(&self, range: PageRange) -> io::Result<Vec<PageRange>> {

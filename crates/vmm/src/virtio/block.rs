@@ -445,16 +445,11 @@ impl Block {
             self.disk().zero(offset, bytes)
         };
         match fast {
-            Err(error) if error.kind() == io::ErrorKind::Unsupported => {}
-            other => return other,
+            Err(error) if error.kind() == io::ErrorKind::Unsupported => {
+                self.disk().write_zeroes(offset, bytes)
+            }
+            other => other,
         }
-        let mut zeroes = DiskBuffer::new(BUFFER_BYTES);
-        for done in (0..bytes).step_by(BUFFER_BYTES) {
-            let len = usize::try_from(bytes - done).unwrap_or(BUFFER_BYTES);
-            let part = &zeroes.bytes_mut()[..len.min(BUFFER_BYTES)];
-            self.disk().write_at(part, offset + done)?;
-        }
-        Ok(())
     }
 
     fn cannot(&self, source: io::Error) -> DeviceError {
