@@ -2,7 +2,7 @@
 
 mod devices;
 
-use crate::{cert, demo, lab};
+use crate::{cert, console, demo, lab};
 use clap::{Args, Parser, Subcommand};
 use clap_complete::Shell;
 pub(crate) use devices::{Disk, Net};
@@ -74,10 +74,15 @@ pub(crate) enum Command {
     #[command(after_help = "Examples:\n  limosa inspect web\n  limosa inspect web --json")]
     Inspect(Named),
     /// Show the console of a virtual machine with a kernel, and type there; Ctrl-] leaves
-    #[command(after_help = "Example:\n  limosa console debian")]
+    #[command(
+        after_help = "Examples:\n  limosa console debian\n  limosa console debian --line hvc0"
+    )]
     Console {
         /// Name of the virtual machine
         vm: String,
+        /// Which of its lines, by the name that Linux has for it
+        #[arg(long, default_value = "ttyS0")]
+        line: console::Line,
     },
     /// Move a running virtual machine to another host
     Migrate(Migrate),

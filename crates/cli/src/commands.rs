@@ -35,7 +35,7 @@ pub(crate) fn run(arguments: Arguments) -> Result<()> {
         Command::Inspect(named) => {
             machines::inspect(&place.client()?, &named.vm, output(named.format.json))
         }
-        Command::Console { vm } => console::show(&place.client()?.vm(&vm)?),
+        Command::Console { vm, line } => console::show(&place.client()?.vm(&vm)?, line),
         Command::Stop(stop) => machines::stop(&place.client()?, &stop, output(stop.format.json)),
         Command::Migrate(migrate) => {
             let follower = Follower::new(place.client()?, output(migrate.format.json))?;

@@ -1,7 +1,8 @@
 //! `limosa console`: the terminal of whoever asks becomes that of the guest.
 
 use anyhow::{Context, Result};
-use limosa_host::api::VmInfo;
+use clap::ValueEnum;
+use limosa_host::api::{ConsoleLine, VmInfo};
 use rustix::termios::{OptionalActions, Termios, tcgetattr, tcsetattr};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
@@ -42,9 +43,29 @@ impl Drop for Raw {
     }
 }
 
-/// Shows the console of a guest, and types what is typed here.
-pub(crate) fn show(vm: &VmInfo) -> Result<()> {
-    let connection = UnixStream::connect(vm.console_socket()).with_context(|| {
+/// Which line of a guest's console.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub(crate) enum Line {
+    /// The serial line
+    #[value(name = "ttyS0")]
+    Serial,
+    /// The virtio console
+    #[value(name = "hvc0")]
+    Virtio,
+}
+
+impl From<Line> for ConsoleLine {
+    fn from(line: Line) -> Self {
+        match line {
+            Line::Serial => Self::Serial,
+            Line::Virtio => Self::Virtio,
+        }
+    }
+}
+
+/// Shows a line of a guest's console, and types what is typed here.
+pub(crate) fn show(vm: &VmInfo, line: Line) -> Result<()> {
+    let connection = UnixStream::connect(vm.console_socket(line.into())).with_context(|| {
         format!(
             "no console of {} is served: it is a micro guest, or does not run here",
             vm.name

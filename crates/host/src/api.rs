@@ -16,6 +16,7 @@ pub use limosa_carrier::{Compression, PushOrder};
 pub use limosa_engine::deferral::Deferral;
 pub use limosa_engine::throttle::Throttling;
 pub use limosa_os::dirty::TrackerKind;
+pub use limosa_vmm::ConsoleLine;
 pub use limosa_vmm::cpu::CpuModel;
 pub use machine::{
     BalloonBody, BalloonInfo, CommandBody, CommandKind, DiskSpec, FirstError, GuestReport,

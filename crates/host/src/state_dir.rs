@@ -4,7 +4,8 @@
 //!  lock          held with flock by the one daemon; has its process id
 //!  host.sock     control interface
 //!  vms/NAME.sock one VM process each
-//!  vms/NAME.tty  the console of its guest, if that is a stock one
+//!  vms/NAME.tty  the console of its guest, if that is a stock one: its serial line
+//!  vms/NAME.hvc  its virtio console
 //!  logs/NAME.log what a VM process printed
 //!  ledger        migration ids with their outcome
 //!  departures/ID migrations away that are not over

@@ -2,17 +2,17 @@
 //! devices of a PC that stock kernels know ([`pc`]).
 
 mod clock;
-mod console;
 pub(crate) mod micro;
 pub(crate) mod pc;
 mod wake;
 
 use crate::answer::ExitReason;
+use crate::console::{ConsoleLine, Terminal};
 use crate::state::{Kind, Section, StateError, Writer};
 use crate::virtio::{DeviceError, Devices};
 use limosa_micro_abi::CommandKind;
 use micro::{MicroDevice, MicroPorts};
-use pc::{Pc, Terminal};
+use pc::Pc;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
@@ -58,11 +58,12 @@ impl Board {
         }
     }
 
-    /// Where somebody can watch it and type; a micro guest has no such thing.
-    pub(crate) fn terminal(&self) -> Option<Terminal> {
-        match self {
-            Self::Micro(_) => None,
-            Self::Pc(pc) => Some(Terminal::new(Arc::clone(pc))),
+    /// Where somebody can watch that line of its console and type; a micro guest has no such thing.
+    pub(crate) fn terminal(&self, line: ConsoleLine) -> Option<Terminal> {
+        match (self, line) {
+            (Self::Micro(_), _) => None,
+            (Self::Pc(pc), ConsoleLine::Serial) => Some(Pc::terminal(pc)),
+            (Self::Pc(pc), ConsoleLine::Virtio) => pc.devices().terminal().cloned(),
         }
     }
 

@@ -19,6 +19,7 @@ mod board;
 mod boot;
 pub mod client;
 pub mod config;
+mod console;
 pub mod cpu;
 pub mod heartbeat;
 mod layout;
@@ -29,7 +30,7 @@ pub mod state;
 mod throttle;
 mod virtio;
 
-pub use board::pc::Terminal;
 pub use boot::elf::ElfError;
 pub use boot::linux::{CMDLINE_BYTES_MAX, LinuxError, LinuxImage};
+pub use console::{ConsoleLine, Terminal};
 pub use virtio::DeviceError;

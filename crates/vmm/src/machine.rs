@@ -33,10 +33,11 @@ use crate::acpi;
 use crate::answer::{BalloonInfo, ExitReason, Loaded, RunState, Running, SaveTimes};
 use crate::board::Board;
 use crate::board::micro::MicroDevice;
-use crate::board::pc::{self, Pc, Terminal};
+use crate::board::pc::{self, Pc};
 use crate::boot::linux::{self, LinuxImage};
 use crate::boot::{BootError, Start, micro};
 use crate::config::{ConfigError, Platform, VmConfig, is_same_rate};
+use crate::console::{ConsoleLine, Terminal};
 use crate::cpu;
 use crate::layout;
 use crate::state::{StateError, Writer};
@@ -564,9 +565,9 @@ impl Machine {
         Ok(self.vm.clear_dirty_pages(&self.bitmap, range, kept)?)
     }
 
-    /// Where somebody can watch the guest and type; `None` for a micro guest.
-    pub fn terminal(&self) -> Option<Terminal> {
-        self.board.terminal()
+    /// Where somebody can watch that line of the guest's console and type; `None` for a micro guest.
+    pub fn terminal(&self, line: ConsoleLine) -> Option<Terminal> {
+        self.board.terminal(line)
     }
 
     /// Sends heartbeats to somebody else, or to nobody.

@@ -14,13 +14,14 @@ use crate::answer::{Loaded, RunState, Running, Status};
 use crate::arrival_note;
 use crate::boot::linux::LinuxImage;
 use crate::config::VmConfig;
+use crate::console::ConsoleLine;
 use crate::machine::{Machine, MachineError, Snapshot};
 use crate::protocol::{
     self, Boot, Faults, Frame, FrameError, PROTOCOL_VERSION, Refusal, Reply, Request, in_one_line,
 };
 use crate::state;
 use crate::virtio::DeviceError;
-pub use console::console_socket;
+pub use console::{console_socket, sockets_of};
 use limosa_engine::Timestamp;
 use limosa_engine::handover::{IllegalTransition, MigrationId, OnDaemonLost, Phase};
 use limosa_engine::source::Writers;
@@ -496,10 +497,12 @@ impl Process<'_> {
             Image::Linux(mut image) => machine.boot_linux(&mut image)?,
             Image::Nothing => machine.arm(),
         }
-        if let Some(terminal) = machine.terminal()
-            && let Err(error) = console::start(&self.options.socket, terminal)
-        {
-            tracing::warn!(%error, "nobody can watch the console");
+        for line in ConsoleLine::ALL {
+            if let Some(terminal) = machine.terminal(line)
+                && let Err(error) = console::start(&self.options.socket, line, terminal)
+            {
+                tracing::warn!(%error, ?line, "nobody can watch the console");
+            }
         }
         self.has_guest = phase == Phase::Running;
         let config = machine.config();
@@ -661,9 +664,8 @@ impl Process<'_> {
     }
 
     fn remove_socket(&self) {
-        let socket = &self.options.socket;
-        for path in [socket, &console_socket(socket)] {
-            match fs::remove_file(path) {
+        for path in sockets_of(&self.options.socket) {
+            match fs::remove_file(&path) {
                 Err(error) if error.kind() != io::ErrorKind::NotFound => {
                     tracing::warn!(%error, path = %path.display(), "a socket stays behind");
                 }

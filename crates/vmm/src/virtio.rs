@@ -1,5 +1,5 @@
 //! Devices that a guest has beside its board (virtio 1.2, registers in memory: section 4.2): disks, networks,
-//! a source of random numbers and a balloon those with a kernel, networks alone micro guests.
+//! a source of random numbers, a console and a balloon those with a kernel, networks alone micro guests.
 //!
 //! ```text
 //!  vCPU ──registers──▶ Transport ◀──rings, descriptors──▶ guest memory
@@ -19,6 +19,7 @@
 
 mod balloon;
 mod block;
+mod console;
 mod device;
 mod entropy;
 mod line;
@@ -33,9 +34,11 @@ use crate::answer::BalloonInfo;
 use crate::board::Wake;
 use crate::config::devices::{DiskConfig, NetworkConfig};
 use crate::config::{Platform, VmConfig};
+use crate::console::{Console, LOG_LINE_BYTES_MAX, Screen, Terminal};
 use crate::state::{Kind, Section, StateError, Writer};
 use balloon::Balloon;
 use block::Block;
+use console::Port;
 use device::Device;
 use entropy::Entropy;
 use limosa_os::dirty::disks::{DiskNotes, DiskWrites};
@@ -157,13 +160,15 @@ pub(crate) struct Devices {
     disk_writes: Arc<DiskWrites>,
     /// What of them has not come yet.
     missing_on_disks: Arc<MissingHere>,
+    /// Of the console.
+    terminal: Option<Terminal>,
     disk_files: Vec<OwnedFd>,
 }
 
 impl Devices {
     /// How many a machine with that configuration has.
     pub(crate) fn count(config: &VmConfig) -> u16 {
-        let others = if has_all(config) { 2 } else { 0 };
+        let others = if has_all(config) { 3 } else { 0 };
         let count = config.disks.len() + config.networks.len() + others;
         u16::try_from(count).expect("limited by the configuration")
     }
@@ -187,6 +192,7 @@ impl Devices {
     ) -> Result<Self, DeviceError> {
         let mut all = Self::default();
         let mut devices: Vec<Box<dyn Device>> = Vec::new();
+        let screen = Arc::new(Screen::new().map_err(DeviceError::Start)?);
         for (index, config) in config.disks.iter_mut().enumerate() {
             let disk = open_disk(config)?;
             let file = disk.file().try_clone_to_owned();
@@ -208,6 +214,8 @@ impl Devices {
         }
         if has_all(config) {
             devices.push(Box::new(Entropy::new().map_err(DeviceError::Entropy)?));
+            let console = Console::new(&config.name, LOG_LINE_BYTES_MAX);
+            devices.push(Box::new(Port::new(console.shown_on(Arc::clone(&screen)))));
             let balloon = Balloon::new(Arc::clone(&all.balloon), Arc::clone(vm.reclaim()));
             devices.push(Box::new(balloon));
         }
@@ -222,6 +230,12 @@ impl Devices {
             let worker = Worker::start(&transport).map_err(DeviceError::Start)?;
             all.transports.push(transport);
             all.workers.push(worker);
+        }
+        if let [.., console, _balloon] = &*all.transports
+            && has_all(config)
+        {
+            let keyboard: Arc<Transport> = Arc::clone(console);
+            all.terminal = Some(Terminal::new(screen, keyboard));
         }
         Ok(all)
     }
@@ -269,6 +283,11 @@ impl Devices {
             tracing::warn!(%error, "a disk stays locked although its guest does not run");
         }
         claimed
+    }
+
+    /// Where somebody can watch its console and type.
+    pub(crate) const fn terminal(&self) -> Option<&Terminal> {
+        self.terminal.as_ref()
     }
 
     /// What is written to disks.
@@ -398,7 +417,7 @@ impl Devices {
     }
 }
 
-/// Whether it has random numbers and a balloon: micro guests make do with their clock and their memory.
+/// Whether it has random numbers, a console and a balloon: micro guests make do with their clock and their memory.
 fn has_all(config: &VmConfig) -> bool {
     config.platform == Platform::Pc
 }

@@ -1,5 +1,6 @@
 //! Virtual machines as the control interface tells them.
 
+use super::ConsoleLine;
 use limosa_os::dirty::TrackerKind;
 use limosa_vmm::cpu::CpuModel;
 use limosa_vmm::process::console_socket;
@@ -173,9 +174,9 @@ pub struct VmInfo {
 }
 
 impl VmInfo {
-    /// Where the console of its guest is served, if that has one: bytes out and in.
-    pub fn console_socket(&self) -> PathBuf {
-        console_socket(Path::new(&self.socket))
+    /// Where that line of its guest's console is served, if it has one: bytes out and in.
+    pub fn console_socket(&self, line: ConsoleLine) -> PathBuf {
+        console_socket(Path::new(&self.socket), line)
     }
 }
 

@@ -23,7 +23,7 @@ use limosa_vmm::answer::{self, RunState};
 use limosa_vmm::client::{VmError, VmHandle};
 use limosa_vmm::config::devices::Mac;
 use limosa_vmm::config::{Platform, VmConfig};
-use limosa_vmm::process::console_socket;
+use limosa_vmm::process::sockets_of;
 use preflight::{Program, ensure_memory};
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
@@ -576,8 +576,8 @@ fn describe_exit(status: ExitStatus) -> String {
 
 /// Removes what a process that is gone has listened at.
 fn remove_socket(socket: &Path) {
-    for path in [socket, &console_socket(socket)] {
-        if let Err(error) = fs::remove_file(path)
+    for path in sockets_of(socket) {
+        if let Err(error) = fs::remove_file(&path)
             && error.kind() != io::ErrorKind::NotFound
         {
             tracing::warn!(socket = %path.display(), %error, "a stale socket could not be removed");

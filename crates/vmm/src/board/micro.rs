@@ -4,11 +4,11 @@
 //! [`MicroDevice`] is what all vCPUs share, [`MicroPorts`] what each has for itself; both are part of the
 //! machine's state. Ports are handled on the vCPU's own thread and never write the guest's memory.
 
-use super::console::Console;
 use super::wake::Wake;
 use super::{AfterOut, Answer};
 use crate::answer::ExitReason;
 use crate::config::VmConfig;
+use crate::console::Console;
 use crate::heartbeat::{Heartbeat, Observer};
 use crate::state::{Kind, Section, StateError, Writer};
 use crate::virtio::Devices;

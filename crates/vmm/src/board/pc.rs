@@ -7,12 +7,12 @@
 
 use super::AfterOut;
 use super::clock::RealTimeClock;
-use super::console::{Console, Screen};
 use crate::answer::ExitReason;
+use crate::console::{Console, Keyboard, LOG_LINE_BYTES_MAX, Screen, Terminal};
 use crate::state::{Kind, Section, StateError, Writer};
 use crate::virtio::Devices;
-use limosa_os::kvm::{Doorbell, InterruptLine};
-use std::io::{self, Write};
+use limosa_os::kvm::InterruptLine;
+use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::SystemTime;
@@ -53,8 +53,6 @@ const SERIAL_PORTS: u16 = 8;
 /// Registers of the serial port, before the number of bytes that the guest has not read yet, these
 /// bytes, and what it has begun to print as a line.
 const SERIAL_FIELDS: usize = 9;
-/// Longest line of the console that is noted as one.
-const LINE_BYTES_MAX: usize = 1024;
 
 /// The devices.
 #[derive(Debug)]
@@ -65,41 +63,6 @@ pub(crate) struct Pc {
     screen: Arc<Screen>,
     /// The guest is paused.
     rests: AtomicBool,
-}
-
-/// The keyboard and the screen of a PC: its serial line.
-#[derive(Clone, Debug)]
-pub struct Terminal(Arc<Pc>);
-
-impl Terminal {
-    pub(crate) const fn new(pc: Arc<Pc>) -> Self {
-        Self(pc)
-    }
-
-    /// Somebody begins to watch: what the guest printed of late is unseen, and all that it prints from now on.
-    pub fn watch(&self) {
-        self.0.screen.watch();
-    }
-
-    /// Nobody watches any more.
-    pub fn leave(&self) {
-        self.0.screen.leave();
-    }
-
-    /// Takes what is unseen. While nobody does for long, the oldest of it is lost.
-    pub fn unseen(&self) -> Vec<u8> {
-        self.0.screen.unseen()
-    }
-
-    /// Rings when something is unseen.
-    pub fn bell(&self) -> Arc<Doorbell> {
-        Arc::clone(self.0.screen.bell())
-    }
-
-    /// Types; how many bytes the line has taken: it holds some only, and none while the guest is paused.
-    pub fn type_in(&self, bytes: &[u8]) -> usize {
-        self.0.type_in(bytes)
-    }
 }
 
 type SerialPort = Serial<SerialLine, NoEvents, Console>;
@@ -116,16 +79,14 @@ impl Trigger for SerialLine {
     }
 }
 
-impl Write for Console {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        self.show(bytes);
-        // Terminals want both ends of a line, logs one.
-        self.print(bytes.iter().copied().filter(|&byte| byte != b'\r'));
-        Ok(bytes.len())
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        Ok(())
+impl Keyboard for Pc {
+    fn type_in(&self, bytes: &[u8]) -> usize {
+        let mut serial = self.serial();
+        if self.rests.load(Ordering::SeqCst) {
+            return 0;
+        }
+        // Nothing is taken while there is no room, or while the guest talks to itself.
+        serial.enqueue_raw_bytes(bytes).unwrap_or(0)
     }
 }
 
@@ -136,7 +97,7 @@ impl Pc {
     /// There is no descriptor for its console.
     pub(crate) fn new(name: &str, line: InterruptLine, devices: Devices) -> io::Result<Self> {
         let screen = Arc::new(Screen::new()?);
-        let console = Console::new(name, LINE_BYTES_MAX).shown_on(Arc::clone(&screen));
+        let console = Console::new(name, LOG_LINE_BYTES_MAX).shown_on(Arc::clone(&screen));
         Ok(Self {
             serial: Mutex::new(Serial::new(SerialLine(line), console)),
             clock: Mutex::new(RealTimeClock::new()),
@@ -146,14 +107,10 @@ impl Pc {
         })
     }
 
-    /// See [`Terminal::type_in`].
-    fn type_in(&self, bytes: &[u8]) -> usize {
-        let mut serial = self.serial();
-        if self.rests.load(Ordering::SeqCst) {
-            return 0;
-        }
-        // Nothing is taken while there is no room, or while the guest talks to itself.
-        serial.enqueue_raw_bytes(bytes).unwrap_or(0)
+    /// Its serial line, as somebody sees it who watches and types.
+    pub(crate) fn terminal(pc: &Arc<Self>) -> Terminal {
+        let keyboard: Arc<Self> = Arc::clone(pc);
+        Terminal::new(Arc::clone(&pc.screen), keyboard)
     }
 
     /// Whether the guest is paused, and so takes no input that its saved state would lack.
@@ -301,7 +258,7 @@ fn decode(section: Section<'_>) -> Result<(SerialState, Vec<u8>), StateError> {
     let (&count, rest) = rest.split_first().ok_or_else(too_short)?;
     let both = rest.split_at_checked(usize::from(count));
     let (input, line) = both.ok_or_else(too_short)?;
-    if line.len() >= LINE_BYTES_MAX {
+    if line.len() >= LOG_LINE_BYTES_MAX {
         return Err(section.content("its line is too long"));
     }
     let [

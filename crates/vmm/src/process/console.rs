@@ -1,9 +1,9 @@
-//! Serves the console of a machine on a socket of its own, beside that of the process: what the guest
-//! prints goes out, what comes in is typed. One watches at a time; who comes later takes over.
+//! Serves each line of a machine's console on a socket of its own, beside that of the process: what the guest
+//! prints goes out, what comes in is typed. One watches a line at a time; who comes later takes over.
 //!
 //! On a thread of its own, so that nobody who watches holds up the daemon.
 
-use crate::board::pc::Terminal;
+use crate::console::{ConsoleLine, Terminal};
 use limosa_os::socket;
 use std::io::{self, Read, Write};
 use std::os::fd::AsFd;
@@ -19,14 +19,23 @@ const TYPED_BYTES: usize = 256;
 /// What may wait to be typed; a guest that takes no input loses the rest.
 const UNTYPED_BYTES_MAX: usize = 4096;
 
-/// Where the console is served of the process that listens at `socket`.
-pub fn console_socket(socket: &Path) -> PathBuf {
-    socket.with_extension("tty")
+/// Where that line of the console is served of the process that listens at `socket`.
+pub fn console_socket(socket: &Path, line: ConsoleLine) -> PathBuf {
+    socket.with_extension(match line {
+        ConsoleLine::Serial => "tty",
+        ConsoleLine::Virtio => "hvc",
+    })
+}
+
+/// All that a process listens at whose own socket is `socket`.
+pub fn sockets_of(socket: &Path) -> impl Iterator<Item = PathBuf> {
+    let lines = ConsoleLine::ALL.map(|line| console_socket(socket, line));
+    [socket.to_owned()].into_iter().chain(lines)
 }
 
 /// Serves from now on, as long as the process lives.
-pub(super) fn start(socket: &Path, terminal: Terminal) -> io::Result<()> {
-    let listener = socket::listen_privately(&console_socket(socket))?;
+pub(super) fn start(socket: &Path, line: ConsoleLine, terminal: Terminal) -> io::Result<()> {
+    let listener = socket::listen_privately(&console_socket(socket, line))?;
     thread::Builder::new()
         .name("console".to_owned())
         .spawn(move || {

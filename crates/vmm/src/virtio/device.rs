@@ -58,6 +58,11 @@ pub(super) trait Device: fmt::Debug + Send {
         Ok(Served::NoInput)
     }
 
+    /// Somebody types; how many bytes it takes. What it took it hands over by its first queue.
+    fn type_in(&mut self, _bytes: &[u8]) -> usize {
+        0
+    }
+
     /// What else brings it work, for its first queue; `None` while it could not take any.
     fn input(&self) -> Option<Input> {
         None

@@ -1,7 +1,9 @@
 //! Devices as a driver sees them: registers, rings and doorbells, with the guest's part played here.
 
 mod balloon;
+mod console;
 mod disks;
+mod driver;
 mod rude;
 
 use super::*;
@@ -272,7 +274,7 @@ fn a_disk_does_what_it_is_asked() {
     assert_eq!(bed.read(0, VIRTIO_MMIO_DEVICE_ID), 2);
     assert_eq!(bed.read(1, VIRTIO_MMIO_DEVICE_ID), 4);
     assert_eq!(bed.read(0, VIRTIO_MMIO_CONFIG), (1 << 20) / 512);
-    assert!(!bed.devices.read(Place::of(3).address, &mut [0; 4]));
+    assert!(!bed.devices.read(Place::of(4).address, &mut [0; 4]));
     bed.run();
     bed.start(0);
     bed.fill(DATA, 7, 12288);
@@ -469,7 +471,7 @@ fn every_device_gives_back_what_it_took() {
     second.devices.load(&parsed).unwrap();
     assert_eq!(second.sections(), sections);
     // A state of another device, cut off, or with any byte changed: an error or a state, no panic.
-    let swapped = [parsed[1], parsed[0], parsed[2]];
+    let swapped = [parsed[1], parsed[0], parsed[2], parsed[3]];
     let error = second.devices.load(&swapped).unwrap_err().to_string();
     assert!(error.contains("another kind of device"), "{error}");
     for section in &parsed {

@@ -14,6 +14,7 @@
 use super::device::{Device, Input, Ring, Served};
 use super::line::Line;
 use super::{DeviceError, Place, REST_MAX};
+use crate::console::Keyboard;
 use crate::state::{Section, StateError};
 use limosa_os::kvm::{Doorbell, Vm};
 use limosa_os::memory::GuestView;
@@ -202,6 +203,16 @@ impl Core {
     }
 }
 
+impl Keyboard for Transport {
+    fn type_in(&self, bytes: &[u8]) -> usize {
+        let taken = self.try_type_in(bytes);
+        if taken > 0 {
+            self.ring(0);
+        }
+        taken
+    }
+}
+
 impl Transport {
     /// Puts a device where the guest will look for it. It rests.
     pub(super) fn new(
@@ -337,6 +348,18 @@ impl Transport {
         if let Some(Err(error)) = self.bells.get(queue).map(Doorbell::ring) {
             tracing::warn!(%error, device = self.index, queue, "a device does not wake up");
         }
+    }
+
+    /// See [`Keyboard::type_in`]. Nobody who types waits for a request.
+    fn try_type_in(&self, bytes: &[u8]) -> usize {
+        let Ok(mut core) = self.core.try_lock() else {
+            return 0;
+        };
+        // Asked under the lock: what is typed while the guest rests would not be saved.
+        if !self.may_begin(&core) {
+            return 0;
+        }
+        core.device.type_in(bytes)
     }
 
     /// Lets the device do what is due.

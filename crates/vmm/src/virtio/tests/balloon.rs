@@ -1,14 +1,12 @@
 //! A balloon and its driver.
 
+use super::driver::Driver;
 use super::*;
 use limosa_os::memory::HoldOff;
 
 /// The balloon of a bed with one disk.
-const BALLOON: u16 = 2;
+const BALLOON: u16 = 3;
 const QUEUES: u16 = 5;
-/// Rings and buffer of each queue.
-const PLACES: u64 = 0x30_0000;
-const PLACE_BYTES: u64 = 0x8000;
 /// Statistics and reports, as Linux takes them.
 const TAKEN: u32 = 1 << 1 | 1 << 5;
 const FILLED: u16 = 0;
@@ -18,89 +16,14 @@ const REPORTS: u16 = 3;
 /// Pages that tests give up: those from here on exist, sixteen of them.
 const GIVEN: u64 = 0x80_0000;
 
-struct Driver<'a> {
-    bed: &'a Bed,
-    next: [u16; QUEUES as usize],
-}
-
 impl<'a> Driver<'a> {
-    fn start(bed: &'a Bed, features: u32) -> Self {
-        bed.write(BALLOON, VIRTIO_MMIO_STATUS, 0);
-        bed.write(BALLOON, VIRTIO_MMIO_STATUS, 3);
-        for (half, features) in [(0, FEATURES[0] | features), (1, FEATURES[1])] {
-            bed.write(BALLOON, VIRTIO_MMIO_DRIVER_FEATURES_SEL, half);
-            bed.write(BALLOON, VIRTIO_MMIO_DRIVER_FEATURES, features);
-        }
-        bed.write(BALLOON, VIRTIO_MMIO_STATUS, 11);
-        assert_eq!(bed.read(BALLOON, VIRTIO_MMIO_STATUS), 11);
-        for queue in 0..QUEUES {
-            bed.write(BALLOON, VIRTIO_MMIO_QUEUE_SEL, queue.into());
-            bed.write(BALLOON, VIRTIO_MMIO_QUEUE_NUM, SIZE.into());
-            for (register, offset) in [
-                (VIRTIO_MMIO_QUEUE_DESC_LOW, 0),
-                (VIRTIO_MMIO_QUEUE_AVAIL_LOW, 0x1000),
-                (VIRTIO_MMIO_QUEUE_USED_LOW, 0x2000),
-            ] {
-                let address = Self::place(queue) + offset;
-                bed.write(BALLOON, register, u32::try_from(address).unwrap());
-            }
-            let empty = GuestAddress(Self::place(queue) + 0x1000);
-            bed.view.write_slice(&[0; 0x2000], empty).unwrap();
-            bed.write(BALLOON, VIRTIO_MMIO_QUEUE_READY, 1);
-        }
-        bed.write(BALLOON, VIRTIO_MMIO_STATUS, 15);
+    /// That of the balloon of this bed, whose guest has pages to give up.
+    fn of_balloon(bed: &'a Bed, features: u32) -> Self {
+        let driver = Self::start(bed, BALLOON, QUEUES, features);
         for page in 0..16 {
             bed.fill(GIVEN + page * PAGE_SIZE, 7, 8);
         }
-        Self {
-            bed,
-            next: [0; QUEUES as usize],
-        }
-    }
-
-    fn place(queue: u16) -> u64 {
-        PLACES + u64::from(queue) * PLACE_BYTES
-    }
-
-    /// Where a queue's buffer is.
-    fn buffer(queue: u16) -> u64 {
-        Self::place(queue) + 0x4000
-    }
-
-    fn used(&self, queue: u16) -> u16 {
-        let place = GuestAddress(Self::place(queue) + 0x2002);
-        self.bed.view.read_obj(place).unwrap()
-    }
-
-    /// Queues one piece for each of these, and rings.
-    fn queue(&mut self, queue: u16, pieces: &[(u64, u32)], is_written: bool) {
-        let write = |offset: u64, bytes: &[u8]| {
-            let place = GuestAddress(Self::place(queue) + offset);
-            self.bed.view.write_slice(bytes, place).unwrap();
-        };
-        for (index, (address, len)) in (0_u16..).zip(pieces) {
-            let has_next = usize::from(index) + 1 < pieces.len();
-            let flags = u16::from(has_next) | u16::from(is_written) << 1;
-            let descriptor = 16 * u64::from(index);
-            write(descriptor, &address.to_le_bytes());
-            write(descriptor + 8, &len.to_le_bytes());
-            write(descriptor + 12, &flags.to_le_bytes());
-            write(descriptor + 14, &(index + 1).to_le_bytes());
-        }
-        let next = &mut self.next[usize::from(queue)];
-        write(0x1004 + 2 * u64::from(*next % SIZE), &[0, 0]);
-        *next += 1;
-        write(0x1002, &next.to_le_bytes());
-        self.bed
-            .write(BALLOON, VIRTIO_MMIO_QUEUE_NOTIFY, queue.into());
-    }
-
-    fn wait(&self, queue: u16) {
-        let end = Instant::now() + Duration::from_secs(10);
-        while self.used(queue) != self.next[usize::from(queue)] {
-            assert!(Instant::now() < end, "the balloon does not answer");
-            thread::sleep(Duration::from_millis(1));
-        }
+        driver
     }
 
     fn fill(&mut self, pages: &[u32]) {
@@ -134,14 +57,6 @@ impl<'a> Driver<'a> {
             .collect();
         runs.join(" ")
     }
-
-    fn wait_for_failure(&self) {
-        let end = Instant::now() + Duration::from_secs(10);
-        while self.bed.read(BALLOON, VIRTIO_MMIO_STATUS) & 0x40 == 0 {
-            assert!(Instant::now() < end, "the broken queue is not noticed");
-            thread::sleep(Duration::from_millis(1));
-        }
-    }
 }
 
 fn bed() -> Option<(Disks, VmConfig, Bed)> {
@@ -158,7 +73,7 @@ fn what_is_in_the_balloon_is_a_hole() {
     let Some((_disks, _, bed)) = bed() else {
         return;
     };
-    let mut driver = Driver::start(&bed, TAKEN);
+    let mut driver = Driver::of_balloon(&bed, TAKEN);
     let page = |index: u32| u32::try_from(GIVEN / PAGE_SIZE).unwrap() + index;
     // In any order, one of them twice, and some that are no memory.
     driver.fill(&[page(5), page(4), page(9), page(4), 0x8_0000, u32::MAX]);
@@ -185,7 +100,7 @@ fn what_is_reported_as_free_is_a_hole() {
     };
     // By the count of Linux, of the standard, and of Linux without statistics.
     for (features, queue) in [(TAKEN, 3), (TAKEN, 4), (1 << 5, 2)] {
-        let mut driver = Driver::start(&bed, features);
+        let mut driver = Driver::of_balloon(&bed, features);
         let pieces = [
             (GIVEN, 8192),
             (GIVEN + 0x4800, 0x2000),
@@ -195,7 +110,7 @@ fn what_is_reported_as_free_is_a_hole() {
         driver.wait(queue);
         assert_eq!(driver.left(), "2+3 6+9");
     }
-    let mut driver = Driver::start(&bed, TAKEN);
+    let mut driver = Driver::of_balloon(&bed, TAKEN);
     driver.queue(REPORTS, &[(GIVEN, 4096), (MEMORY.get() - 4096, 8192)], true);
     driver.wait_for_failure();
     assert_eq!(driver.left(), "0+16", "nothing of what is wrong is taken");
@@ -206,15 +121,15 @@ fn nothing_is_taken_while_the_guest_is_moved() {
     let Some((_disks, _, mut bed)) = bed() else {
         return;
     };
-    Driver::start(&bed, TAKEN);
+    Driver::of_balloon(&bed, TAKEN);
     bed.vm.start_tracking().unwrap();
-    let mut driver = Driver::start(&bed, TAKEN);
+    let mut driver = Driver::of_balloon(&bed, TAKEN);
     driver.report(&[(GIVEN, 8192)]);
     driver.fill(&[u32::try_from(GIVEN / PAGE_SIZE).unwrap()]);
     assert_eq!(driver.left(), "0+16");
     bed.vm.stop_tracking().unwrap();
     bed.vm.reclaim().hold_off(HoldOff::MissingPages, true);
-    let mut driver = Driver::start(&bed, TAKEN);
+    let mut driver = Driver::of_balloon(&bed, TAKEN);
     driver.report(&[(GIVEN, 8192)]);
     assert_eq!(driver.left(), "0+16");
     bed.vm.reclaim().hold_off(HoldOff::MissingPages, false);
@@ -227,7 +142,7 @@ fn statistics_come_when_somebody_has_asked() {
     let Some((_disks, _, bed)) = bed() else {
         return;
     };
-    let mut driver = Driver::start(&bed, TAKEN);
+    let mut driver = Driver::of_balloon(&bed, TAKEN);
     assert_eq!(bed.devices.balloon().memory, None);
     let tell = |driver: &mut Driver<'_>, free: u64| {
         let mut bytes = Vec::new();
@@ -276,7 +191,7 @@ fn a_balloon_keeps_its_size_on_the_way() {
     let Some((_disks, mut config, bed)) = bed() else {
         return;
     };
-    let _driver = Driver::start(&bed, TAKEN);
+    let _driver = Driver::of_balloon(&bed, TAKEN);
     let generation = bed.read(BALLOON, VIRTIO_MMIO_CONFIG_GENERATION);
     bed.devices.set_balloon(PageCount::new(77)).unwrap();
     assert_eq!(bed.read(BALLOON, VIRTIO_MMIO_CONFIG), 77);

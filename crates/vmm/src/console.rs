@@ -1,8 +1,11 @@
-//! What a guest prints: line by line into the log of the VM process, and as it comes for whoever watches.
+//! What a guest prints on a line of its console, and what is typed there.
+//!
+//! It goes line by line into the log of the VM process, and as it comes to whoever watches.
 
 use limosa_os::kvm::Doorbell;
 use std::collections::VecDeque;
-use std::io;
+use std::fmt;
+use std::io::{self, Write};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// What somebody sees who begins to watch: the last bytes, some screens full.
@@ -10,21 +13,82 @@ const RECENT_BYTES_MAX: usize = 16 << 10;
 /// How far somebody may lag behind who watches.
 const UNSEEN_BYTES_MAX: usize = 256 << 10;
 
-/// The console of one guest.
+/// Longest line that is noted as one in the log.
+pub(crate) const LOG_LINE_BYTES_MAX: usize = 1024;
+
+/// The lines on which a guest with a kernel can have its console, by the names that Linux has for them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ConsoleLine {
+    /// `ttyS0`: the serial port, which works from the first instruction on.
+    Serial,
+    /// `hvc0`: the virtio console, which takes whole buffers instead of bytes.
+    Virtio,
+}
+
+impl ConsoleLine {
+    /// Each of them.
+    pub const ALL: [Self; 2] = [Self::Serial, Self::Virtio];
+}
+
+/// A line as somebody sees it who watches and types.
+#[derive(Clone, Debug)]
+pub struct Terminal {
+    screen: Arc<Screen>,
+    keyboard: Arc<dyn Keyboard>,
+}
+
+/// Where what is typed goes.
+pub(crate) trait Keyboard: fmt::Debug + Send + Sync {
+    /// See [`Terminal::type_in`].
+    fn type_in(&self, bytes: &[u8]) -> usize;
+}
+
+impl Terminal {
+    pub(crate) fn new(screen: Arc<Screen>, keyboard: Arc<dyn Keyboard>) -> Self {
+        Self { screen, keyboard }
+    }
+
+    /// Somebody begins to watch: what the guest printed of late is unseen, and all that it prints from now on.
+    pub fn watch(&self) {
+        self.screen.watch();
+    }
+
+    /// Nobody watches any more.
+    pub fn leave(&self) {
+        self.screen.leave();
+    }
+
+    /// Takes what is unseen. While nobody does for long, the oldest of it is lost.
+    pub fn unseen(&self) -> Vec<u8> {
+        self.screen.unseen()
+    }
+
+    /// Rings when something is unseen.
+    pub fn bell(&self) -> Arc<Doorbell> {
+        Arc::clone(&self.screen.bell)
+    }
+
+    /// Types; how many bytes the line has taken: it holds some only, and none while the guest is paused.
+    pub fn type_in(&self, bytes: &[u8]) -> usize {
+        self.keyboard.type_in(bytes)
+    }
+}
+
+/// What is printed on one line of a guest's console.
 #[derive(Debug)]
-pub(super) struct Console {
+pub(crate) struct Console {
     name: String,
-    /// Longer lines are cut into several.
+    /// Lines longer than that are cut into several in the log.
     line_bytes_max: usize,
     /// What was printed since the last line ended.
-    pub(super) line: Vec<u8>,
+    pub(crate) line: Vec<u8>,
     /// Where it can be watched, if anywhere.
     screen: Option<Arc<Screen>>,
 }
 
 /// What is there for the one who watches. The guest never waits for him.
 #[derive(Debug)]
-pub(super) struct Screen {
+pub(crate) struct Screen {
     shown: Mutex<Shown>,
     bell: Arc<Doorbell>,
 }
@@ -37,7 +101,7 @@ struct Shown {
 }
 
 impl Screen {
-    pub(super) fn new() -> io::Result<Self> {
+    pub(crate) fn new() -> io::Result<Self> {
         Ok(Self {
             shown: Mutex::default(),
             bell: Arc::new(Doorbell::new()?),
@@ -48,11 +112,7 @@ impl Screen {
         self.shown.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    pub(super) const fn bell(&self) -> &Arc<Doorbell> {
-        &self.bell
-    }
-
-    pub(super) fn watch(&self) {
+    fn watch(&self) {
         let mut shown = self.shown();
         shown.is_watched = true;
         shown.unseen = shown.recent.clone();
@@ -60,13 +120,13 @@ impl Screen {
         self.ring();
     }
 
-    pub(super) fn leave(&self) {
+    fn leave(&self) {
         let mut shown = self.shown();
         shown.is_watched = false;
         shown.unseen = VecDeque::new();
     }
 
-    pub(super) fn unseen(&self) -> Vec<u8> {
+    fn unseen(&self) -> Vec<u8> {
         std::mem::take(&mut self.shown().unseen).into()
     }
 
@@ -100,7 +160,7 @@ fn append(to: &mut VecDeque<u8>, bytes: &[u8], most: usize) {
 }
 
 impl Console {
-    pub(super) fn new(name: &str, line_bytes_max: usize) -> Self {
+    pub(crate) fn new(name: &str, line_bytes_max: usize) -> Self {
         Self {
             name: name.to_owned(),
             line_bytes_max,
@@ -110,7 +170,7 @@ impl Console {
     }
 
     /// The same, and it can be watched there.
-    pub(super) fn shown_on(self, screen: Arc<Screen>) -> Self {
+    pub(crate) fn shown_on(self, screen: Arc<Screen>) -> Self {
         Self {
             screen: Some(screen),
             ..self
@@ -118,13 +178,13 @@ impl Console {
     }
 
     /// Shows bytes as they are to whoever watches. The log gets them by [`Console::print`].
-    pub(super) fn show(&self, bytes: &[u8]) {
+    fn show(&self, bytes: &[u8]) {
         if let Some(screen) = &self.screen {
             screen.show(bytes);
         }
     }
 
-    pub(super) fn print(&mut self, bytes: impl IntoIterator<Item = u8>) {
+    pub(crate) fn print(&mut self, bytes: impl IntoIterator<Item = u8>) {
         for byte in bytes {
             if byte != b'\n' {
                 self.line.push(byte);
@@ -138,13 +198,26 @@ impl Console {
     }
 
     /// The same console, as it goes on behind what was printed elsewhere.
-    pub(super) fn behind(&self, line: Vec<u8>) -> Self {
+    pub(crate) fn behind(&self, line: Vec<u8>) -> Self {
         Self {
             name: self.name.clone(),
             line_bytes_max: self.line_bytes_max,
             line,
             screen: self.screen.clone(),
         }
+    }
+}
+
+impl Write for Console {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.show(bytes);
+        // Terminals want both ends of a line, logs one.
+        self.print(bytes.iter().copied().filter(|&byte| byte != b'\r'));
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
     }
 }
 
@@ -157,18 +230,18 @@ mod tests {
         let screen = Screen::new().unwrap();
         screen.show(&[b'x'; RECENT_BYTES_MAX]);
         screen.show(b"login: ");
-        assert!(!screen.bell().hear() && screen.unseen().is_empty());
+        assert!(!screen.bell.hear() && screen.unseen().is_empty());
         screen.watch();
         for byte in b"root" {
             screen.show(&[*byte]);
         }
-        assert!(screen.bell().hear());
+        assert!(screen.bell.hear());
         let seen = screen.unseen();
         assert_eq!(seen.len(), RECENT_BYTES_MAX + 4);
         assert!(seen.ends_with(b"xxlogin: root"));
-        assert!(!screen.bell().hear());
+        assert!(!screen.bell.hear());
         screen.show(b"!");
-        assert!(screen.bell().hear());
+        assert!(screen.bell.hear());
         screen.leave();
         screen.show(b"unseen");
         assert!(screen.unseen().is_empty());
