@@ -62,7 +62,7 @@ use std::net::SocketAddr;
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
-use time::ClockPair;
+use time::{ClockPair, set_at};
 use vcpu_thread::{Order, Reply, StartAt, VcpuThread};
 
 /// Why a machine did not do what was asked.
@@ -323,10 +323,8 @@ impl Machine {
         self.board.claim()?;
         self.board.arrive()?;
         let pair = ClockPair::sample();
-        let elapsed = Timestamp::from_nanos(pair.nanos).since(stopped_at);
         if let Some(clock) = self.shared.clock() {
-            let elapsed = u64::try_from(elapsed.as_nanos()).unwrap_or(u64::MAX);
-            self.vm.set_clock_nanos(clock.saturating_add(elapsed))?;
+            set_at(&self.vm, clock, stopped_at.as_nanos())?;
         }
         Ok(Ready(StartAt {
             stopped_at: stopped_at.as_nanos(),
@@ -373,7 +371,7 @@ impl Machine {
         let stopped_first = stops().min().expect("a machine has a vCPU");
         let stopped_last = stops().max().expect("a machine has a vCPU");
         let mut machine = MachineSections::new(&self.vm, &self.config);
-        machine.save(&self.board, pair.nanos, stopped_first)?;
+        machine.save(&self.board, stopped_first)?;
         let places: Vec<Place> = vcpus.iter().map(|vcpu| vcpu.place).collect();
         let mut writers = vec![machine.into_writer()];
         let mut stopped_guest_tsc = 0;

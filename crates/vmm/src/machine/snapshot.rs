@@ -1,6 +1,7 @@
 //! The machine's own sections, and a whole state taken apart.
 
 use super::MachineError;
+use super::time::shown_at;
 use super::vcpu_state::VcpuState;
 use crate::board::Board;
 use crate::config::{Platform, VmConfig};
@@ -27,19 +28,11 @@ impl<'a> MachineSections<'a> {
         }
     }
 
-    /// `now` is this moment, `stopped_at` when the guest stopped: the clock is that of the stop.
-    pub(super) fn save(
-        &mut self,
-        board: &Board,
-        now: u64,
-        stopped_at: u64,
-    ) -> Result<(), MachineError> {
+    /// `stopped_at` is when the guest stopped: the clock is that of the stop.
+    pub(super) fn save(&mut self, board: &Board, stopped_at: u64) -> Result<(), MachineError> {
         let writer = &mut self.writer;
         writer.write(Kind::Machine, 0, &identity(self.config));
-        let clock = self
-            .vm
-            .clock_nanos()?
-            .saturating_sub(now.saturating_sub(stopped_at));
+        let clock = shown_at(self.vm, stopped_at)?;
         writer.write(Kind::Clock, 0, &clock.to_le_bytes());
         board.save(writer);
         if self.config.irqchip {
