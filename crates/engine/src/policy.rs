@@ -250,6 +250,14 @@ impl Progress {
         !self.was_released && self.to_send().get() >= self.last_round.get() / 10 * 9
     }
 
+    /// True if the part of the downtime that rounds do not shorten is over the limit, and what they do shorten is
+    /// at most an eighth of it: nothing that is worth a round is left.
+    fn is_fixed(&self, limits: &Limits) -> bool {
+        let copy = self.copy_time();
+        self.fixed_cost > limits.downtime_max
+            && copy.is_some_and(|copy| copy <= self.fixed_cost / 8)
+    }
+
     /// Time to copy what remains.
     pub(crate) fn copy_time(&self) -> Option<Duration> {
         self.bandwidth?.time_for(self.remaining.bytes())
@@ -264,6 +272,8 @@ pub enum PauseReason {
     Mode,
     /// The predicted downtime is within the limit.
     WithinBudget,
+    /// The limit cannot be reached by rounds, which have little left to shorten.
+    FixedCost,
     /// The limit of rounds is reached.
     RoundsMax,
     /// The guest dirties pages as fast as they are sent.
@@ -279,11 +289,19 @@ pub enum PauseReason {
 }
 
 impl PauseReason {
+    /// Whether what waits is copied in the pause even by modes that could leave it to page faults.
+    const fn leaves_little(self) -> bool {
+        matches!(self, Self::WithinBudget | Self::FixedCost)
+    }
+
     /// One sentence for the operator.
     pub const fn explain(self) -> &'static str {
         match self {
             Self::Mode => "the mode pauses the guest before the first page",
             Self::WithinBudget => "the predicted downtime was within the limit",
+            Self::FixedCost => {
+                "rounds had little left to shorten: what the pause takes without any page was over the limit"
+            }
             Self::RoundsMax => "the limit of rounds was reached",
             Self::NoProgress => "the guest dirtied its pages as fast as the link carried them",
             Self::LocalMinimum => {
@@ -370,6 +388,9 @@ impl Policy for PreCopy {
         {
             return Verdict::PauseAndCopy(PauseReason::WithinBudget);
         }
+        if progress.is_fixed(limits) {
+            return Verdict::PauseAndCopy(PauseReason::FixedCost);
+        }
         if progress.rounds >= limits.rounds_max {
             return Verdict::PauseAndCopy(PauseReason::RoundsMax);
         }
@@ -420,9 +441,7 @@ impl Policy for Hybrid {
         match (PreCopy.verdict(progress, limits), progress.rounds) {
             (Verdict::AnotherRound, 0) => Verdict::AnotherRound,
             (Verdict::AnotherRound, 1) if is_small || progress.was_slowed => Verdict::AnotherRound,
-            (Verdict::PauseAndCopy(PauseReason::WithinBudget), _) => {
-                Verdict::PauseAndCopy(PauseReason::WithinBudget)
-            }
+            (verdict @ Verdict::PauseAndCopy(reason), _) if reason.leaves_little() => verdict,
             _ => Verdict::SwitchNow(PauseReason::BulkDone),
         }
     }
@@ -451,9 +470,7 @@ impl Policy for Auto {
             Verdict::AnotherRound if progress.rounds > 0 && is_stuck && !progress.was_slowed => {
                 Verdict::SwitchNow(PauseReason::Predicted)
             }
-            Verdict::PauseAndCopy(PauseReason::WithinBudget) => {
-                Verdict::PauseAndCopy(PauseReason::WithinBudget)
-            }
+            verdict @ Verdict::PauseAndCopy(reason) if reason.leaves_little() => verdict,
             Verdict::PauseAndCopy(reason) => Verdict::SwitchNow(reason),
             verdict => verdict,
         }
@@ -613,6 +630,25 @@ pub(crate) mod tests {
         );
         check(progress(1, 4), limits, Verdict::AnotherRound);
         check(progress(0, 3), limits, Verdict::AnotherRound);
+    }
+
+    #[test]
+    fn rounds_end_where_they_shorten_nothing_worth_it() {
+        let check = |mode: Mode, fixed_ms, remaining, expect: &str| {
+            let progress = Progress {
+                fixed_cost: Duration::from_millis(fixed_ms),
+                ..progress(1, remaining)
+            };
+            let verdict = mode.policy().verdict(&progress, &Limits::default());
+            assert_eq!(alloc::format!("{verdict:?}"), expect, "{mode}");
+        };
+        // A page takes 1 ms here, and 5 ms are allowed.
+        check(Mode::PreCopy, 80, 10, "PauseAndCopy(FixedCost)");
+        check(Mode::PreCopy, 80, 11, "AnotherRound");
+        check(Mode::PreCopy, 5, 1, "AnotherRound");
+        check(Mode::Auto, 80, 10, "PauseAndCopy(FixedCost)");
+        check(Mode::Hybrid, 80, 10, "PauseAndCopy(FixedCost)");
+        check(Mode::PostCopy, 80, 10, "SwitchNow(BulkDone)");
     }
 
     #[test]
