@@ -24,6 +24,8 @@ use std::sync::{Mutex, PoisonError};
 /// Pages that are read or written at once.
 const PART_PAGES: u64 = 256;
 const PART_BYTES: usize = (PART_PAGES * PAGE_SIZE) as usize;
+/// How many missing pages can be put in at a time, of different parts of disks.
+const LOCKS: usize = 8;
 
 /// The disks of a guest, or none if they are not copied.
 #[derive(Debug)]
@@ -33,8 +35,9 @@ pub(crate) struct Disks {
     /// What has not come, if there are disks.
     missing: Option<MissingThere>,
     missing_count: AtomicU64,
-    /// Held while missing pages are put in: what comes twice must not be written when the guest has it.
-    installing: Mutex<Option<DiskBuffer>>,
+    /// Held while missing pages are put in, each for some of them: what comes twice must not be written when the guest
+    /// has it, and a page that is waited for does not stand behind another's write.
+    installing: [Mutex<Option<DiskBuffer>>; LOCKS],
 }
 
 /// Room for [`PART_PAGES`] of a disk.
@@ -50,6 +53,17 @@ pub(crate) fn parts(run: PageRange) -> impl Iterator<Item = PageRange> {
         let part = PageRange::new(rest.first, count);
         rest = PageRange::new(part.end(), rest.count.saturating_sub(count));
         (count > PageCount::ZERO).then_some(part)
+    })
+}
+
+/// The parts of a range between multiples of [`PART_PAGES`]: two that have a page in common are of the same ones.
+fn aligned_parts(range: PageRange) -> impl Iterator<Item = PageRange> {
+    let mut next = range.first.get();
+    let end = range.end().get();
+    std::iter::from_fn(move || {
+        let first = next;
+        next = end.min((first / PART_PAGES + 1) * PART_PAGES);
+        (first < next).then(|| PageRange::new(Pfn::new(first), PageCount::new(next - first)))
     })
 }
 
@@ -90,7 +104,7 @@ impl Disks {
             disks: Vec::new(),
             missing: None,
             missing_count: AtomicU64::new(0),
-            installing: Mutex::default(),
+            installing: Default::default(),
         }
     }
 
@@ -104,7 +118,7 @@ impl Disks {
             disks,
             missing_count: AtomicU64::new(missing.count().get()),
             missing: Some(missing),
-            installing: Mutex::default(),
+            installing: Default::default(),
         })
     }
 
@@ -273,25 +287,23 @@ impl Disks {
         content: Option<&[u8]>,
     ) -> io::Result<PageCount> {
         let missing = self.missing_of(range)?;
-        let mut buffer = self
-            .installing
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
+        let content = content.map(|bytes| Content { range, bytes });
         let mut installed = PageCount::ZERO;
-        for run in missing.runs_in(range) {
-            match content {
-                None => self.zero(run)?,
-                Some(content) => {
-                    let buffer = buffer.get_or_insert_with(self::buffer);
-                    let content = Content {
-                        range,
-                        bytes: content,
-                    };
-                    part(run, buffer)?.copy_from_slice(content.of(run));
-                    self.write(run, buffer)?;
+        for part in aligned_parts(range) {
+            let lock = (part.first.get() / PART_PAGES) as usize % LOCKS;
+            let buffer = self.installing[lock].lock();
+            let mut buffer = buffer.unwrap_or_else(PoisonError::into_inner);
+            for run in missing.runs_in(part) {
+                match content {
+                    None => self.zero(run)?,
+                    Some(content) => {
+                        let buffer = buffer.get_or_insert_with(self::buffer);
+                        self::part(run, buffer)?.copy_from_slice(content.of(run));
+                        self.write(run, buffer)?;
+                    }
                 }
+                installed = installed.saturating_add(self.arrived(missing, run));
             }
-            installed = installed.saturating_add(self.arrived(missing, run));
         }
         Ok(installed)
     }
@@ -455,6 +467,9 @@ mod tests {
         let all: Vec<PageRange> = parts(range(5, 600)).collect();
         assert_eq!(all, [range(5, 256), range(261, 256), range(517, 88)]);
         assert_eq!(parts(range(5, 0)).count(), 0);
+        let all: Vec<PageRange> = aligned_parts(range(5, 600)).collect();
+        assert_eq!(all, [range(5, 251), range(256, 256), range(512, 93)]);
+        assert_eq!(aligned_parts(range(512, 0)).count(), 0);
         let data = disks
             .describe()
             .unwrap()

@@ -414,8 +414,8 @@ fn details(info: &MigrationInfo) -> String {
         ),
     ));
     let verified = report.digest_equal.map(|is_equal| match is_equal {
-        true => "memory and state are equal on both sides".to_owned(),
-        false => "MEMORY OR STATE DIFFER between the two sides".to_owned(),
+        true => "all that was moved is equal on both sides".to_owned(),
+        false => "WHAT WAS MOVED DIFFERS between the two sides".to_owned(),
     });
     lines.extend(verified.map(|text| ("verified", text)));
     if info.stage == Stage::Finished {

@@ -24,6 +24,9 @@ use std::time::Duration;
 
 /// How long whoever waits for a page sleeps before it asks anew.
 const ASK_AGAIN: Duration = Duration::from_millis(500);
+/// Most pages that are asked for before the first of them have come: as many as the largest request of a guest, but
+/// not all that one discards at once.
+const ASKED_PAGES_MAX: u64 = 256;
 /// Bytes of what is asked for: first page and number of pages.
 const WANT_BYTES: usize = 16;
 
@@ -114,17 +117,33 @@ impl MissingHere {
 
     fn wait_for(&self, disk: usize, offset: u64, bytes: u64) {
         while let Some((held, runs)) = self.runs_in(disk, offset, bytes) {
-            let Some(first) = runs.first() else { return };
-            for run in &runs {
-                let first = held.bits.page(run.first).get();
-                let mut want = [0; WANT_BYTES];
-                want[..8].copy_from_slice(&first.to_le_bytes());
-                want[8..].copy_from_slice(&run.count.get().to_le_bytes());
-                // So few bytes are written whole or, while the pipe is full, not at all: then later.
-                let _later = (&held.asks).write(&want);
-            }
-            held.bitmap.wait_while_set(first.first, ASK_AGAIN);
+            let Some(last) = held.ask_for(&runs) else {
+                return;
+            };
+            held.bitmap.wait_while_set(last, ASK_AGAIN);
         }
+    }
+}
+
+impl Held {
+    /// Asks for the first of these runs of bits; which bit is the last of them. `None` if there are none.
+    fn ask_for(&self, runs: &[PageRange]) -> Option<Pfn> {
+        let mut left = PageCount::new(ASKED_PAGES_MAX);
+        let mut last = None;
+        for run in runs {
+            let count = run.count.min(left);
+            left = left.saturating_sub(count);
+            if count == PageCount::ZERO {
+                break;
+            }
+            let mut want = [0; WANT_BYTES];
+            want[..8].copy_from_slice(&self.bits.page(run.first).get().to_le_bytes());
+            want[8..].copy_from_slice(&count.get().to_le_bytes());
+            // So few bytes are written whole or, while the pipe is full, not at all: then later.
+            let _later = (&self.asks).write(&want);
+            last = Some(Pfn::new(run.first.get() + count.get() - 1));
+        }
+        last
     }
 }
 
@@ -314,6 +333,29 @@ mod tests {
         let mut set = PageSet::empty(PageCount::new(4000));
         there.add_to(&mut set);
         assert_eq!(set.count(), PageCount::new(7));
+    }
+
+    #[test]
+    fn a_range_of_any_size_is_asked_for_by_parts() {
+        let (here, there) = sides();
+        there.mark(range(1540, 200));
+        there.mark(range(2000, 600));
+        let mut asked = Vec::new();
+        thread::scope(|scope| {
+            let waiting = scope.spawn(|| here.wait_for(1, 0, 8 << 20));
+            while !waiting.is_finished() {
+                crate::socket::wait_readable([Some(&there as &dyn AsFd)], Some(20)).unwrap();
+                let before = asked.len();
+                there.read_asked(&mut asked).unwrap();
+                for &came in &asked[before..] {
+                    there.arrived(came);
+                }
+            }
+        });
+        let most = asked.iter().map(|one| one.count.get()).max();
+        assert_eq!((asked[0], asked[1]), (range(1540, 200), range(2000, 56)));
+        assert_eq!(most, Some(256));
+        assert_eq!(there.count(), PageCount::ZERO);
     }
 
     #[test]
