@@ -10,8 +10,8 @@
 //! died waits at its next missing page, and the next daemon knows what has come. What was asked of a daemon that
 //! died is asked again: nobody sleeps longer than [`ASK_AGAIN`].
 //!
-//! A page whose bit is clear is the guest's, and nobody but its device writes it: daemons write under one lock,
-//! look there what is still missing, and clear the bit when the disk has the content.
+//! A page whose bit is clear is the guest's, and nobody but its device writes it: a daemon writes a page under a lock,
+//! looks there whether it is still missing, and clears the bit when the disk has the content.
 
 use super::bits::DiskBits;
 use crate::bitmap::{BitmapError, SharedBitmap};

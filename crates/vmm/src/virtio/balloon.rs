@@ -12,8 +12,8 @@
 //! counts: Linux leaves out the queue of a feature that was not agreed on, the standard does not. So all
 //! behind the statistics are theirs.
 //!
-//! Deliberately absent: hints about free pages while a guest is moved. What it has reported before is
-//! not sent either.
+//! Deliberately absent: hints about free pages while a guest is moved (`ARCHITECTURE.md` says why). What it has
+//! reported before is not sent either.
 
 use super::device::{Device, Ring, Served};
 use super::places::Places;
