@@ -4,8 +4,8 @@
 //!
 //! `LIMOSA_E2E_MATRIX=all` moves it forty times and takes the newer kernel, too.
 
-use limosa_e2e::emulated::{Hosts, PROCESSOR, Run, SERIES};
-use limosa_e2e::{binary, skip};
+use limosa_e2e::hosts::{Bed, Hosts, PROCESSOR, Run, SERIES};
+use limosa_e2e::{binary, has_kvm, skip};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
@@ -21,7 +21,7 @@ const MODES: [&str; 6] = [
     "auto",
 ];
 /// What a kernel says when something is wrong with its time, its processors or its memory.
-const ALARMS: [&str; 14] = [
+const ALARMS: [&str; 15] = [
     "BUG:",
     "WARNING:",
     "Oops",
@@ -33,6 +33,7 @@ const ALARMS: [&str; 14] = [
     "MEMORY-BAD",
     "DISK-BAD",
     "FILES-BAD",
+    "DATABASE-BAD",
     "EXT4-fs error",
     "I/O error",
     "FAILURE",
@@ -81,15 +82,22 @@ fn program(place: &Path) -> PathBuf {
 
 /// Runs a script on two hosts that have the program; what it printed.
 fn run(script: &str, variables: &[(&str, &str)], disk_mib: u64) -> String {
-    run_on(&[], script, variables, disk_mib)
+    run_on(Bed::of_this_machine(), &[], script, variables, disk_mib)
 }
 
-/// The same on hosts with these processors.
-fn run_on(processors: &[&str], script: &str, variables: &[(&str, &str)], disk_mib: u64) -> String {
+/// The same on hosts of that kind, with these processors.
+fn run_on(
+    bed: Bed,
+    processors: &[&str],
+    script: &str,
+    variables: &[(&str, &str)],
+    disk_mib: u64,
+) -> String {
     let hosts = Hosts::prepare(&cache()).expect("hosts can be made");
     let place = tempfile::tempdir().expect("a directory");
     let own = |&(name, value): &(&str, &str)| (name.to_owned(), value.to_owned());
     let run = Run {
+        bed,
         hosts: 2,
         script: Path::new(env!("CARGO_MANIFEST_DIR")).join(script),
         files: vec![(program(place.path()), "/run/limosa".to_owned())],
@@ -125,15 +133,18 @@ fn moves(series: &str, vcpus: u8, modes: &[&str]) {
     ];
     let output = run("hosts/moves", &variables, 64);
     let said = said(&output);
-    for work in ["MEMORY-GOOD", "FILES-GOOD"] {
+    for work in ["MEMORY-GOOD", "FILES-GOOD", "DATABASE-GOOD"] {
         let is_done = said.iter().any(|line| line.contains(work));
         assert!(is_done, "nothing said {work}");
     }
     check_beats(&said);
-    // Both clients kept their one connection, and no answer was missing or given twice.
-    let clients = output.matches("| CLIENT-GOOD").count();
-    assert_eq!(clients, 2, "clients: no answer was lost");
+    // Both clients kept their one connection, and no answer was missing or given twice; both benchmarks kept theirs,
+    // and the console of the guest takes and shows what is typed, wherever it runs.
+    for kept in ["CLIENT-GOOD", "BENCHMARK-GOOD", "CONSOLE-GOOD"] {
+        assert_eq!(output.matches(&format!("| {kept}")).count(), 2, "{kept}");
+    }
     check_disk(&output, &said);
+    check_safe(&output, &said, "DATABASE-GOOD ", "IN-DATABASE ");
     check_clock(&output);
     check_streams(&output, modes.len());
     check_moved(&output, modes.len());
@@ -153,14 +164,18 @@ fn check_disk(output: &str, said: &[&str]) {
         !output.contains("DISK-BAD"),
         "the file is as it was written"
     );
-    let safe = numbers(said.iter().copied(), "SAFE ")
-        .max()
-        .expect("something is safe");
-    let on_disk = output.lines().filter_map(|line| line.split_once("| "));
-    let on_disk = numbers(on_disk.map(|line| line.1), "ON-DISK ").max();
+    check_safe(output, said, "SAFE ", "ON-DISK ");
+}
+
+/// Of what the guest said to be safe, by the one word, as much is there at least, by the other.
+fn check_safe(output: &str, said: &[&str], word: &str, found: &str) {
+    let safe = numbers(said.iter().copied(), word).max();
+    let safe = safe.expect("something is safe");
+    let printed = output.lines().filter_map(|line| line.split_once("| "));
+    let there = numbers(printed.map(|line| line.1), found).max();
     assert!(
-        on_disk.is_some_and(|lines| lines >= safe),
-        "{safe} numbers were said to be safe, {on_disk:?} are there"
+        there.is_some_and(|there| there >= safe),
+        "{word}{safe}, and there are {there:?}"
     );
 }
 
@@ -308,7 +323,7 @@ fn a_stock_kernel_moves_between_unlike_processors() {
     let less = format!("{PROCESSOR},-adx,-smap,-rdseed");
     let processors = [PROCESSOR, &less];
     let variables = [("SERIES", SERIES[0])];
-    let output = run_on(&processors, "hosts/unlike", &variables, 0);
+    let output = run_on(Bed::Emulated, &processors, "hosts/unlike", &variables, 0);
     for line in [told(&output, "DRY-RUN "), told(&output, "MIGRATE ")] {
         let names = ["processor lacks", "adx", "smap"];
         assert!(names.iter().all(|name| line.contains(name)), "{line}");
@@ -317,6 +332,26 @@ fn a_stock_kernel_moves_between_unlike_processors() {
     assert!(!output.contains("SAID BUG"), "{output}");
     for model in ["x86-64-v2", "x86-64-v3"] {
         assert!(output.contains(&format!("MOVED {model}")), "{output}");
+    }
+}
+
+/// What stock kernels move between where there is no need to emulate it, here with a guest that runs on any KVM.
+#[test]
+fn hosts_made_of_namespaces_are_hosts() {
+    if !is_debian() || !has_kvm() {
+        return;
+    }
+    if !Bed::Native.is_allowed() {
+        skip("namespaces take root");
+        return;
+    }
+    let modes = ["pre-copy", "post-copy"];
+    let variables = [("MODES", &*modes.join(" "))];
+    let output = run_on(Bed::Native, &[], "hosts/micro", &variables, 32);
+    assert_eq!(output.matches("digests equal").count(), 2 * modes.len());
+    check_moved(&output, 2 * modes.len());
+    for word in ["LISTED writer", "LAN-GOOD", "DISK-GOOD", "SHARED-GOOD"] {
+        assert!(output.contains(&format!("| {word}")), "{word}");
     }
 }
 

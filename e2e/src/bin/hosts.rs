@@ -1,22 +1,24 @@
-//! Runs a script on one or two emulated hosts, by hand.
+//! Runs a script on one or two throw-away hosts, by hand.
 
-use limosa_e2e::emulated::{Hosts, Run};
+use limosa_e2e::hosts::{Bed, Hosts, Run};
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 
 const HELP: &str = "\
-Throw-away Linux hosts with a working /dev/kvm, emulated by QEMU, with a LAN between them.
+Throw-away Linux hosts with a working /dev/kvm, with a LAN between them: namespaces of this machine where its
+processors can run guests, emulated by QEMU elsewhere.
 
 Usage: cargo run -p limosa-e2e --bin hosts -- [OPTIONS] SCRIPT
 
+  --bed BED             'native' or 'emulated' (default: what suits this machine)
   --hosts N             1 or 2 hosts; each runs the script (default 2)
-  --put FILE:PATH       have a file at a path on each host, not below /usr; may be given again
+  --put FILE:PATH       have a file at a path below /run on each host; may be given again
   --set NAME=VALUE      a variable of the script; may be given again
   --disk MIB            a disk that the hosts share, /dev/vdb on each (default none)
   --processor CPU       processor of the first host, as QEMU names it; again for the second
-                        (default EPYC,-monitor)
-  --memory MIB          memory of each host (default 1024)
+                        (default EPYC,-monitor); only where hosts are emulated
+  --memory MIB          memory of each emulated host (default 1024)
   --limit SECONDS       end hosts that have not ended by then (default 600)
   --cache DIR           where packages and images are kept (default target/emulated-hosts)
 
@@ -41,6 +43,7 @@ fn main() -> ExitCode {
 
 fn run(mut words: impl Iterator<Item = String>) -> Result<u8, String> {
     let mut run = Run {
+        bed: Bed::of_this_machine(),
         hosts: 2,
         script: PathBuf::new(),
         files: Vec::new(),
@@ -71,6 +74,13 @@ fn run(mut words: impl Iterator<Item = String>) -> Result<u8, String> {
                     .ok()
                     .filter(|n| (1..=2).contains(n))
                     .ok_or_else(wrong)?
+            }
+            "--bed" => {
+                run.bed = match value.as_str() {
+                    "native" => Bed::Native,
+                    "emulated" => Bed::Emulated,
+                    _ => return Err(wrong()),
+                }
             }
             "--processor" => run.processors.push(value),
             "--memory" => run.memory_mib = value.parse().map_err(|_| wrong())?,

@@ -1,157 +1,69 @@
 //! One emulated host: QEMU with two sockets to it, one for what its script prints, one for control.
 
 use super::archive::Archive;
+use super::host::{self, Host, Told};
 use super::packages::Packages;
-use super::{EmulationError, PROCESSOR, Run, SERIES, failed};
+use super::{HostError, PROCESSOR, Run, SERIES, SHARED_DISK, failed, variables};
 use std::fs::{self, File};
-use std::io::{self, BufRead, BufReader, BufWriter, Write};
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::io::{self, BufWriter, Write};
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::mpsc::Sender;
 use std::thread;
 use std::time::{Duration, Instant};
 
-/// The disk that all hosts have, beside what else belongs to a run.
-pub(super) const SHARED_DISK: &str = "shared.raw";
-const NAMES: [&str; 2] = ["host-a", "host-b"];
 /// How long QEMU may take to connect, and to make its end of the LAN.
 const START_MAX: Duration = Duration::from_secs(20);
-/// How much of a console is shown when something went wrong.
-const LAST_LINES: usize = 40;
-
-/// What a host says.
-#[derive(Debug)]
-pub(super) enum Told {
-    /// Its script printed this.
-    Line(String),
-    /// It waits until the other is there, too.
-    Barrier(String),
-    /// Its script has ended.
-    Status(i32),
-}
-
-/// A host that runs.
-pub(super) struct Host {
+/// Starts the host with that index.
+pub(super) fn start(
+    cache: &Path,
+    place: &Path,
+    run: &Run,
     index: usize,
-    qemu: Child,
-    control: UnixStream,
-    console: PathBuf,
-    errors: PathBuf,
-    pub(super) waits_at: Option<String>,
-}
-
-impl Host {
-    /// Starts the host with that index.
-    pub(super) fn start(
-        cache: &Path,
-        place: &Path,
-        run: &Run,
-        index: usize,
-        tell: Sender<(usize, Told)>,
-    ) -> Result<Self, EmulationError> {
-        let name = NAMES[index];
-        let initial = place.join(format!("{name}.initial"));
-        write_initial(cache, &initial, run, name)
-            .map_err(failed("write what a host boots from"))?;
-        let listen = |what: &str| {
-            let path = place.join(format!("{name}.{what}"));
-            UnixListener::bind(&path)
-                .map_err(failed("make a socket"))
-                .map(|listener| (listener, path))
-        };
-        let ((output, output_path), (control, control_path)) =
-            (listen("output")?, listen("control")?);
-        let (console, errors) = (
-            place.join(format!("{name}.console")),
-            place.join(format!("{name}.qemu")),
-        );
-        let sockets = [("output", &output_path), ("control", &control_path)];
-        let mut command = qemu(cache);
-        command.args(["-name", name, "-m", &run.memory_mib.to_string()]);
-        let processor = run.processors.get(index).map_or(PROCESSOR, String::as_str);
-        command.args(["-cpu", processor]);
-        command.arg("-initrd").arg(&initial);
-        connect(&mut command, &console, sockets);
-        if run.disk_mib > 0 {
-            share_disk(&mut command, place);
+    tell: Sender<(usize, Told)>,
+) -> Result<Host, HostError> {
+    let name = host::name(index);
+    let initial = place.join(format!("{name}.initial"));
+    write_initial(cache, &initial, run, name).map_err(failed("write what a host boots from"))?;
+    let listen = |what: &str| {
+        let path = place.join(format!("{name}.{what}"));
+        UnixListener::bind(&path)
+            .map_err(failed("make a socket"))
+            .map(|listener| (listener, path))
+    };
+    let ((output, output_path), (control, control_path)) = (listen("output")?, listen("control")?);
+    let (console, errors) = (
+        place.join(format!("{name}.console")),
+        place.join(format!("{name}.qemu")),
+    );
+    let sockets = [("output", &output_path), ("control", &control_path)];
+    let mut command = qemu(cache);
+    command.args(["-name", name, "-m", &run.memory_mib.to_string()]);
+    let processor = run.processors.get(index).map_or(PROCESSOR, String::as_str);
+    command.args(["-cpu", processor]);
+    command.arg("-initrd").arg(&initial);
+    connect(&mut command, &console, sockets);
+    if run.disk_mib > 0 {
+        share_disk(&mut command, place);
+    }
+    if run.hosts == 2 {
+        lan(&mut command, place, index)?;
+    }
+    let log = File::create(&errors).map_err(failed("write a log"))?;
+    let own = log.try_clone().map_err(failed("write a log"))?;
+    command.stdin(Stdio::null()).stdout(own).stderr(log);
+    let mut qemu = command.spawn().map_err(failed("run QEMU"))?;
+    let connected =
+        accept(&output, &mut qemu).and_then(|output| Ok((output, accept(&control, &mut qemu)?)));
+    match connected {
+        Ok(both) => Host::follow(index, qemu, both, vec![console, errors], tell),
+        Err(error) => {
+            host::end(&mut qemu);
+            let said = fs::read_to_string(&errors).unwrap_or_default();
+            Err(HostError(format!("{error}; {said}")))
         }
-        if run.hosts == 2 {
-            lan(&mut command, place, index)?;
-        }
-        let log = File::create(&errors).map_err(failed("write a log"))?;
-        let own = log.try_clone().map_err(failed("write a log"))?;
-        command.stdin(Stdio::null()).stdout(own).stderr(log);
-        let mut qemu = command.spawn().map_err(failed("run QEMU"))?;
-        let connected = accept(&output, &mut qemu)
-            .and_then(|output| Ok((output, accept(&control, &mut qemu)?)));
-        let (output, control) = match connected {
-            Ok(both) => both,
-            Err(error) => {
-                end(&mut qemu);
-                let said = fs::read_to_string(&errors).unwrap_or_default();
-                return Err(EmulationError(format!("{error}; {said}")));
-            }
-        };
-        let reader = control.try_clone().map_err(failed("share a socket"))?;
-        follow(index, output, reader, tell);
-        Ok(Self {
-            index,
-            qemu,
-            control,
-            console,
-            errors,
-            waits_at: None,
-        })
-    }
-
-    pub(super) fn name(&self) -> &'static str {
-        NAMES[self.index]
-    }
-
-    /// Lets it go on from its barrier.
-    pub(super) fn go_on(&mut self) -> Result<(), EmulationError> {
-        self.control
-            .write_all(b"go\n")
-            .map_err(failed("tell a host to go on"))
-    }
-
-    /// An error if QEMU has ended.
-    pub(super) fn check_alive(&mut self) -> Result<(), EmulationError> {
-        match self.qemu.try_wait() {
-            Ok(None) => Ok(()),
-            Ok(Some(status)) => Err(EmulationError(format!(
-                "{} has died: {status}",
-                self.name()
-            ))),
-            Err(error) => Err(failed("look after QEMU")(error)),
-        }
-    }
-
-    /// The end of its console and of what QEMU said.
-    pub(super) fn last_words(&self) -> String {
-        let text = [&self.console, &self.errors].map(|path| {
-            let bytes = fs::read(path).unwrap_or_default();
-            String::from_utf8_lossy(&bytes).replace('\r', "")
-        });
-        let lines: Vec<String> = text
-            .iter()
-            .flat_map(|text| text.lines())
-            .map(|line| format!("{} console| {line}", self.name()))
-            .collect();
-        lines[lines.len().saturating_sub(LAST_LINES)..].join("\n")
-    }
-}
-
-impl Drop for Host {
-    fn drop(&mut self) {
-        end(&mut self.qemu);
-    }
-}
-
-fn end(qemu: &mut Child) {
-    if let Err(error) = qemu.kill().and_then(|()| qemu.wait()) {
-        eprintln!("QEMU does not end: {error}");
     }
 }
 
@@ -216,13 +128,13 @@ fn share_disk(command: &mut Command, place: &Path) {
 }
 
 /// The first host listens, the second one connects.
-fn lan(command: &mut Command, place: &Path, index: usize) -> Result<(), EmulationError> {
+fn lan(command: &mut Command, place: &Path, index: usize) -> Result<(), HostError> {
     let path = place.join("lan");
     if index > 0 {
         let until = Instant::now() + START_MAX;
         while !path.exists() {
             if Instant::now() > until {
-                return Err(EmulationError(
+                return Err(HostError(
                     "the first host does not make its end of the LAN".to_owned(),
                 ));
             }
@@ -252,14 +164,7 @@ fn write_initial(cache: &Path, to: &Path, run: &Run, name: &str) -> io::Result<(
         &mut file,
     )?;
     let mut archive = Archive::new(file);
-    let mut variables = format!("export HOST={name}\n");
-    for (variable, value) in &run.variables {
-        variables.push_str(&format!(
-            "export {variable}='{}'\n",
-            value.replace('\'', r"'\''")
-        ));
-    }
-    archive.file("run/variables", 0o644, variables.as_bytes())?;
+    archive.file("run/variables", 0o644, variables(run, name).as_bytes())?;
     archive.file("run/script", 0o755, &fs::read(&run.script)?)?;
     for (from, path) in &run.files {
         archive.copy(from, path.trim_start_matches('/'))?;
@@ -267,7 +172,7 @@ fn write_initial(cache: &Path, to: &Path, run: &Run, name: &str) -> io::Result<(
     archive.finish()?.flush()
 }
 
-fn accept(listener: &UnixListener, qemu: &mut Child) -> Result<UnixStream, EmulationError> {
+fn accept(listener: &UnixListener, qemu: &mut Child) -> Result<File, HostError> {
     listener
         .set_nonblocking(true)
         .map_err(failed("wait for QEMU"))?;
@@ -278,7 +183,7 @@ fn accept(listener: &UnixListener, qemu: &mut Child) -> Result<UnixStream, Emula
                 stream
                     .set_nonblocking(false)
                     .map_err(failed("wait for QEMU"))?;
-                return Ok(stream);
+                return Ok(File::from(OwnedFd::from(stream)));
             }
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
             Err(error) => return Err(failed("wait for QEMU")(error)),
@@ -288,36 +193,8 @@ fn accept(listener: &UnixListener, qemu: &mut Child) -> Result<UnixStream, Emula
             .map_err(failed("look after QEMU"))?
             .is_some();
         if has_ended || Instant::now() > until {
-            return Err(EmulationError("QEMU does not start".to_owned()));
+            return Err(HostError("QEMU does not start".to_owned()));
         }
         thread::sleep(Duration::from_millis(10));
     }
-}
-
-/// Tells what a host prints and says. What was printed before the end comes before it: the thread of
-/// the control socket waits for the other, whose socket is closed by the host first.
-fn follow(index: usize, output: UnixStream, control: UnixStream, tell: Sender<(usize, Told)>) {
-    let lines = tell.clone();
-    thread::spawn(move || {
-        for line in BufReader::new(output).split(b'\n').map_while(Result::ok) {
-            let line = String::from_utf8_lossy(&line)
-                .trim_end_matches('\r')
-                .to_owned();
-            if lines.send((index, Told::Line(line))).is_err() {
-                return;
-            }
-        }
-    });
-    thread::spawn(move || {
-        for line in BufReader::new(control).lines().map_while(Result::ok) {
-            let told = match line.split_once(' ') {
-                Some(("barrier", name)) => Told::Barrier(name.to_owned()),
-                Some(("exit", status)) => Told::Status(status.trim().parse().unwrap_or(1)),
-                _ => continue,
-            };
-            if tell.send((index, told)).is_err() {
-                return;
-            }
-        }
-    });
 }

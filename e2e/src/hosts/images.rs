@@ -6,7 +6,7 @@
 use super::archive::Archive;
 use super::kernel::Kernel;
 use super::packages::{Packages, TRIPLET, succeed};
-use super::{EmulationError, SERIES, failed};
+use super::{HostError, SERIES, failed};
 use std::fs::{self, File};
 use std::io::{self, BufWriter, Write};
 use std::os::unix::fs::{PermissionsExt, symlink};
@@ -19,11 +19,12 @@ pub(super) const STAMP: &str = "made-from";
 const HOST_INIT: &str = include_str!("../../hosts/host-init");
 const GUEST_INIT: &str = include_str!("../../hosts/guest-init");
 /// What scripts on hosts call or source, by name.
-const TOOLS: [(&str, &str); 2] = [
+const TOOLS: [(&str, &str); 3] = [
     ("barrier", include_str!("../../hosts/barrier")),
+    ("host-run", include_str!("../../hosts/host-run")),
     ("daemon", include_str!("../../hosts/daemon")),
 ];
-const HOST_PROGRAMS: [&str; 16] = [
+const HOST_PROGRAMS: [&str; 17] = [
     "busybox",
     "bash",
     "socat",
@@ -36,18 +37,13 @@ const HOST_PROGRAMS: [&str; 16] = [
     "redis-benchmark",
     "iperf3",
     "stress-ng",
+    "sqlite3",
     "mke2fs",
     "e2fsck",
     "debugfs",
     "qemu-system-x86_64",
 ];
-const GUEST_PROGRAMS: [&str; 5] = [
-    "busybox",
-    "redis-server",
-    "memtester",
-    "iperf3",
-    "stress-ng",
-];
+const GUEST_PROGRAMS: [&str; 5] = ["busybox", "redis-server", "sqlite3", "iperf3", "stress-ng"];
 const HOST_MODULES: [&str; 8] = [
     "virtio_pci",
     "virtio_blk",
@@ -58,11 +54,12 @@ const HOST_MODULES: [&str; 8] = [
     "tun",
     "bridge",
 ];
-const GUEST_MODULES: [&str; 6] = [
+const GUEST_MODULES: [&str; 7] = [
     "virtio_mmio",
     "virtio_net",
     "virtio_blk",
     "virtio_balloon",
+    "virtio_console",
     "virtio-rng",
     "pvpanic-mmio",
 ];
@@ -82,7 +79,7 @@ pub(super) fn stamp() -> String {
 }
 
 /// Makes everything below `cache`.
-pub(super) fn make(cache: &Path) -> Result<(), EmulationError> {
+pub(super) fn make(cache: &Path) -> Result<(), HostError> {
     eprintln!(
         "making the emulated hosts: packages are fetched and unpacked, which takes a minute or two"
     );
@@ -131,7 +128,7 @@ fn initial(
     init: &str,
     modules: &[&str],
     usr: Option<&Path>,
-) -> Result<(), EmulationError> {
+) -> Result<(), HostError> {
     let modules = kernel.load_order(modules)?;
     let busybox = packages.program("busybox")?;
     let write = || -> io::Result<()> {
@@ -204,7 +201,7 @@ fn complete_usr(packages: &Packages, usr: &Path) -> io::Result<()> {
 }
 
 /// Busybox stands in for all that is not there otherwise.
-fn applets(packages: &Packages, usr: &Path) -> Result<(), EmulationError> {
+fn applets(packages: &Packages, usr: &Path) -> Result<(), HostError> {
     let list = succeed(Command::new(packages.program("busybox")?).arg("--list"))?;
     for name in list.lines() {
         let place = usr.join("bin").join(name);
@@ -217,7 +214,7 @@ fn applets(packages: &Packages, usr: &Path) -> Result<(), EmulationError> {
     Ok(())
 }
 
-fn make_image(cache: &Path, usr: &Path) -> Result<(), EmulationError> {
+fn make_image(cache: &Path, usr: &Path) -> Result<(), HostError> {
     let (image, size) = (
         cache.join("usr.img"),
         size_of(usr).map_err(failed("look at the stage"))?,

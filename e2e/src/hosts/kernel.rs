@@ -1,7 +1,7 @@
 //! A kernel out of its package: the image, and modules in the order in which they can be loaded.
 
 use super::packages::succeed;
-use super::{EmulationError, failed};
+use super::{HostError, failed};
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -22,7 +22,7 @@ pub(super) struct Module {
 
 impl Kernel {
     /// Looks at what was unpacked there.
-    pub(super) fn open(root: &Path) -> Result<Self, EmulationError> {
+    pub(super) fn open(root: &Path) -> Result<Self, HostError> {
         let boot = only(&root.join("boot"), "vmlinuz-")?;
         let modules = only(&root.join("lib/modules"), "")?;
         let list = fs::read_to_string(modules.join("modules.builtin"));
@@ -37,7 +37,7 @@ impl Kernel {
     }
 
     /// These modules and what they need, each after what it needs. What is built in is left out.
-    pub(super) fn load_order(&self, wanted: &[&str]) -> Result<Vec<Module>, EmulationError> {
+    pub(super) fn load_order(&self, wanted: &[&str]) -> Result<Vec<Module>, HostError> {
         let (mut order, mut seen) = (Vec::new(), BTreeSet::new());
         for name in wanted {
             self.visit(name, true, &mut order, &mut seen)?;
@@ -51,7 +51,7 @@ impl Kernel {
         is_needed: bool,
         order: &mut Vec<Module>,
         seen: &mut BTreeSet<String>,
-    ) -> Result<(), EmulationError> {
+    ) -> Result<(), HostError> {
         let name = name.replace('-', "_");
         if self.built_in.contains(&name) || !seen.insert(name.clone()) {
             return Ok(());
@@ -59,7 +59,7 @@ impl Kernel {
         let Some(path) = self.modules.get(&name) else {
             let missing = format!("{} has no module {name}", self.image.display());
             return if is_needed {
-                Err(EmulationError(missing))
+                Err(HostError(missing))
             } else {
                 Ok(())
             };
@@ -105,7 +105,7 @@ fn name_of(path: &Path) -> String {
     name.replace('-', "_")
 }
 
-fn collect(directory: &Path, found: &mut BTreeMap<String, PathBuf>) -> Result<(), EmulationError> {
+fn collect(directory: &Path, found: &mut BTreeMap<String, PathBuf>) -> Result<(), HostError> {
     let list = || format!("list {}", directory.display());
     for entry in fs::read_dir(directory).map_err(failed(list()))? {
         let path = entry.map_err(failed(list()))?.path();
@@ -118,7 +118,7 @@ fn collect(directory: &Path, found: &mut BTreeMap<String, PathBuf>) -> Result<()
     Ok(())
 }
 
-fn read(path: &Path) -> Result<Vec<u8>, EmulationError> {
+fn read(path: &Path) -> Result<Vec<u8>, HostError> {
     if path.extension().is_some_and(|extension| extension == "xz") {
         let plain = path.with_extension("");
         if !plain.exists() {
@@ -130,13 +130,13 @@ fn read(path: &Path) -> Result<Vec<u8>, EmulationError> {
 }
 
 /// The one entry of a directory whose name begins so.
-fn only(directory: &Path, beginning: &str) -> Result<PathBuf, EmulationError> {
+fn only(directory: &Path, beginning: &str) -> Result<PathBuf, HostError> {
     let entries =
         fs::read_dir(directory).map_err(failed(format!("list {}", directory.display())))?;
     let paths = entries.filter_map(|entry| Some(entry.ok()?.path()));
     let is_right = |path: &PathBuf| name_begins(path, beginning);
     let found = paths.filter(is_right).max();
-    found.ok_or_else(|| EmulationError(format!("{} is empty", directory.display())))
+    found.ok_or_else(|| HostError(format!("{} is empty", directory.display())))
 }
 
 fn name_begins(path: &Path, beginning: &str) -> bool {

@@ -1,7 +1,7 @@
 //! The Debian packages of the hosts and guests: fetched with all that they need, unpacked beside each
 //! other, and programs taken out of them with their libraries.
 
-use super::{EmulationError, SERIES, failed};
+use super::{HostError, SERIES, failed};
 use std::collections::BTreeMap;
 use std::fs;
 use std::os::unix::fs::symlink;
@@ -18,7 +18,7 @@ const PACKAGES: [&str; 12] = [
     "iputils-ping",
     "redis-server",
     "redis-tools",
-    "memtester",
+    "sqlite3",
     "stress-ng",
     "iperf3",
     "e2fsprogs",
@@ -45,7 +45,7 @@ pub(super) struct Packages {
 }
 
 /// Runs a program that has to succeed; what it printed.
-pub(super) fn succeed(command: &mut Command) -> Result<String, EmulationError> {
+pub(super) fn succeed(command: &mut Command) -> Result<String, HostError> {
     let name = command.get_program().to_string_lossy().into_owned();
     let output = command.stdin(Stdio::null()).output();
     let output = output.map_err(failed(format!("run {name}")))?;
@@ -59,7 +59,7 @@ pub(super) fn succeed(command: &mut Command) -> Result<String, EmulationError> {
         .chain(text.lines())
         .last()
         .unwrap_or_default();
-    Err(EmulationError(format!(
+    Err(HostError(format!(
         "{name} ended with {}: {said}",
         output.status
     )))
@@ -75,7 +75,7 @@ impl Packages {
     }
 
     /// Fetches and unpacks all of them below `cache`.
-    pub(super) fn fetch(cache: &Path) -> Result<Self, EmulationError> {
+    pub(super) fn fetch(cache: &Path) -> Result<Self, HostError> {
         let debs = cache.join("debs");
         fs::create_dir_all(debs.join("partial")).map_err(failed("make a directory"))?;
         let nothing = cache.join("nothing-installed");
@@ -109,7 +109,7 @@ impl Packages {
         Ok(packages)
     }
 
-    fn unpack(&self, debs: &Path) -> Result<(), EmulationError> {
+    fn unpack(&self, debs: &Path) -> Result<(), HostError> {
         // As Debian has it: programs and libraries are below /usr, and links lead there.
         for name in ["bin", "sbin", "lib", "lib64"] {
             let real = self.root.join("usr").join(name);
@@ -145,7 +145,7 @@ impl Packages {
                 .map_err(failed("run tar"))?;
             let read = read.wait().map_err(failed("wait for dpkg-deb"))?;
             if !(status.success() && read.success()) {
-                return Err(EmulationError(format!("cannot unpack {name}")));
+                return Err(HostError(format!("cannot unpack {name}")));
             }
         }
         // The package of the loader has an absolute link, which would lead to this machine's.
@@ -186,14 +186,14 @@ impl Packages {
             .join(":")
     }
 
-    pub(super) fn program(&self, name: &str) -> Result<PathBuf, EmulationError> {
+    pub(super) fn program(&self, name: &str) -> Result<PathBuf, HostError> {
         let places = ["bin", "sbin"].map(|directory| self.usr(directory).join(name));
         let found = places.into_iter().find(|place| place.exists());
-        found.ok_or_else(|| EmulationError(format!("the packages have no program {name}")))
+        found.ok_or_else(|| HostError(format!("the packages have no program {name}")))
     }
 
     /// Copies programs with their libraries and the loader into a directory that is to be `/usr`.
-    pub(super) fn install(&self, programs: &[&str], usr: &Path) -> Result<(), EmulationError> {
+    pub(super) fn install(&self, programs: &[&str], usr: &Path) -> Result<(), HostError> {
         let libraries = usr.join("lib").join(TRIPLET);
         for directory in [
             usr.join("bin"),
@@ -224,18 +224,14 @@ impl Packages {
     }
 
     /// The shared libraries that a program needs, by name. None for a static one.
-    fn libraries(&self, program: &Path) -> Result<BTreeMap<String, PathBuf>, EmulationError> {
+    fn libraries(&self, program: &Path) -> Result<BTreeMap<String, PathBuf>, HostError> {
         let mut list = Command::new(self.loader());
         list.args(["--library-path", &self.library_path(), "--list"])
             .arg(program);
         let output = list.output().map_err(failed("list libraries"))?;
         let text = String::from_utf8_lossy(&output.stdout);
         if let Some(line) = text.lines().find(|line| line.contains("not found")) {
-            return Err(EmulationError(format!(
-                "{}: {}",
-                program.display(),
-                line.trim()
-            )));
+            return Err(HostError(format!("{}: {}", program.display(), line.trim())));
         }
         Ok(text.lines().filter_map(library_of).collect())
     }
@@ -250,7 +246,7 @@ fn library_of(line: &str) -> Option<(String, PathBuf)> {
 }
 
 /// The newest package of each series that apt knows.
-fn newest_kernels() -> Result<Vec<(&'static str, String)>, EmulationError> {
+fn newest_kernels() -> Result<Vec<(&'static str, String)>, HostError> {
     let mut search = Command::new("apt-cache");
     search.args([
         "search",
@@ -267,7 +263,7 @@ fn newest_kernels() -> Result<Vec<(&'static str, String)>, EmulationError> {
         .map(|series| {
             let newest = newest(&names, series);
             let missing = || {
-                EmulationError(format!(
+                HostError(format!(
                     "apt knows no cloud kernel {series}: run 'apt-get update'"
                 ))
             };
@@ -296,11 +292,11 @@ fn newest<'a>(names: &[&'a str], series: &str) -> Option<&'a str> {
 }
 
 /// The newest file in a directory whose name is right.
-fn find(directory: &Path, is_right: impl Fn(&str) -> bool) -> Result<PathBuf, EmulationError> {
+fn find(directory: &Path, is_right: impl Fn(&str) -> bool) -> Result<PathBuf, HostError> {
     let entries = fs::read_dir(directory).map_err(failed("list packages"))?;
     let names = entries.filter_map(|entry| entry.ok()?.file_name().into_string().ok());
     let found = names.filter(|name| is_right(name)).max();
-    let missing = || EmulationError(format!("{} lacks a package", directory.display()));
+    let missing = || HostError(format!("{} lacks a package", directory.display()));
     Ok(directory.join(found.ok_or_else(missing)?))
 }
 
