@@ -287,9 +287,22 @@ impl Faults {
     /// A device waits for these pages of a disk.
     fn fault_on_disk(&self, range: PageRange, wants: &mut Vec<u8>) {
         for run in self.installer.missing_on_disk(range) {
-            let is_new = |page: Pfn| self.wait_for(page, &[]);
-            // Whoever asks again was asked for before, but for what it has not asked for yet.
-            if run.iter().filter(|&page| is_new(page)).count() > 0 {
+            // Whoever asks again has asked before, but for what it had not come to then.
+            let mut new: Option<PageRange> = None;
+            for page in run.iter().filter(|&page| self.wait_for(page, &[])) {
+                let one = PageRange::new(page, PageCount::new(1));
+                match &mut new {
+                    Some(run) if run.end() == page => {
+                        run.count = run.count.saturating_add(one.count)
+                    }
+                    _ => {
+                        if let Some(run) = new.replace(one) {
+                            want(wants, run);
+                        }
+                    }
+                }
+            }
+            if let Some(run) = new {
                 want(wants, run);
             }
         }

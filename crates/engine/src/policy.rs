@@ -251,11 +251,11 @@ impl Progress {
     }
 
     /// True if the part of the downtime that rounds do not shorten is over the limit, and what they do shorten is
-    /// at most an eighth of it: nothing that is worth a round is left.
+    /// at most an eighth of it and within the limit by itself: nothing that is worth a round is left.
     fn is_fixed(&self, limits: &Limits) -> bool {
-        let copy = self.copy_time();
-        self.fixed_cost > limits.downtime_max
-            && copy.is_some_and(|copy| copy <= self.fixed_cost / 8)
+        let little = limits.downtime_max.min(self.fixed_cost / 8);
+        let is_little = |copy| copy <= little;
+        self.fixed_cost > limits.downtime_max && self.copy_time().is_some_and(is_little)
     }
 
     /// Time to copy what remains.
@@ -643,12 +643,14 @@ pub(crate) mod tests {
             assert_eq!(alloc::format!("{verdict:?}"), expect, "{mode}");
         };
         // A page takes 1 ms here, and 5 ms are allowed.
-        check(Mode::PreCopy, 80, 10, "PauseAndCopy(FixedCost)");
-        check(Mode::PreCopy, 80, 11, "AnotherRound");
+        check(Mode::PreCopy, 24, 3, "PauseAndCopy(FixedCost)");
+        check(Mode::PreCopy, 24, 4, "AnotherRound");
+        check(Mode::PreCopy, 80, 5, "PauseAndCopy(FixedCost)");
+        check(Mode::PreCopy, 80, 6, "AnotherRound");
         check(Mode::PreCopy, 5, 1, "AnotherRound");
-        check(Mode::Auto, 80, 10, "PauseAndCopy(FixedCost)");
-        check(Mode::Hybrid, 80, 10, "PauseAndCopy(FixedCost)");
-        check(Mode::PostCopy, 80, 10, "SwitchNow(BulkDone)");
+        check(Mode::Auto, 80, 5, "PauseAndCopy(FixedCost)");
+        check(Mode::Hybrid, 80, 5, "PauseAndCopy(FixedCost)");
+        check(Mode::PostCopy, 80, 5, "SwitchNow(BulkDone)");
     }
 
     #[test]

@@ -24,8 +24,8 @@ use std::time::Duration;
 
 /// How long whoever waits for a page sleeps before it asks anew.
 const ASK_AGAIN: Duration = Duration::from_millis(500);
-/// Most pages that are asked for before the first of them have come: as many as the largest request of a guest, but
-/// not all that one discards at once.
+/// Most pages that are asked for before others of them have come: more than a guest reads or writes at once, but not
+/// all that it may discard.
 const ASKED_PAGES_MAX: u64 = 256;
 /// Bytes of what is asked for: first page and number of pages.
 const WANT_BYTES: usize = 16;
