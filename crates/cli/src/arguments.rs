@@ -527,6 +527,9 @@ pub(crate) struct Vm {
     /// The file in which it notes that a guest that arrived runs here
     #[arg(long)]
     pub ledger: Option<PathBuf>,
+    /// The process that starts it and gives it a machine
+    #[arg(long)]
+    pub daemon: Option<u32>,
 }
 
 #[cfg(test)]

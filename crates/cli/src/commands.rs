@@ -66,7 +66,12 @@ pub(crate) fn run(arguments: Arguments) -> Result<()> {
             clap_complete::generate(shell, &mut Arguments::command(), "limosa", &mut script);
             print(&String::from_utf8(script)?)
         }
-        Command::Vm(vm) => limosa_host::serve_vm(vm.socket, vm.host_tag, vm.ledger),
+        Command::Vm(vm) => limosa_host::serve_vm(&limosa_host::ServeOptions {
+            socket: vm.socket,
+            host_tag: vm.host_tag,
+            ledger: vm.ledger,
+            daemon: vm.daemon,
+        }),
     }
 }
 

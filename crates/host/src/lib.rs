@@ -35,18 +35,12 @@ pub use limosa_carrier::{JournalError, replay_file as replay_journal};
 
 pub use limosa_vmm::heartbeat::Heartbeat;
 
-use limosa_vmm::process::ServeOptions;
-use std::path::PathBuf;
+pub use limosa_vmm::process::ServeOptions;
 
 /// The life of one VM process.
 ///
 /// # Errors
 /// Its socket cannot be opened, or its daemon breaks the protocol.
-pub fn serve_vm(socket: PathBuf, host_tag: String, ledger: Option<PathBuf>) -> anyhow::Result<()> {
-    limosa_vmm::process::serve(&ServeOptions {
-        socket,
-        host_tag,
-        ledger,
-    })
-    .map_err(Into::into)
+pub fn serve_vm(options: &ServeOptions) -> anyhow::Result<()> {
+    limosa_vmm::process::serve(options).map_err(Into::into)
 }

@@ -48,7 +48,7 @@ impl<T: Serialize + DeserializeOwned> Notes<T> {
             Ok(note) => Some(note),
             Err(error) if error.kind() == io::ErrorKind::NotFound => None,
             Err(error) => {
-                tracing::warn!(migration_id = %id, %error, "the note of {} is not understood", self.about);
+                tracing::warn!(migration_id = %id, %error, about = self.about, "a note cannot be read");
                 None
             }
         }
@@ -58,7 +58,7 @@ impl<T: Serialize + DeserializeOwned> Notes<T> {
     pub fn forget(&self, id: MigrationId) {
         match fs::remove_file(self.file(id)) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                tracing::warn!(migration_id = %id, %error, "the note of {} stays behind", self.about);
+                tracing::warn!(migration_id = %id, %error, about = self.about, "a note stays behind");
             }
             Ok(()) | Err(_) => {}
         }

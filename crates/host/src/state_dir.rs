@@ -15,16 +15,18 @@
 //! ```
 //!
 //! Only the owner may enter: whoever can open a socket in it owns the guests. The lock goes with
-//! the process that holds it, so a killed daemon leaves none behind.
+//! the process that holds it, so a killed daemon leaves none behind, or not for long.
 
 use anyhow::{Context, Result, anyhow, bail};
 use rustix::process::geteuid;
 use std::env;
 use std::fmt;
 use std::fs::{self, DirBuilder, File, OpenOptions, TryLockError};
-use std::io::{Read, Write};
+use std::io::{Read, Seek, Write};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
+use std::thread;
+use std::time::{Duration, Instant};
 
 /// Longest path of a Unix socket: `sun_path` without its terminating zero.
 const SOCKET_PATH_BYTES_MAX: usize = 107;
@@ -32,6 +34,11 @@ const SOCKET_PATH_BYTES_MAX: usize = 107;
 const NAME_BYTES_MAX: usize = 64;
 /// Journals that are kept: enough to look back after an evening of trials.
 const JOURNALS_MAX: usize = 64;
+/// How long a lock may outlive the daemon that had it: a process that it was about to start has a copy until it
+/// becomes another program.
+const LOCK_PATIENCE: Duration = Duration::from_secs(5);
+/// How soon it is tried again.
+const LOCK_AGAIN: Duration = Duration::from_millis(10);
 /// Name of the ledger, to which VM processes write, too.
 pub const LEDGER: &str = "ledger";
 
@@ -266,27 +273,40 @@ fn take_lock(root: &Path) -> Result<File> {
         .mode(0o600)
         .open(&path)
         .with_context(|| format!("cannot open {}", path.display()))?;
-    match lock.try_lock() {
-        Ok(()) => {}
-        Err(TryLockError::WouldBlock) => {
-            let mut pid = String::new();
-            let read = (&lock).take(32).read_to_string(&mut pid);
-            let pid = match (read, pid.trim()) {
-                (Ok(_), pid) if !pid.is_empty() => format!("process {pid}"),
-                _ => "unknown process".to_owned(),
-            };
-            return Err(anyhow!(
-                "another limosa daemon ({pid}) has {}: stop it, or give --state-dir another directory",
-                root.display()
-            ));
-        }
-        Err(TryLockError::Error(error)) => {
-            return Err(error).with_context(|| format!("cannot lock {}", path.display()));
+    let give_up = Instant::now() + LOCK_PATIENCE;
+    loop {
+        match lock.try_lock() {
+            Ok(()) => break,
+            Err(TryLockError::WouldBlock) => {
+                let holder = holder(&lock);
+                let is_alive = |pid: u32| Path::new(&format!("/proc/{pid}")).exists();
+                if holder.is_some_and(is_alive) || Instant::now() > give_up {
+                    let holder =
+                        holder.map_or("unknown process".to_owned(), |pid| format!("process {pid}"));
+                    return Err(anyhow!(
+                        "another limosa daemon ({holder}) has {}: stop it, or give --state-dir another directory",
+                        root.display()
+                    ));
+                }
+                thread::sleep(LOCK_AGAIN);
+            }
+            Err(TryLockError::Error(error)) => {
+                return Err(error).with_context(|| format!("cannot lock {}", path.display()));
+            }
         }
     }
     lock.set_len(0)?;
+    lock.rewind()?;
     writeln!(lock, "{}", std::process::id())?;
     Ok(lock)
+}
+
+/// Who has written that it has the lock.
+fn holder(mut lock: &File) -> Option<u32> {
+    let mut pid = String::new();
+    lock.rewind().ok()?;
+    lock.take(32).read_to_string(&mut pid).ok()?;
+    pid.trim().parse().ok()
 }
 
 #[cfg(test)]
@@ -321,6 +341,29 @@ mod tests {
         assert!(error.starts_with(&expect), "{error}");
         drop(first);
         StateDir::open(dir.path()).unwrap();
+    }
+
+    #[test]
+    fn the_lock_of_a_dead_daemon_is_waited_for() {
+        let dir = tempfile::tempdir().unwrap();
+        let inside = dir.path().join("state");
+        drop(StateDir::open(&inside).unwrap());
+        // What a daemon that was killed has left: its number, and a copy of its lock in a process that it began.
+        let copy = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .open(inside.join("lock"))
+            .unwrap();
+        copy.lock().unwrap();
+        fs::write(inside.join("lock"), format!("{}\n", u32::MAX)).unwrap();
+        let begun = thread::spawn(move || {
+            thread::sleep(Duration::from_millis(50));
+            drop(copy);
+        });
+        StateDir::open(&inside).unwrap();
+        begun.join().unwrap();
+        let noted = fs::read_to_string(inside.join("lock")).unwrap();
+        assert_eq!(noted, format!("{}\n", std::process::id()));
     }
 
     #[test]

@@ -27,6 +27,7 @@ fn main() {
             socket: socket.into(),
             host_tag: "here".to_owned(),
             ledger: None,
+            daemon: None,
         })
         .unwrap();
         return;

@@ -13,6 +13,7 @@
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
 mod acpi;
+mod allowance;
 pub mod answer;
 pub mod arrival_note;
 mod board;

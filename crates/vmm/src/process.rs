@@ -55,6 +55,8 @@ pub struct ServeOptions {
     pub host_tag: String,
     /// Where arrivals are noted before they run; without it the daemon alone remembers them.
     pub ledger: Option<PathBuf>,
+    /// The process that started this one and is about to give it a machine. If it is gone before that, nobody will.
+    pub daemon: Option<u32>,
 }
 
 /// Why a VM process could not serve.
@@ -249,11 +251,18 @@ impl Process<'_> {
             if knocks {
                 self.accept(&mut daemon);
             }
-            if is_orphan && !knocks && began.elapsed() > ORPHAN_LIMIT {
+            let is_late = began.elapsed() > ORPHAN_LIMIT || self.has_lost_daemon();
+            if is_orphan && !knocks && is_late {
                 tracing::warn!("no daemon has come for this process");
                 return Ok(());
             }
         }
+    }
+
+    /// Whether who started this process has ended.
+    fn has_lost_daemon(&self) -> bool {
+        let parent = std::os::unix::process::parent_id();
+        self.options.daemon.is_some_and(|daemon| daemon != parent)
     }
 
     fn is_slowed(&self) -> bool {

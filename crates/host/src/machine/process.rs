@@ -111,6 +111,7 @@ impl Processes {
             .arg(socket)
             .arg("--ledger")
             .arg(self.root.join(state_dir::LEDGER))
+            .args(["--daemon", &std::process::id().to_string()])
             .current_dir("/")
             .stdin(Stdio::null())
             .stdout(log)

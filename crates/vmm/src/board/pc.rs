@@ -63,6 +63,8 @@ pub(crate) struct Pc {
     screen: Arc<Screen>,
     /// The guest is paused.
     rests: AtomicBool,
+    /// Its kernel said that it panicked, and goes on.
+    has_panicked: AtomicBool,
 }
 
 type SerialPort = Serial<SerialLine, NoEvents, Console>;
@@ -104,6 +106,7 @@ impl Pc {
             devices,
             screen,
             rests: AtomicBool::new(true),
+            has_panicked: AtomicBool::new(false),
         })
     }
 
@@ -160,7 +163,10 @@ impl Pc {
             }
             (port::PANIC, PANICKED) => return AfterOut::End(ExitReason::Panicked),
             (port::PANIC, CRASH_LOADED) => {
-                tracing::warn!("the guest's kernel panicked: a second one takes over");
+                // It may do so as often as it likes.
+                if !self.has_panicked.swap(true, Ordering::Relaxed) {
+                    tracing::warn!("the guest's kernel panicked: a second one takes over");
+                }
             }
             (port::SLEEP_CONTROL, _) if value == OFF_STATE << SLEEP_STATE_SHIFT | SLEEP_ENABLE => {
                 return AfterOut::End(ExitReason::PoweredOff);

@@ -15,6 +15,7 @@
 use super::DeviceError;
 use super::device::{Device, Input, Ring, Served};
 use super::places::Places;
+use crate::allowance::Allowance;
 use limosa_os::dirty::disks::DiskNotes;
 use limosa_os::disk::missing::MissingPages;
 use limosa_os::disk::{Action, Completed, Disk, DiskBuffer, DiskQueue, SECTOR_BYTES, Way};
@@ -70,6 +71,8 @@ pub(super) struct Block {
     /// What it tells of itself, and where it lies.
     serial: [u8; VIRTIO_BLK_ID_BYTES as usize],
     path: String,
+    /// For requests that failed, of which the guest may make as many as it likes.
+    allowance: Allowance,
 }
 
 /// A request that is under way.
@@ -156,6 +159,7 @@ impl Block {
             again_at: None,
             serial,
             path: path.to_owned(),
+            allowance: Allowance::new(),
         }
     }
 
@@ -370,7 +374,7 @@ impl Block {
 
     /// Answers a request.
     fn answer(
-        &self,
+        &mut self,
         reply: Reply,
         result: Result<(), Failure>,
         ring: &mut Ring<'_>,
@@ -379,7 +383,9 @@ impl Block {
             Ok(()) => VIRTIO_BLK_S_OK,
             Err(Failure::Unsupported) => VIRTIO_BLK_S_UNSUPP,
             Err(Failure::Io(error)) => {
-                tracing::warn!(%error, disk = self.path, "a request of the guest failed");
+                if self.allowance.spend(0).is_some() {
+                    tracing::warn!(%error, disk = self.path, "a request of the guest failed");
+                }
                 VIRTIO_BLK_S_IOERR
             }
         };
@@ -574,6 +580,7 @@ impl Device for Block {
             again_at: _,
             serial: _,
             path: _,
+            allowance: _,
         } = self;
         assert!(queue.under_way() == 0, "a disk is saved at rest");
         Vec::new()

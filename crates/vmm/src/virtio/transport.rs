@@ -14,11 +14,13 @@
 use super::device::{Device, Input, Ring, Served};
 use super::line::Line;
 use super::{DeviceError, Place, REST_MAX};
+use crate::allowance::Allowance;
 use crate::console::Keyboard;
 use crate::state::{Section, StateError};
 use limosa_os::kvm::{Doorbell, Vm};
 use limosa_os::memory::GuestView;
 use serde::{Deserialize, Serialize};
+use std::fmt;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
 use std::thread;
@@ -77,6 +79,8 @@ pub(super) struct Transport {
     rests: AtomicBool,
     /// What only one machine may have is ours.
     is_claimed: AtomicBool,
+    /// For complaints about the guest.
+    allowance: Mutex<Allowance>,
     /// How many vCPUs wait for the lock, which is not given in turn.
     waiting: AtomicU32,
     core: Mutex<Core>,
@@ -235,6 +239,7 @@ impl Transport {
             interrupt: AtomicU32::new(0),
             rests: AtomicBool::new(true),
             is_claimed: AtomicBool::new(false),
+            allowance: Mutex::new(Allowance::new()),
             waiting: AtomicU32::new(0),
             core: Mutex::new(Core {
                 queues: sizes.iter().map(queue).collect(),
@@ -334,7 +339,7 @@ impl Transport {
                 Ok(Next::GoOn { interrupts: false }) => {}
                 Ok(Next::GoOn { interrupts: true }) => self.interrupt(INT_VRING),
                 Err(error) => {
-                    tracing::warn!(%error, device = self.index, queue, "the guest broke a queue");
+                    self.complain(&format_args!("the guest broke queue {queue}: {error}"));
                     // What was begun before is finished still.
                     self.fail(&mut core);
                 }
@@ -368,6 +373,17 @@ impl Transport {
         let is_due = core.device.due().is_some_and(|due| due <= Instant::now());
         if is_due && self.has_work(&core) {
             core.device.tick();
+        }
+    }
+
+    /// Says what the guest does wrong, which it may do as often as it likes.
+    fn complain(&self, about: &dyn fmt::Display) {
+        let mut allowance = self
+            .allowance
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        if allowance.spend(0).is_some() {
+            tracing::warn!(device = self.index, %about, "a driver breaks the rules");
         }
     }
 
@@ -583,15 +599,12 @@ impl Transport {
                 queue.set_event_idx(features & 1 << VIRTIO_RING_F_EVENT_IDX != 0);
             }
             if core.registers.status & FEATURES_OK == 0 {
-                tracing::warn!(device = self.index, "the guest has not agreed on features");
+                self.complain(&"the guest has not agreed on features");
                 self.fail(&mut core);
             } else if core.has_sound_queues(&self.memory) {
                 core.device.begin(features);
             } else {
-                tracing::warn!(
-                    device = self.index,
-                    "the guest's queues are not in its memory"
-                );
+                self.complain(&"the guest's queues are not in its memory");
                 self.fail(&mut core);
             }
             drop(core);

@@ -18,9 +18,26 @@ fn be_a_vm_process() {
             socket: socket.into(),
             host_tag: "here".to_owned(),
             ledger: None,
+            daemon: None,
         })
         .unwrap();
     }
+}
+
+/// What was started by a daemon that is gone by now waits for nobody.
+#[test]
+fn a_process_without_its_daemon_ends() {
+    let directory = tempfile::tempdir().unwrap();
+    let socket = directory.path().join("vm.sock");
+    let parent = std::os::unix::process::parent_id();
+    serve(&ServeOptions {
+        socket: socket.clone(),
+        host_tag: String::new(),
+        ledger: None,
+        daemon: Some(parent.wrapping_add(1)),
+    })
+    .unwrap();
+    assert!(!socket.exists());
 }
 
 /// A VM process that is killed when the test forgets it.
