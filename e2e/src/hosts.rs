@@ -10,7 +10,8 @@
 //! ```
 //!
 //! Everything comes from Debian packages that are fetched and unpacked into a cache, nothing is
-//! installed, and nothing of what this machine has matters but `apt-get`, `dpkg-deb`, `tar` and `mke2fs`.
+//! installed, and of this machine they take `apt-get`, `dpkg-deb`, `tar`, `mke2fs` and `setpriv`, those of
+//! namespaces also root, `unshare` and `ip`.
 //! A run makes fresh hosts, runs one script on each, and ends with them; [`Hosts::run`] says how it went. Scripts
 //! find the same either way.
 //!
@@ -26,10 +27,12 @@ mod native;
 mod packages;
 
 use host::{Host, Told};
+use packages::succeed;
 use std::fmt;
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::sync::mpsc::{self, Receiver};
 use std::time::{Duration, Instant};
 
@@ -68,9 +71,16 @@ pub enum Bed {
 }
 
 impl Bed {
-    /// Whether this process may make such hosts.
+    /// Whether this process may make such hosts, and finds what makes them.
     pub fn is_allowed(self) -> bool {
-        self == Self::Emulated || rustix::process::geteuid().is_root()
+        let tried = [
+            ("unshare", &["--net", "--mount", "true"][..]),
+            ("ip", &["-V"][..]),
+        ];
+        let works = |(program, arguments): (&str, &[&str])| {
+            succeed(Command::new(program).args(arguments)).is_ok()
+        };
+        self == Self::Emulated || tried.into_iter().all(works)
     }
 
     /// What suits this machine: its own processors if they can run guests.

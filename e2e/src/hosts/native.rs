@@ -4,6 +4,7 @@
 use super::host::{self, Host, Told};
 use super::packages::succeed;
 use super::{HostError, Run, SHARED_DISK, failed, variables};
+use rustix::fs::OFlags;
 use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
 use rustix::termios::{OptionalActions, tcgetattr, tcsetattr};
 use std::ffi::OsString;
@@ -11,6 +12,7 @@ use std::fs::{self, File};
 use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::ffi::OsStringExt;
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::mpsc::Sender;
@@ -117,6 +119,11 @@ fn terminal() -> io::Result<(File, PathBuf, File)> {
     let mut raw = tcgetattr(&near)?;
     raw.make_raw();
     tcsetattr(&near, OptionalActions::Now, &raw)?;
-    let held = File::options().read(true).write(true).open(&far)?;
+    let held = File::options()
+        .read(true)
+        .write(true)
+        // It is nobody's controlling terminal, ours neither.
+        .custom_flags(OFlags::NOCTTY.bits().cast_signed())
+        .open(&far)?;
     Ok((File::from(near), far, held))
 }
