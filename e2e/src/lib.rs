@@ -5,7 +5,7 @@
 //!                 ├─ Daemon b ── VM processes        peer: somebody who speaks the protocol badly
 //!                 ├─ Beats: who runs the guest, seen from outside
 //!                 └─ Link: a way between them that can be cut; strike: whom else to kill
-//!  Lan: two hosts and a client on a network of their own; redis: clients of the guest there
+//!  loads: clients of a guest in a network of its own
 //! ```
 //!
 //! A test asks the daemons through their control interface, as an operator does, and believes them
@@ -24,13 +24,12 @@ pub mod daemon;
 pub mod guest;
 pub mod hold;
 pub mod hosts;
-pub mod lan;
 pub mod link;
+pub mod loads;
 pub mod pair;
 pub mod peer;
 pub mod points;
 pub mod process;
-pub mod redis;
 pub mod resources;
 pub mod strike;
 pub mod wait;

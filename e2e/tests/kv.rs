@@ -1,16 +1,22 @@
 //! A guest that keeps values for clients, moved by every technique while they work, and put back once: each
 //! connection lives on, no count is lost or made twice, every value is the one that was written.
 
-use limosa_e2e::lan::{GUEST, Lan, TAP};
+use limosa_clients::lan::{self, GUEST, Lan, LanError, TAP};
+use limosa_clients::redis::{Answer, Connection};
+use limosa_e2e::daemon::Place;
+use limosa_e2e::loads::{Done, Load};
 use limosa_e2e::pair::{assert_is_at, body, end, move_with, until_stage};
-use limosa_e2e::redis::{Answer, Connection, Done, Load};
-use limosa_e2e::{Daemon, VM, guest, has_kvm, wait};
+use limosa_e2e::{Daemon, VM, guest, has_kvm, skip, wait};
 use limosa_engine::policy::Mode;
 use limosa_engine::source::Stage;
 use limosa_host::api::{MigrateBody, NetworkSpec, VmSpec};
 use std::time::Duration;
 
 const PORT: u16 = 6379;
+/// Of the link between the hosts: 1 Gbit/s.
+const LINK: u64 = 125_000_000;
+/// Longest that an answer may take, whatever is moved meanwhile.
+const ANSWER_MAX: Duration = Duration::from_secs(60);
 const MODES: [Mode; 6] = [
     Mode::PreCopy,
     Mode::PostCopy,
@@ -35,9 +41,18 @@ fn spec() -> VmSpec {
     }
 }
 
+/// Where a daemon runs on the first host, or on the second.
+fn place(lan: &Lan, index: usize) -> Place {
+    Place {
+        namespace: lan.host(index).to_owned(),
+        address: lan::HOSTS[index].to_owned(),
+        tap: TAP.to_owned(),
+    }
+}
+
 fn connect(lan: &Lan) -> Connection {
     let stream = wait::until("the guest listens", || lan.connect(PORT).ok());
-    Connection::new(stream).expect("a connection")
+    Connection::new(stream, ANSWER_MAX).expect("a connection")
 }
 
 /// Clients of a guest: of each kind two.
@@ -120,8 +135,12 @@ fn clients_keep_their_connections_and_every_count() {
     if !has_kvm() {
         return;
     }
-    let Some(lan) = Lan::make() else { return };
-    let hosts = [0, 1].map(|index| Daemon::start_at(&lan.host(index)));
+    let lan = match Lan::make("e2e", Some(LINK)) {
+        Ok(lan) => lan,
+        Err(error @ LanError::Forbidden { .. }) => return skip(&error.to_string()),
+        Err(error) => panic!("{error}"),
+    };
+    let hosts = [0, 1].map(|index| Daemon::start_at(&place(&lan, index)));
     let [a, b] = &hosts;
     guest::boot(a, &spec());
     let loads = Loads::start(&lan);

@@ -18,7 +18,7 @@ struct Row {
 /// Guest programs to run in tests, and how they talk.
 const GUESTS: &[&str] = &["limosa-micro", "limosa-micro-abi"];
 
-const ALLOWED: [Row; 14] = [
+const ALLOWED: [Row; 15] = [
     Row {
         package: "limosa-pages",
         uses: &[],
@@ -73,8 +73,14 @@ const ALLOWED: [Row; 14] = [
         tests_use: &[],
     },
     Row {
+        package: "limosa-clients",
+        uses: &[],
+        tests_use: &[],
+    },
+    Row {
         package: "limosa-cli",
         uses: &[
+            "limosa-clients",
             "limosa-host",
             "limosa-lab",
             "limosa-carrier",
