@@ -10,6 +10,7 @@
 //! that only the daemons could make.
 
 mod beats;
+mod clients;
 mod growth;
 mod guest_clock;
 pub(crate) mod host_pages;

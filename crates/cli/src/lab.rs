@@ -24,15 +24,17 @@ use crate::bed::{self, Bed, Interrupt, Interrupted};
 use crate::output::Output;
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use arguments::{Command, Run};
+use limosa_clients::Lan;
 use limosa_host::api::PushOrder;
 use limosa_lab::backing::Backing;
 use limosa_lab::machine::Machine;
-use limosa_lab::plan::{BedKind, Plan};
+use limosa_lab::plan::{self, BedKind, Plan};
 use limosa_lab::record::{MoveRecord, Setup};
 use limosa_lab::schedule;
 use limosa_lab::store::{self, Start, Store, timestamp};
 use outcome::Outcome;
 use progress::Progress;
+use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
@@ -55,7 +57,7 @@ pub(crate) fn run(arguments: &Arguments, output: impl Fn(bool) -> Output) -> Res
 }
 
 fn make_runs(arguments: &Run, output: Output) -> Result<()> {
-    let (text, plan) = read_plan(&arguments.plan)?;
+    let (text, plan) = read_plan(&arguments.plan, &arguments.without)?;
     let simulated = is_simulated(&plan, arguments.simulate)?;
     let way = Way {
         simulated,
@@ -69,11 +71,7 @@ fn make_runs(arguments: &Run, output: Output) -> Result<()> {
         program::check(&way.qemu)?;
     }
     if !simulated {
-        for backing in Backing::ALL {
-            if plan.cells.iter().any(|cell| cell.pages == backing) {
-                HostPages::check(backing)?;
-            }
-        }
+        check_machine(&plan)?;
     }
     let start = Start {
         begun: timestamp(SystemTime::now()),
@@ -89,6 +87,27 @@ fn make_runs(arguments: &Run, output: Output) -> Result<()> {
     let outcome = Outcome::write(&arguments.out, &results, made)?;
     outcome.print(output)?;
     outcome.verdict()
+}
+
+/// Whether this user may do here what runs of the plan need.
+fn check_machine(plan: &Plan) -> Result<()> {
+    for backing in Backing::ALL {
+        if plan.cells.iter().any(|cell| cell.pages == backing) {
+            HostPages::check(backing)?;
+        }
+    }
+    let links: BTreeSet<Option<u64>> = plan.served_links().collect();
+    for link in links {
+        if let Some(problem) = Lan::problem(link) {
+            let served = plan.used().filter(|(_, one)| one.guest.serves());
+            let (name, _) = served.last().expect("somebody asks for the link");
+            bail!(
+                "the workload '{name}' has clients, whose network cannot be made here: {problem}; leave it out by \
+                 --without {name}"
+            );
+        }
+    }
+    Ok(())
 }
 
 /// How all runs are made.
@@ -163,6 +182,7 @@ fn measure(plan: &Plan, run: &schedule::Run, way: &Way, title: &str) -> Result<M
         downtime_max_ms: plan.downtime_max.get(),
         verify: plan.verify,
         seed,
+        clients: workload.clients,
     };
     let mut bed = match cell.qemu {
         _ if way.simulated => Bed::simulated(&setup, workload)?,
@@ -183,10 +203,11 @@ fn measure(plan: &Plan, run: &schedule::Run, way: &Way, title: &str) -> Result<M
     bed.make_move(run.number, cell.technique, title)
 }
 
-/// The plan and its text.
-fn read_plan(path: &Path) -> Result<(String, Plan)> {
+/// The plan and its text, but for these workloads.
+fn read_plan(path: &Path, without: &[String]) -> Result<(String, Plan)> {
     let shown = path.display();
     let text = fs::read_to_string(path).with_context(|| format!("cannot read {shown}"))?;
+    let text = plan::without(&text, without).map_err(|error| anyhow!("{shown}: {error}"))?;
     let plan = Plan::parse(&text).map_err(|error| anyhow!("{shown}: {error}"))?;
     Ok((text, plan))
 }
@@ -218,7 +239,7 @@ mod tests {
         let mut names = Vec::new();
         for entry in fs::read_dir(directory).unwrap() {
             let path = entry.unwrap().path();
-            let (text, plan) = read_plan(&path).unwrap();
+            let (text, plan) = read_plan(&path, &[]).unwrap();
             let first = text.lines().next().unwrap_or_default();
             assert!(first.starts_with("# "), "{path:?} begins with its question");
             assert!(plan.question.ends_with('?'), "{path:?}");
@@ -241,11 +262,11 @@ mod tests {
 
     #[test]
     fn a_plan_that_cannot_be_read_is_named() {
-        let said = read_plan(Path::new("nowhere.toml")).unwrap_err();
+        let said = read_plan(Path::new("nowhere.toml"), &[]).unwrap_err();
         assert!(said.to_string().contains("cannot read nowhere.toml"));
         let file = tempfile::NamedTempFile::new().unwrap();
         fs::write(file.path(), "question = 1").unwrap();
-        let said = read_plan(file.path()).unwrap_err().to_string();
+        let said = read_plan(file.path(), &[]).unwrap_err().to_string();
         let said = said.replace(&file.path().display().to_string(), "PLAN");
         assert_eq!(
             said,

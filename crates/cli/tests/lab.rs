@@ -1,8 +1,8 @@
 //! Experiments as their user runs them: the program, plans of this repository, directories that are
 //! cut, foreign or interrupted.
 //!
-//! All but two tests use the simulator. Those that move real guests print `skipped` without
-//! `/dev/kvm`, and the one with QEMU without QEMU.
+//! Most tests use the simulator. Those that move real guests print `skipped` without `/dev/kvm`, the one with
+//! QEMU without QEMU, and the one with clients without root.
 #![allow(clippy::unwrap_used)]
 
 use rustix::process::{Pid, Signal, kill_process};
@@ -162,7 +162,8 @@ fn small_form(text: &str) -> String {
     let mut plan: toml::Table = text.parse().unwrap();
     plan.insert("repeats".to_owned(), 1.into());
     let workloads = plan["workloads"].as_table_mut().unwrap();
-    workloads.retain(|_, workload| workload["guest"].as_str() != Some("compute"));
+    let known = |guest: &toml::Value| !matches!(guest.as_str(), Some("compute" | "kv"));
+    workloads.retain(|_, workload| known(&workload["guest"]));
     for (_, workload) in workloads.iter_mut() {
         let workload = workload.as_table_mut().unwrap();
         workload.remove("touch");
@@ -374,6 +375,133 @@ fn a_comparison_without_its_peer_says_what_is_missing() {
     let output = command.arg(&out).arg(&plan).output().unwrap();
     refused(&output, "on Debian install qemu-system-x86");
     assert!(!out.exists(), "nothing was begun");
+}
+
+const SERVING: &str = r#"
+question = "What do clients see?"
+repeats = 1
+
+[workloads.store]
+guest = "kv"
+keys = 5000
+value_size = "512"
+clients = 2
+
+[[matrix]]
+techniques = ["pre-copy", "post-copy"]
+workloads = ["store"]
+memory = ["64M"]
+links = ["125M"]
+"#;
+
+#[test]
+fn clients_of_a_guest_tell_what_they_saw_and_no_network_is_left_behind() {
+    if !has_kvm() || !rustix::process::geteuid().is_root() {
+        println!("skipped: no /dev/kvm, or no root");
+        return;
+    }
+    let directory = tempfile::tempdir().unwrap();
+    let (plan, out) = (directory.path().join("p.toml"), directory.path().join("o"));
+    let temporary = tempfile::Builder::new().prefix("lab").tempdir().unwrap();
+    fs::write(&plan, SERVING).unwrap();
+    let mut command = lab(&["run", "--out"]);
+    command.arg(&out).arg(&plan).env("TMPDIR", temporary.path());
+    let child = command
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let pid = child.id();
+    let output = child.wait_with_output().unwrap();
+    assert!(output.status.success(), "{}", said(&output));
+    let stdout = String::from_utf8_lossy(&output.stdout).into_owned();
+    assert!(stdout.contains("CLIENT GAP"), "{stdout}");
+    for line in lines(&out.join("results.jsonl")) {
+        let record = record(&line);
+        let seen = &record["clients"];
+        println!(
+            "{}: clients {} ms, guest {} ms, downtime {} ms",
+            record["mode"], seen["gap_ms"], record["guest_gap_ms"], record["downtime_ms"]["total"]
+        );
+        assert_eq!(
+            (&record["outcome"], &seen["connections"]),
+            (&"completed".into(), &3.into())
+        );
+        assert_eq!(
+            (&seen["lost_connections"], &seen["wrong_answers"]),
+            (&0.into(), &0.into())
+        );
+        assert_eq!(record["memory_digest_equal"], true, "{record}");
+        // Whoever asks each millisecond meets the whole stop, but for the last of it before he asks.
+        let number = |value: &Value| value.as_f64().unwrap_or_else(|| panic!("{record}"));
+        let downtime = number(&record["downtime_ms"]["total"]);
+        assert!(number(&seen["gap_ms"]) >= downtime - 1.0, "{record}");
+        assert!(
+            number(&seen["worst_wait_ms"]) >= number(&seen["gap_ms"]),
+            "{record}"
+        );
+        let before = &seen["waits_before_ms"];
+        assert!(
+            (900..=1100).contains(&before["count"].as_u64().unwrap()),
+            "{record}"
+        );
+        for time in ["before", "during", "after"] {
+            assert!(number(&seen["requests_per_s"][time]) > 100.0, "{record}");
+        }
+        let slots = seen["series"]["requests_per_s"].as_array().unwrap();
+        assert!(slots.len() >= 200, "{record}");
+    }
+    let report = fs::read_to_string(out.join("report.html")).unwrap();
+    assert!(report.contains("<h2>What clients saw</h2>"));
+    assert_eq!(fs::read_dir(temporary.path()).unwrap().count(), 0);
+    let left = processes_that_name(temporary.path());
+    assert!(left.is_empty(), "{left:?}");
+    let spaces = fs::read_dir("/run/netns").unwrap().flatten();
+    let spaces = spaces.map(|space| space.file_name().to_string_lossy().into_owned());
+    let left: Vec<String> = spaces
+        .filter(|name| name.contains(&format!("-{pid}-")))
+        .collect();
+    assert!(left.is_empty(), "{left:?}");
+}
+
+#[test]
+fn what_cannot_be_run_is_named_and_can_be_left_out() {
+    let directory = tempfile::tempdir().unwrap();
+    let (plan, out) = (directory.path().join("p.toml"), directory.path().join("o"));
+    let calm = "[workloads.calm]\nguest = \"idle\"\n\n[[matrix]]";
+    let both = SERVING.replace("[[matrix]]", calm);
+    let both = both.replace("[\"store\"]", "[\"store\", \"calm\"]");
+    fs::write(&plan, &both).unwrap();
+    refused(
+        &simulate(&plan, &out),
+        "no model of the kv guest, which the workload 'store' uses: use writer or idle, or leave it out by --without store",
+    );
+    if has_kvm() {
+        // Where there is no ip, no network can be made, whoever asks.
+        let mut command = lab(&["run", "--out"]);
+        let output = command.arg(&out).arg(&plan).env("PATH", "").output();
+        refused(&output.unwrap(), "leave it out by --without store");
+    }
+    assert!(!out.exists(), "nothing was begun");
+    let without = |names: &str| {
+        let mut command = lab(&["run", "--simulate", "--without", names, "--out"]);
+        command.arg(&out).arg(&plan).output().unwrap()
+    };
+    refused(
+        &without("shop"),
+        "there is no workload 'shop' to leave out; known are calm, store",
+    );
+    for to_make in [2, 0] {
+        let output = without("store");
+        assert!(output.status.success(), "{}", said(&output));
+        let told = format!("{to_make} runs to make");
+        assert!(said(&output).contains(&told), "{}", said(&output));
+    }
+    let kept = fs::read_to_string(out.join("plan.toml")).unwrap();
+    assert!(
+        kept.starts_with("# As it was given, but without: store.\n"),
+        "{kept}"
+    );
 }
 
 fn has_kvm() -> bool {

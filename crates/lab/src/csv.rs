@@ -3,6 +3,7 @@
 //! Comma-separated as in RFC 4180, with lines that end in a line feed. A field is empty where
 //! nothing was measured.
 
+use crate::clients::ClientFigures;
 use crate::record::MoveRecord;
 use crate::store::{Results, RunResult};
 use serde::Serialize;
@@ -161,6 +162,49 @@ const COLUMNS: &[Column] = &[
     ("memory_digest_equal", |run| {
         of(run, |one| one.memory_digest_equal)
     }),
+    ("client_gap_ms", |run| of_clients(run, |one| one.gap_ms)),
+    ("client_worst_wait_ms", |run| {
+        of_clients(run, |one| one.worst_wait_ms)
+    }),
+    ("client_p50_before_ms", |run| {
+        of_clients(run, |one| Some(one.waits_before_ms?.p50))
+    }),
+    ("client_p99_before_ms", |run| {
+        of_clients(run, |one| Some(one.waits_before_ms?.p99))
+    }),
+    ("client_p999_before_ms", |run| {
+        of_clients(run, |one| Some(one.waits_before_ms?.p999))
+    }),
+    ("client_p50_during_ms", |run| {
+        of_clients(run, |one| Some(one.waits_during_ms?.p50))
+    }),
+    ("client_p99_during_ms", |run| {
+        of_clients(run, |one| Some(one.waits_during_ms?.p99))
+    }),
+    ("client_p999_during_ms", |run| {
+        of_clients(run, |one| Some(one.waits_during_ms?.p999))
+    }),
+    ("client_requests_per_s_before", |run| {
+        of_clients(run, |one| one.requests_per_s.before)
+    }),
+    ("client_requests_per_s_during", |run| {
+        of_clients(run, |one| one.requests_per_s.during)
+    }),
+    ("client_requests_per_s_after", |run| {
+        of_clients(run, |one| one.requests_per_s.after)
+    }),
+    ("client_requests_share_during", |run| {
+        of_clients(run, |one| one.requests_per_s.share_during())
+    }),
+    ("client_connections", |run| {
+        of_clients(run, |one| Some(one.connections))
+    }),
+    ("client_lost_connections", |run| {
+        of_clients(run, |one| Some(one.lost_connections))
+    }),
+    ("client_wrong_answers", |run| {
+        of_clients(run, |one| Some(one.wrong_answers))
+    }),
     ("qemu_downtime_ms", |run| {
         of(run, |one| one.qemu.as_ref()?.downtime_ms)
     }),
@@ -175,6 +219,14 @@ const COLUMNS: &[Column] = &[
 /// A value of the measurement, if there is one.
 fn of<T: ToString>(run: &RunResult, value: impl FnOnce(&MoveRecord) -> Option<T>) -> String {
     shown(run.record.as_ref().and_then(value))
+}
+
+/// A value that clients measured, if there were some.
+fn of_clients<T: ToString>(
+    run: &RunResult,
+    value: impl FnOnce(&ClientFigures) -> Option<T>,
+) -> String {
+    of(run, |one| value(one.clients.as_ref()?))
 }
 
 fn shown<T: ToString>(value: Option<T>) -> String {
@@ -214,6 +266,25 @@ mod tests {
         for name in names {
             assert!(documented.contains(&format!("`{name}`")), "{name}");
         }
+    }
+
+    #[test]
+    fn what_clients_saw_has_columns() {
+        let text = csv(&sample::served());
+        let mut lines = text.lines().map(|line| line.split(',').collect::<Vec<_>>());
+        let (names, first) = (lines.next().unwrap(), lines.next().unwrap());
+        let seen: Vec<String> = names
+            .iter()
+            .zip(first)
+            .filter_map(|(name, value)| Some(format!("{} {value}", name.strip_prefix("client_")?)))
+            .collect();
+        assert_eq!(
+            seen.join(", "),
+            "gap_ms 7.25, worst_wait_ms 9.5, p50_before_ms 0.125, p99_before_ms 0.5, p999_before_ms 1.5, \
+             p50_during_ms 0.25, p99_during_ms 6.5, p999_during_ms 7.25, requests_per_s_before 20000, \
+             requests_per_s_during 15000, requests_per_s_after 19000, requests_share_during 0.75, connections 5, \
+             lost_connections 0, wrong_answers 0"
+        );
     }
 
     #[test]

@@ -16,6 +16,7 @@
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
 pub mod backing;
+pub mod clients;
 pub mod csv;
 pub mod machine;
 pub mod plan;

@@ -12,11 +12,13 @@
 
 mod text;
 mod ways;
+mod without;
+mod workloads;
 
 use crate::backing::Backing;
 use crate::qemu::{QemuWay, Variant};
-use crate::values::{Milliseconds, OrNone, PageRate, Rate, Size};
-use crate::workload::{Content, GuestProgram, Pattern, Rest, Workload};
+use crate::values::{Milliseconds, OrNone, Rate, Size};
+use crate::workload::{GuestProgram, Workload};
 use limosa_engine::policy::{Limits, Mode};
 use limosa_engine::streams::Streams;
 use limosa_host::api::{Compression, Deferral, PushOrder, Throttling, TrackerKind};
@@ -26,6 +28,9 @@ use std::collections::BTreeMap;
 use std::fmt;
 use text::Text;
 use ways::Way;
+use workloads::WorkloadTable;
+
+pub use without::without;
 
 /// Runs of one plan: at some seconds each, more than a day of them is a mistake.
 const RUNS_MAX: usize = 20_000;
@@ -276,15 +281,30 @@ impl Plan {
         if let Some(problem) = self.cells.iter().find_map(Cell::unknown_to_simulator) {
             return Some(problem.to_owned());
         }
-        let used = |name: &str| self.cells.iter().any(|cell| cell.workload == name);
-        let unknown =
-            |(_, workload): &(&String, &Workload)| workload.guest == GuestProgram::Compute;
-        let mut workloads = self.workloads.iter();
-        let (name, _) = workloads.find(|one| unknown(one) && used(one.0))?;
+        let unknown = |workload: &Workload| {
+            matches!(workload.guest, GuestProgram::Compute | GuestProgram::Kv)
+        };
+        let (name, workload) = self.used().find(|(_, workload)| unknown(workload))?;
         Some(format!(
-            "the simulator has no model of the compute guest, which the workload '{name}' uses: \
-             use writer or idle"
+            "the simulator has no model of the {} guest, which the workload '{name}' uses: \
+             use writer or idle, or leave it out by --without {name}",
+            workload.guest.name()
         ))
+    }
+
+    /// Workloads that some cell has.
+    pub fn used(&self) -> impl Iterator<Item = (&str, &Workload)> {
+        let used = |name: &str| self.cells.iter().any(|cell| cell.workload == name);
+        let workloads = self.workloads.iter();
+        workloads
+            .filter(move |(name, _)| used(name))
+            .map(|(name, workload)| (name.as_str(), workload))
+    }
+
+    /// The links over which guests with clients are moved.
+    pub fn served_links(&self) -> impl Iterator<Item = Option<u64>> {
+        let serves = |cell: &&Cell| self.workloads[&cell.workload].guest.serves();
+        self.cells.iter().filter(serves).map(|cell| cell.link)
     }
 }
 
@@ -305,20 +325,6 @@ struct PlanFile {
     verify: bool,
     workloads: BTreeMap<String, WorkloadTable>,
     matrix: Vec<MatrixTable>,
-}
-
-/// One `[workloads.NAME]`.
-#[derive(Debug, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct WorkloadTable {
-    guest: Text<GuestProgram>,
-    working_set: Option<Text<Size>>,
-    touch: Option<Text<Size>>,
-    rate: Option<Text<PageRate>>,
-    pattern: Option<Text<Pattern>>,
-    content: Option<Text<Content>>,
-    #[serde(default)]
-    rest: Option<Text<Rest>>,
 }
 
 /// One `[[matrix]]`.
@@ -486,49 +492,6 @@ impl PlanFile {
     }
 }
 
-impl WorkloadTable {
-    fn into_workload(self, name: &str) -> Result<Workload, String> {
-        let is_plain = |letter: char| letter.is_ascii_alphanumeric() || "-_".contains(letter);
-        if name.is_empty() || !name.chars().all(is_plain) {
-            return Err(format!(
-                "the workload's name '{name}' has more than letters, digits, '-' and '_'"
-            ));
-        }
-        let guest = self.guest.0;
-        let is_writer = guest == GuestProgram::Writer;
-        let (has_set, has_rate) = (self.working_set.is_some(), self.rate.is_some());
-        let wrong = [
-            ("working_set", has_set && guest == GuestProgram::Idle),
-            ("rate", has_rate && guest == GuestProgram::Idle),
-            ("touch", self.touch.is_some() && !is_writer),
-            ("pattern", self.pattern.is_some() && !is_writer),
-            ("content", self.content.is_some() && !is_writer),
-        ];
-        if let Some((key, _)) = wrong.into_iter().find(|(_, is_wrong)| *is_wrong) {
-            let takes = match guest {
-                GuestProgram::Writer => "working_set, touch, rate, pattern, content, rest",
-                GuestProgram::Compute => "working_set, rate, rest",
-                GuestProgram::Idle => "rest",
-            };
-            let guest = guest.name();
-            return Err(format!(
-                "workload '{name}': the guest {guest} has no {key}; it takes {takes}"
-            ));
-        }
-        Ok(Workload {
-            guest,
-            working_set: self
-                .working_set
-                .map_or_else(|| parsed("256M"), |text| text.0),
-            touch: self.touch.map_or_else(|| parsed("0"), |text| text.0),
-            rate: self.rate.map_or_else(|| parsed("50000"), |text| text.0),
-            pattern: self.pattern.map_or(Pattern::Uniform, |text| text.0),
-            content: self.content.map_or(Content::Noise, |text| text.0),
-            rest: self.rest.map_or(Rest::Wait, |text| text.0),
-        })
-    }
-}
-
 impl MatrixTable {
     /// Adds the cells of this matrix.
     fn add_cells(
@@ -616,6 +579,9 @@ impl MatrixTable {
                 let known = known.join(", ");
                 return Err(format!("there is no workload '{name}'; known are {known}"));
             };
+            if workload.guest.serves() {
+                self.check_serving(name)?;
+            }
             let touched = workload.touched_bytes();
             let small = self
                 .memory
@@ -630,6 +596,21 @@ impl MatrixTable {
             }
         }
         Ok(cells)
+    }
+
+    /// Whether a guest with clients can be moved so.
+    fn check_serving(&self, name: &str) -> Result<(), String> {
+        if self.vmm == Vmm::Qemu {
+            return Err(format!(
+                "the workload '{name}' has clients, who reach no guest of QEMU: leave it out of workloads"
+            ));
+        }
+        match self.vcpus.iter().find(|one| **one != 1) {
+            None => Ok(()),
+            Some(vcpus) => Err(format!(
+                "vcpus has {vcpus}: the guest kv of the workload '{name}' has 1"
+            )),
+        }
     }
 
     /// Whether a daemon takes its deadlines and rounds.

@@ -5,6 +5,7 @@
 //! the program's interface: `docs/demo.md` explains each of them.
 
 use crate::backing::Backing;
+use crate::clients::{ClientFigures, Clients};
 use crate::qemu::QemuFigures;
 use limosa_engine::policy::{Mode, PauseReason};
 use limosa_engine::streams::Streams;
@@ -53,6 +54,9 @@ pub struct Setup {
     pub verify: bool,
     /// The seed of the guest's choices, and of the order of the modes if that was mixed.
     pub seed: u64,
+    /// Who asks the guest, if it serves.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub clients: Option<Clients>,
 }
 
 /// What the guest and the observer saw of a move.
@@ -183,6 +187,9 @@ pub struct MoveRecord {
     /// What QEMU says, if it made the move.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub qemu: Option<QemuFigures>,
+    /// What clients saw, if the guest had some.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub clients: Option<ClientFigures>,
 }
 
 /// How a move of QEMU ended.
@@ -253,6 +260,7 @@ impl MoveRecord {
             fixed_cost_ms: Some(report.fixed_cost_ms),
             rehearsal_stall_ms: Some(report.rehearsal_stall_ms),
             qemu: None,
+            clients: None,
         }
     }
 
@@ -307,6 +315,16 @@ impl MoveRecord {
         Some(self.guest_gap_ms? - self.downtime_ms?.total)
     }
 
+    /// What no client of the guest may see: a lost connection, or a wrong answer.
+    pub fn clients_problem(&self) -> Option<String> {
+        let seen = self.clients.as_ref()?;
+        let problem = seen.problem.as_ref()?;
+        let (lost, wrong, all) = (seen.lost_connections, seen.wrong_answers, seen.connections);
+        Some(format!(
+            "of {all} clients {lost} lost their connections and {wrong} got wrong answers: {problem}"
+        ))
+    }
+
     /// What is wrong with this move, in one line; `None` if it went as it should.
     pub fn problem(&self, verify: bool) -> Option<String> {
         let number = self.number;
@@ -319,6 +337,9 @@ impl MoveRecord {
             return Some(format!(
                 "move {number}: the guest found {errors} errors in its memory"
             ));
+        }
+        if let Some(problem) = self.clients_problem() {
+            return Some(format!("move {number}: {problem}"));
         }
         match self.memory_digest_equal {
             Some(true) => None,
@@ -387,6 +408,18 @@ pub(crate) mod tests {
         check(
             |record| record.memory_digest_equal = Some(false),
             "move 1: source and target hashed different memory or state",
+        );
+        check(
+            |record| {
+                record.clients = Some(ClientFigures {
+                    connections: 5,
+                    wrong_answers: 1,
+                    problem: Some("a wrong answer: no value, not the number 3".to_owned()),
+                    ..ClientFigures::default()
+                });
+            },
+            "move 1: of 5 clients 0 lost their connections and 1 got wrong answers: a wrong answer: no value, not \
+             the number 3",
         );
         let mut unverified = record(Mode::PreCopy, 3.5, 3.0);
         unverified.memory_digest_equal = None;

@@ -43,6 +43,7 @@ pub fn html(results: &Results) -> anyhow::Result<String> {
     facts::verdict(&mut page, results, &cells);
     page.element("h2", "Medians");
     table::medians(&mut page, &axes, &cells);
+    table::clients(&mut page, &axes, &cells);
     pairs::all(&mut page, results, &cells);
     page.element("h2", "Charts");
     charts::all(&mut page, results, &axes, &cells)?;

@@ -1,5 +1,6 @@
 //! Results that tests can talk about.
 
+use crate::clients::ClientFigures;
 use crate::machine::Machine;
 use crate::plan::Plan;
 use crate::record::MoveRecord;
@@ -72,6 +73,36 @@ pub(crate) fn record(guest_gap_ms: f64) -> MoveRecord {
         "predicted_downtime_ms": 2.25, "fixed_cost_ms": 0.5, "rehearsal_stall_ms": 0.125,
     }))
     .unwrap()
+}
+
+/// What the clients of such a move saw.
+pub(crate) fn seen() -> ClientFigures {
+    serde_json::from_value(json!({
+        "connections": 5, "lost_connections": 0, "wrong_answers": 0, "problem": null,
+        "gap_ms": 7.25, "worst_wait_ms": 9.5,
+        "waits_before_ms": { "count": 1000, "p50": 0.125, "p99": 0.5, "p999": 1.5, "max": 2.0 },
+        "waits_during_ms": { "count": 100, "p50": 0.25, "p99": 6.5, "p999": 7.25, "max": 7.25 },
+        "waits_after_ms": null,
+        "requests_per_s": { "before": 20000.0, "during": 15000.0, "after": 19000.0 },
+        "series": {
+            "begin_ms": -1000.0, "slot_ms": 10.0, "requests_per_s": vec![20000.0; 210],
+            "worst_wait_ms": vec![Some(0.5); 210],
+        },
+    }))
+    .unwrap()
+}
+
+/// All runs, with clients in the moves that went well.
+pub(crate) fn served() -> Results {
+    let mut results = results();
+    let records = results
+        .runs
+        .iter_mut()
+        .filter_map(|run| run.record.as_mut());
+    for record in records.filter(|one| one.is_completed()) {
+        record.clients = Some(seen());
+    }
+    results
 }
 
 /// The result of a run of the plan.

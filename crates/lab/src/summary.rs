@@ -3,6 +3,7 @@
 //! A technique that does not complete a move is a result: it is listed and nothing more. A guest
 //! whose memory is not what it wrote is a problem, and so is a run that could not be measured.
 
+use crate::clients::{ClientFigures, Waits};
 use crate::plan::{Cell, Plan};
 use crate::record::MoveRecord;
 use crate::statistics::Spread;
@@ -50,6 +51,83 @@ pub struct CellSummary {
     pub work_per_s_after: Option<Spread>,
     /// The share of the processors that others used, 0 to 1.
     pub others_cpu_share: Option<Spread>,
+    /// What clients saw, if the guest had some.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub clients: Option<ClientSummary>,
+}
+
+/// What clients saw of the completed moves of a cell.
+#[derive(Clone, Debug, Serialize)]
+pub struct ClientSummary {
+    /// Connections that were lost, over all measured moves.
+    pub lost_connections: u64,
+    /// Wrong answers, over all measured moves.
+    pub wrong_answers: u64,
+    /// The longest wait around the switch.
+    pub gap_ms: Option<Spread>,
+    /// The longest wait of all.
+    pub worst_wait_ms: Option<Spread>,
+    /// Waits before the move.
+    pub before: WaitSpreads,
+    /// During the move.
+    pub during: WaitSpreads,
+    /// Answers a second before the move.
+    pub requests_per_s_before: Option<Spread>,
+    /// During the move.
+    pub requests_per_s_during: Option<Spread>,
+    /// After the move.
+    pub requests_per_s_after: Option<Spread>,
+    /// Those during over those before, move by move.
+    pub requests_share_during: Option<Spread>,
+}
+
+/// Percentiles of waits.
+#[derive(Clone, Debug, Serialize)]
+pub struct WaitSpreads {
+    /// Half of them are not longer.
+    pub p50_ms: Option<Spread>,
+    /// Nor are 99 of a hundred.
+    pub p99_ms: Option<Spread>,
+    /// Nor are 999 of a thousand.
+    pub p999_ms: Option<Spread>,
+}
+
+impl ClientSummary {
+    fn of(measured: &[&MoveRecord], completed: &[&MoveRecord]) -> Option<Self> {
+        let all: Vec<&ClientFigures> = figures(measured);
+        let completed = figures(completed);
+        if all.is_empty() {
+            return None;
+        }
+        let spread = |value: &dyn Fn(&ClientFigures) -> Option<f64>| {
+            Spread::of(completed.iter().map(|one| value(one)))
+        };
+        let waits = |waits: &dyn Fn(&ClientFigures) -> Option<Waits>| WaitSpreads {
+            p50_ms: spread(&|one| Some(waits(one)?.p50)),
+            p99_ms: spread(&|one| Some(waits(one)?.p99)),
+            p999_ms: spread(&|one| Some(waits(one)?.p999)),
+        };
+        let sum = |count: &dyn Fn(&ClientFigures) -> u32| -> u64 {
+            all.iter().map(|one| u64::from(count(one))).sum()
+        };
+        Some(Self {
+            lost_connections: sum(&|one| one.lost_connections),
+            wrong_answers: sum(&|one| one.wrong_answers),
+            gap_ms: spread(&|one| one.gap_ms),
+            worst_wait_ms: spread(&|one| one.worst_wait_ms),
+            before: waits(&|one| one.waits_before_ms),
+            during: waits(&|one| one.waits_during_ms),
+            requests_per_s_before: spread(&|one| one.requests_per_s.before),
+            requests_per_s_during: spread(&|one| one.requests_per_s.during),
+            requests_per_s_after: spread(&|one| one.requests_per_s.after),
+            requests_share_during: spread(&|one| one.requests_per_s.share_during()),
+        })
+    }
+}
+
+fn figures<'a>(records: &[&'a MoveRecord]) -> Vec<&'a ClientFigures> {
+    let records = records.iter();
+    records.filter_map(|one| one.clients.as_ref()).collect()
 }
 
 impl CellSummary {
@@ -87,6 +165,7 @@ impl CellSummary {
             work_per_s_during: spread(&|one| one.guest_writes_per_s.during),
             work_per_s_after: spread(&|one| one.guest_writes_per_s.after),
             others_cpu_share: spread(&|one| one.others_cpu_share),
+            clients: ClientSummary::of(records, &completed),
         }
     }
 }
@@ -97,7 +176,7 @@ pub fn records<'a>(results: &'a Results, cell: &Cell) -> Vec<&'a MoveRecord> {
     runs.filter_map(|run| run.record.as_ref()).collect()
 }
 
-/// What must not happen, a line each: a changed byte, or a run that could not be measured.
+/// What must not happen, a line each: a changed byte, a client that lost its guest, or a run that could not be measured.
 pub fn problems(results: &Results) -> Vec<String> {
     let verify = results.plan.verify;
     let runs = results.runs.iter();
@@ -124,6 +203,9 @@ fn problem(run: &RunResult, verify: bool) -> Option<String> {
     if record.integrity_errors > 0 {
         let errors = record.integrity_errors;
         return Some(format!("the guest found {errors} errors in its memory"));
+    }
+    if let Some(problem) = record.clients_problem() {
+        return Some(problem);
     }
     match record.memory_digest_equal {
         Some(false) => Some("source and target hashed different memory or state".to_owned()),

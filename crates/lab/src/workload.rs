@@ -1,5 +1,6 @@
 //! What a guest does while it is moved: a micro guest and its settings.
 
+use crate::clients::Clients;
 use crate::values::{PageRate, Size};
 use std::str::FromStr;
 
@@ -12,11 +13,13 @@ pub enum GuestProgram {
     Idle,
     /// Reads much, writes little, checks its results.
     Compute,
+    /// Keeps values for clients.
+    Kv,
 }
 
 impl GuestProgram {
     /// All of them.
-    pub const ALL: [Self; 3] = [Self::Writer, Self::Idle, Self::Compute];
+    pub const ALL: [Self; 4] = [Self::Writer, Self::Idle, Self::Compute, Self::Kv];
 
     /// Its name for the daemon.
     pub const fn name(self) -> &'static str {
@@ -24,7 +27,13 @@ impl GuestProgram {
             Self::Writer => "writer",
             Self::Idle => "idle",
             Self::Compute => "compute",
+            Self::Kv => "kv",
         }
+    }
+
+    /// Whether it has nothing to do without clients.
+    pub const fn serves(self) -> bool {
+        matches!(self, Self::Kv)
     }
 
     /// What it does, in a few words.
@@ -33,6 +42,7 @@ impl GuestProgram {
             Self::Writer => "Rewrites pages that prove themselves",
             Self::Idle => "Does nothing but live",
             Self::Compute => "Reads much, writes little, checks its results",
+            Self::Kv => "Keeps values for clients",
         }
     }
 }
@@ -201,6 +211,8 @@ pub struct Workload {
     pub content: Content,
     /// What it does when nothing is due.
     pub rest: Rest,
+    /// Who asks it, if it serves.
+    pub clients: Option<Clients>,
 }
 
 impl Workload {
@@ -216,7 +228,8 @@ impl Workload {
     fn work(&self, seed: u64) -> String {
         let (set, rate) = (self.working_set.bytes(), self.rate);
         match self.guest {
-            GuestProgram::Idle => String::new(),
+            // Where it is on its network is known to who makes that.
+            GuestProgram::Idle | GuestProgram::Kv => String::new(),
             GuestProgram::Compute => format!("ws={set} rate={rate} seed={seed}"),
             GuestProgram::Writer => {
                 let (pattern, touch) = (self.pattern.argument(), self.touch.bytes());
@@ -232,8 +245,11 @@ impl Workload {
 
     /// Memory that it needs at least, besides its own image.
     pub const fn touched_bytes(&self) -> u64 {
+        if let Some(clients) = &self.clients {
+            return clients.memory_bytes();
+        }
         match self.guest {
-            GuestProgram::Idle => 0,
+            GuestProgram::Idle | GuestProgram::Kv => 0,
             GuestProgram::Compute => self.working_set.bytes(),
             GuestProgram::Writer => self.working_set.bytes().saturating_add(self.touch.bytes()),
         }
@@ -258,6 +274,7 @@ mod tests {
             pattern: Pattern::Sequential,
             content: Content::Text,
             rest: Rest::Wait,
+            clients: guest.serves().then(Clients::default),
         };
         let spinning = Workload {
             rest: Rest::Spin,
@@ -272,6 +289,7 @@ mod tests {
     #[test]
     fn a_guest_gets_what_it_understands() {
         check(GuestProgram::Idle, " 0");
+        check(GuestProgram::Kv, " 176777216");
         check(
             GuestProgram::Compute,
             "ws=67108864 rate=max seed=7 67108864",
@@ -291,7 +309,7 @@ mod tests {
         );
         assert_eq!(
             "linux".parse::<GuestProgram>(),
-            Err("expected a guest: writer, idle, compute".to_owned())
+            Err("expected a guest: writer, idle, compute, kv".to_owned())
         );
     }
 }

@@ -8,6 +8,7 @@
 use crate::bed::growth::Resources;
 use crate::bed::interrupt::Interrupt;
 use anyhow::{Context, bail};
+use limosa_clients::{Lan, lan};
 use limosa_host::certificates::{make_authority, make_host};
 use limosa_host::client::Client;
 use rustix::process::{Pid, Signal, kill_process};
@@ -52,18 +53,24 @@ pub(crate) struct Hosts {
 }
 
 impl Hosts {
-    /// Starts both, with certificates that believe each other if connections shall be encrypted.
-    pub(crate) fn start(tls: bool, interrupt: &Interrupt) -> anyhow::Result<Self> {
+    /// Starts both, with certificates that believe each other if connections shall be encrypted; in their own
+    /// networks, if they shall have such.
+    pub(crate) fn start(
+        tls: bool,
+        lan: Option<&Lan>,
+        interrupt: &Interrupt,
+    ) -> anyhow::Result<Self> {
         let directory = tempfile::Builder::new()
             .prefix("limosa-")
             .tempdir()
             .context("cannot make a temporary directory")?;
         let certificates = tls.then(|| certify(directory.path())).transpose()?;
-        let start = |name: &str| {
-            let state_dir = directory.path().join(name);
-            Host::start(&state_dir, certificates.as_deref(), interrupt)
+        let start = |index: usize| {
+            let state_dir = directory.path().join(NAMES[index]);
+            let place = lan.map(|lan| (lan, index));
+            Host::start(&state_dir, certificates.as_deref(), place, interrupt)
         };
-        let hosts = [start(NAMES[0])?, start(NAMES[1])?];
+        let hosts = [start(0)?, start(1)?];
         Ok(Self { hosts, directory })
     }
 
@@ -128,16 +135,27 @@ impl Host {
     fn start(
         state_dir: &Path,
         certificates: Option<&Path>,
+        place: Option<(&Lan, usize)>,
         interrupt: &Interrupt,
     ) -> anyhow::Result<Self> {
         fs::create_dir(state_dir).context("cannot make a state directory")?;
         let log = File::create(state_dir.join("daemon.log")).context("cannot make a log file")?;
         let program = std::env::current_exe().context("cannot find this program's file")?;
-        let child = Command::new(program)
+        let mut command = match place {
+            None => Command::new(program),
+            Some((lan, index)) => lan.command(index, &program),
+        };
+        let address = place.map_or("127.0.0.1", |(_, index)| lan::HOSTS[index]);
+        let lent = place.map_or(&[][..], |_| &["--lend-tap", lan::TAP]);
+        // Nobody else is in its network.
+        let is_plain = place.is_some() && certificates.is_none();
+        let child = command
             .arg("host")
             .arg("--state-dir")
             .arg(state_dir)
-            .args(["--listen", "127.0.0.1:0"])
+            .args(["--listen", &format!("{address}:0")])
+            .args(lent)
+            .args(is_plain.then_some("--insecure"))
             .args(certificates.map(|_| "--tls"))
             .args(certificates)
             .stdin(Stdio::null())
@@ -212,7 +230,8 @@ fn certify(directory: &Path) -> anyhow::Result<PathBuf> {
     const DAYS: u32 = 30;
     let (authority, host) = (directory.join("authority"), directory.join("certificates"));
     make_authority(&authority, DAYS)?;
-    make_host(&authority, &host, &["127.0.0.1".to_owned()], DAYS)?;
+    let names = ["127.0.0.1", lan::HOSTS[0], lan::HOSTS[1]].map(str::to_owned);
+    make_host(&authority, &host, &names, DAYS)?;
     Ok(host)
 }
 

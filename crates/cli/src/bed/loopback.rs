@@ -1,4 +1,5 @@
-//! The real thing: a guest under KVM, moved between two daemons on the loopback of this machine.
+//! The real thing: a guest under KVM, moved between two daemons on the loopback of this machine, or, if it has
+//! clients, between network namespaces: then the link is the kernel's and not emulated by the daemons.
 //!
 //! For each move: free memory is made to be at hand ([`warm`]), a second in which nothing happens, the guest forgets its longest stalls, the move,
 //! another second, then the stalls are read and the guest checks all of its memory. The sweep comes
@@ -8,6 +9,7 @@
 //! being hashed for the processors, so that the stall of the switch may soon not be among the last or
 //! the longest ones any more: the stalls are read as soon as the guest runs at the target, too.
 
+use crate::bed::clients::Clients;
 use crate::bed::growth::{Growth, Resources};
 use crate::bed::host_pages::HostPages;
 use crate::bed::hosts::{Host, Hosts, NAMES, VM};
@@ -19,12 +21,13 @@ use crate::bed::progress::Progress;
 use crate::bed::stalls::{Stall, StallGroup};
 use crate::bed::warm::warm;
 use anyhow::{Context, bail};
+use limosa_clients::{Lan, lan};
 use limosa_engine::Timestamp;
 use limosa_engine::policy::Mode;
 use limosa_engine::source::Stage;
 use limosa_host::api::{
-    CommandKind, CpuModel, ErrorKind, GuestReport, LimitsPatch, MigrateBody, Report, VmSpec,
-    VmState,
+    CommandKind, CpuModel, ErrorKind, GuestReport, LimitsPatch, MigrateBody, NetworkSpec, Report,
+    VmSpec, VmState,
 };
 use limosa_lab::backing::Backing;
 use limosa_lab::record::{Checked, MoveRecord, Observed, Setup};
@@ -51,6 +54,8 @@ const LOOK_EVERY: Duration = Duration::from_millis(5);
 /// The two hosts and the guest, somewhere on them.
 #[derive(Debug)]
 pub(crate) struct Loopback {
+    /// Ended before their guest.
+    clients: Option<Clients>,
     hosts: Hosts,
     /// Put back after the daemons and the guest have ended.
     _host_pages: HostPages,
@@ -63,17 +68,25 @@ pub(crate) struct Loopback {
     idle: Resources,
     first: Option<Resources>,
     anonymous_bytes_max: u64,
+    /// Taken down when nobody is in it any more.
+    lan: Option<Lan>,
 }
 
 impl Loopback {
     /// Starts the daemons and the guest, and waits until it works.
     pub(crate) fn start(setup: &Setup, interrupt: &Interrupt) -> anyhow::Result<Self> {
-        let observer = Observer::start(VM)?;
+        let serves = setup.clients.is_some();
+        let lan = serves.then(|| Lan::make("lab", setup.link)).transpose()?;
+        let observer = match &lan {
+            Some(lan) => Observer::on_both(VM, lan)?,
+            None => Observer::start(VM)?,
+        };
         // Before the daemons, which look at it once.
         let host_pages = HostPages::set(setup.pages)?;
-        let hosts = Hosts::start(setup.tls, interrupt)?;
+        let hosts = Hosts::start(setup.tls, lan.as_ref(), interrupt)?;
         let idle = hosts.resources()?;
-        let this = Self {
+        let mut this = Self {
+            clients: None,
             hosts,
             _host_pages: host_pages,
             observer,
@@ -84,8 +97,11 @@ impl Loopback {
             idle,
             first: None,
             anonymous_bytes_max: 0,
+            lan,
         };
         this.run_guest().inspect_err(|error| this.explain(error))?;
+        let clients = this.start_clients();
+        this.clients = clients.inspect_err(|error| this.explain(error))?;
         Ok(this)
     }
 
@@ -147,13 +163,16 @@ impl Loopback {
             name: VM.to_owned(),
             micro: Some(self.setup.guest.clone()),
             linux: None,
-            args: self.setup.arguments.clone(),
+            args: match &self.lan {
+                Some(_) => format!("ip={} {}", lan::GUEST, self.setup.arguments),
+                None => self.setup.arguments.clone(),
+            },
             memory_bytes: self.setup.memory_bytes,
             vcpus: self.setup.vcpus,
             huge_pages: self.setup.pages == Backing::Reserved,
             dirty_tracker: self.setup.dirty_tracker,
             cpu: CpuModel::Host,
-            networks: Vec::new(),
+            networks: self.lan.iter().map(|_| tap()).collect(),
             observer: Some(self.observer.address().to_string()),
         };
         self.host().client.run(&spec)?;
@@ -178,6 +197,16 @@ impl Loopback {
         }
     }
 
+    /// Fills the guest, if it has clients.
+    fn start_clients(&self) -> anyhow::Result<Option<Clients>> {
+        let (Some(lan), Some(settings)) = (&self.lan, &self.setup.clients) else {
+            return Ok(None);
+        };
+        // A stop is as long as the whole memory takes, at most.
+        let answer_max = self.patience(1);
+        Clients::start(lan, settings, self.setup.seed, answer_max, &self.interrupt).map(Some)
+    }
+
     /// Time to pass the guest's memory so many times.
     fn patience(&self, times: u64) -> Duration {
         let slowest = self
@@ -192,6 +221,7 @@ impl Loopback {
     fn measure(&mut self, number: u32, mode: Mode, title: &str) -> anyhow::Result<MoveRecord> {
         let (from, to) = (self.at, 1 - self.at);
         warm(self.setup.memory_bytes);
+        let working = self.clients.as_mut().map(Clients::work).transpose()?;
         self.interrupt.sleep(MARGIN + ARRIVAL)?;
         let before = self.command(CommandKind::ClearStalls, PATIENCE)?;
         let processors = Processors::now(self.hosts.directory());
@@ -208,15 +238,20 @@ impl Loopback {
         let guest = self.host().client.guest(VM)?;
         let counted = counted(&guest, observer::now().since(begun));
         stalls.extend(stalls_of(&guest));
-        let mut observed = self.observed((begun, ended), &report, &stalls, &counted);
+        let moments = moments((begun, ended), &report);
+        // Clients would keep the guest from its sweep.
+        let clients = self.clients.as_mut().zip(working);
+        let clients = clients.map(|(clients, working)| clients.rest(working, &moments));
+        let mut observed = self.observed(&moments, &stalls, &counted);
         observed.others_cpu_share =
             processors.and_then(|before| before.others_until_now(self.hosts.directory()));
         let checked = self.check(&before)?;
         self.note_resources()?;
         let way = (NAMES[from], NAMES[to]);
-        Ok(MoveRecord::new(
-            number, way, mode, report, observed, checked,
-        ))
+        Ok(MoveRecord {
+            clients,
+            ..MoveRecord::new(number, way, mode, report, observed, checked)
+        })
     }
 
     /// Makes the move; its report, and the stalls that the guest had recorded when it had just been
@@ -230,7 +265,9 @@ impl Loopback {
         body.defer = self.setup.defer;
         body.push_order = self.setup.push_order;
         body.verify = self.setup.verify;
-        body.link = self.setup.link;
+        // A link of the kernel's needs none that is emulated.
+        body.link = self.setup.link.filter(|_| self.lan.is_none());
+        body.insecure = self.lan.is_some() && !self.setup.tls;
         body.deadline_ms = self.setup.deadline_ms.map(|deadline| deadline as f64);
         body.rounds_max = self.setup.rounds_max;
         let client = &self.host().client;
@@ -296,24 +333,11 @@ impl Loopback {
         Ok(stalls_of(&guest).collect())
     }
 
-    fn observed(
-        &self,
-        (begun, ended): (Timestamp, Timestamp),
-        report: &Report,
-        stalls: &[Stall],
-        counted: &Counted,
-    ) -> Observed {
-        let beats = self.observer.since(earlier(begun, MARGIN + ARRIVAL));
-        let switch = report.switch_ns.map(|switch| {
-            let moment = Timestamp::from_nanos;
-            (moment(switch.stopped), moment(switch.running))
-        });
-        let moments = Moments {
-            begun,
-            ended,
-            switch,
-        };
-        observe(&moments, &beats, stalls, counted)
+    fn observed(&self, moments: &Moments, stalls: &[Stall], counted: &Counted) -> Observed {
+        let beats = self
+            .observer
+            .since(earlier(moments.begun, MARGIN + ARRIVAL));
+        observe(moments, &beats, stalls, counted)
     }
 
     /// Has the guest sweep its memory, and counts the errors since `before`.
@@ -359,6 +383,27 @@ impl Loopback {
             self.first = Some(now);
         }
         Ok(())
+    }
+}
+
+/// When all of it was.
+fn moments((begun, ended): (Timestamp, Timestamp), report: &Report) -> Moments {
+    let switch = report.switch_ns.map(|switch| {
+        let moment = Timestamp::from_nanos;
+        (moment(switch.stopped), moment(switch.running))
+    });
+    Moments {
+        begun,
+        ended,
+        switch,
+    }
+}
+
+/// The network of a guest with clients.
+fn tap() -> NetworkSpec {
+    NetworkSpec {
+        tap: lan::TAP.to_owned(),
+        mac: None,
     }
 }
 

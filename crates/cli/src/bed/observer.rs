@@ -4,11 +4,15 @@
 //! stamps it with the monotonic clock of this machine and keeps it. A datagram that is not a
 //! heartbeat of our guest is ignored. The series is bounded: the oldest beats are dropped.
 //!
+//! Where each host has a network of its own, each has a loopback, and there is a socket on both of them, with the
+//! same port: the VM process knows one address, whichever host it is on.
+//!
 //! The observer cannot tell a guest that stands still from an observer that was not scheduled, so
 //! its gap is at least the true one. The guest's own clock has the last word.
 
 use crate::bed::beats::{Beat, Beats};
 use anyhow::Context;
+use limosa_clients::Lan;
 use limosa_engine::Timestamp;
 use limosa_host::Heartbeat;
 use rustix::time::{ClockId, clock_gettime};
@@ -41,41 +45,62 @@ struct Shared {
     ends: AtomicBool,
 }
 
-/// A socket and its thread, which ends with this value.
+/// Sockets and their threads, which end with this value.
 #[derive(Debug)]
 pub(crate) struct Observer {
     address: SocketAddr,
     shared: Arc<Shared>,
-    thread: Option<JoinHandle<()>>,
+    threads: Vec<JoinHandle<()>>,
 }
 
 impl Observer {
     /// Begins to listen for the heartbeats of the guest `vm`.
     pub(crate) fn start(vm: &str) -> anyhow::Result<Self> {
         let socket = UdpSocket::bind("127.0.0.1:0").context("cannot open a UDP socket")?;
-        let address = socket
+        Self::listening(vm, vec![socket])
+    }
+
+    /// The same on both hosts of a network.
+    pub(crate) fn on_both(vm: &str, lan: &Lan) -> anyhow::Result<Self> {
+        let first = lan.in_host(0, || UdpSocket::bind("127.0.0.1:0"));
+        let first = first.context("cannot open a UDP socket")?;
+        let address = first
             .local_addr()
             .context("the UDP socket has no address")?;
-        socket
-            .set_read_timeout(Some(LOOK_EVERY))
-            .context("cannot set a timeout on the UDP socket")?;
-        // Less room than wished for only means that a long absence loses beats.
-        if let Err(error) =
-            rustix::net::sockopt::set_socket_recv_buffer_size(&socket, RECEIVE_BUFFER_BYTES)
-        {
-            tracing::debug!(%error, "the receive buffer stays as it is");
-        }
-        let shared = Arc::new(Shared::default());
-        let (theirs, vm) = (Arc::clone(&shared), vm.to_owned());
-        let thread = std::thread::Builder::new()
-            .name("observer".to_owned())
-            .spawn(move || listen(&socket, &vm, &theirs))
-            .context("cannot start a thread")?;
-        Ok(Self {
+        // Nobody else is there.
+        let second = lan.in_host(1, || UdpSocket::bind(address));
+        let second = second.context("cannot open a UDP socket of the same port")?;
+        Self::listening(vm, vec![first, second])
+    }
+
+    /// On these sockets, which have one address.
+    fn listening(vm: &str, sockets: Vec<UdpSocket>) -> anyhow::Result<Self> {
+        let address = sockets[0]
+            .local_addr()
+            .context("the UDP socket has no address")?;
+        let mut this = Self {
             address,
-            shared,
-            thread: Some(thread),
-        })
+            shared: Arc::new(Shared::default()),
+            threads: Vec::new(),
+        };
+        for socket in sockets {
+            socket
+                .set_read_timeout(Some(LOOK_EVERY))
+                .context("cannot set a timeout on the UDP socket")?;
+            // Less room than wished for only means that a long absence loses beats.
+            if let Err(error) =
+                rustix::net::sockopt::set_socket_recv_buffer_size(&socket, RECEIVE_BUFFER_BYTES)
+            {
+                tracing::debug!(%error, "the receive buffer stays as it is");
+            }
+            let (theirs, vm) = (Arc::clone(&this.shared), vm.to_owned());
+            let thread = std::thread::Builder::new()
+                .name("observer".to_owned())
+                .spawn(move || listen(&socket, &vm, &theirs))
+                .context("cannot start a thread")?;
+            this.threads.push(thread);
+        }
+        Ok(this)
     }
 
     /// Where the beats go.
@@ -98,10 +123,10 @@ impl Observer {
 impl Drop for Observer {
     fn drop(&mut self) {
         self.shared.ends.store(true, Ordering::Relaxed);
-        if let Some(thread) = self.thread.take()
-            && thread.join().is_err()
-        {
-            tracing::error!("the observer panicked");
+        for thread in self.threads.drain(..) {
+            if thread.join().is_err() {
+                tracing::error!("the observer panicked");
+            }
         }
     }
 }

@@ -39,8 +39,9 @@ impl Simulated {
         let touch = ByteCount::new(workload.touch.bytes()).pages_ceil();
         let memory = ByteCount::new(setup.memory_bytes).pages_ceil();
         let (model, touched) = match (workload.guest, workload.pattern) {
-            (GuestProgram::Compute, _) => {
-                bail!("the simulator has no model of the compute guest: use writer or idle")
+            (guest @ (GuestProgram::Compute | GuestProgram::Kv), _) => {
+                let guest = guest.name();
+                bail!("the simulator has no model of the {guest} guest: use writer or idle")
             }
             (GuestProgram::Idle, _) => (limosa_sim::Workload::Idle, PageCount::new(64)),
             (GuestProgram::Writer, pattern) => {

@@ -31,6 +31,7 @@ pub(crate) enum Command {
     #[command(after_help = "\
 Examples:
   limosa lab run plans/techniques.toml --out techniques
+  limosa lab run plans/techniques.toml --out techniques --without kv
   limosa lab run plans/smoke.toml --out /tmp/smoke --simulate --json
 
 Writes plan.toml, starts.jsonl, results.jsonl, results.csv and report.html, and pairs.csv if QEMU has a
@@ -55,6 +56,9 @@ pub(crate) struct Run {
     /// The QEMU that a comparison uses, in place of qemu-system-x86_64 of the PATH
     #[arg(long, value_name = "PATH")]
     pub qemu: Option<PathBuf>,
+    /// Leave these workloads out of the plan, like those that need more rights than you have
+    #[arg(long, value_name = "WORKLOAD,…", value_delimiter = ',')]
+    pub without: Vec<String>,
     /// Use the simulator even if there is /dev/kvm
     #[arg(long)]
     pub simulate: bool,

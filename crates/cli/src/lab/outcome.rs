@@ -113,6 +113,11 @@ impl Outcome {
         if self.simulated {
             text.insert_str(0, "SIMULATED: guest, link and hosts are models\n");
         }
+        let served: Vec<[String; 12]> = self.cells.iter().filter_map(served_row).collect();
+        if !served.is_empty() {
+            text.push('\n');
+            text.push_str(&table(SERVED, &served));
+        }
         if !self.comparisons.is_empty() {
             text.push('\n');
             text.push_str(&pairs(&self.comparisons));
@@ -156,6 +161,45 @@ fn row(summary: &CellSummary) -> [String; 14] {
         median(summary.total_ms),
         wire.map_or_else(|| "-".to_owned(), |bytes| bytes.to_string()),
     ]
+}
+
+/// What clients saw.
+const SERVED: [(&str, Align); 12] = [
+    ("WORKLOAD", Align::Left),
+    ("LINK", Align::Left),
+    ("TECHNIQUE", Align::Left),
+    ("CLIENT GAP", Align::Right),
+    ("GUEST GAP", Align::Right),
+    ("DOWNTIME", Align::Right),
+    ("LONGEST WAIT", Align::Right),
+    ("P99.9 BEFORE", Align::Right),
+    ("DURING", Align::Right),
+    ("REQUESTS/S BEFORE", Align::Right),
+    ("DURING", Align::Right),
+    ("AFTER", Align::Right),
+];
+
+/// A row of it; `None` of a guest without clients.
+fn served_row(summary: &CellSummary) -> Option<[String; 12]> {
+    let seen = summary.clients.as_ref()?;
+    let dash = || "-".to_owned();
+    let wait = |spread: Option<Spread>| spread.map_or_else(dash, |one| time(one.median));
+    let rate =
+        |spread: Option<Spread>| spread.map_or_else(dash, |one| count(one.median.round() as u64));
+    Some([
+        summary.cell.workload.clone(),
+        summary.cell.link_text(),
+        summary.cell.way(),
+        wait(seen.gap_ms),
+        wait(summary.guest_gap_ms),
+        wait(summary.downtime_ms),
+        wait(seen.worst_wait_ms),
+        wait(seen.before.p999_ms),
+        wait(seen.during.p999_ms),
+        rate(seen.requests_per_s_before),
+        rate(seen.requests_per_s_during),
+        rate(seen.requests_per_s_after),
+    ])
 }
 
 /// A line for each figure of each comparison.

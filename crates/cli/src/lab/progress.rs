@@ -102,7 +102,9 @@ fn line(result: &RunResult) -> String {
     };
     let gap = record.guest_gap_ms.map_or_else(|| "-".to_owned(), time);
     let (outcome, total) = (&record.outcome, time(record.total_ms));
-    format!("{cell}: {outcome}, guest gap {gap}, total {total}")
+    let clients = record.clients.as_ref().and_then(|seen| seen.gap_ms);
+    let clients = clients.map_or_else(String::new, |gap| format!(", client gap {}", time(gap)));
+    format!("{cell}: {outcome}, guest gap {gap}{clients}, total {total}")
 }
 
 #[cfg(test)]

@@ -93,7 +93,7 @@ fn a_key_or_word_that_is_unknown_is_told_with_its_line_and_the_known_ones() {
         "touch =",
         "tuch =",
         "line 13: unknown field `tuch`, expected one of `guest`, `working_set`, `touch`, `rate`, \
-         `pattern`, `content`, `rest`",
+         `pattern`, `content`, `rest`, `keys`, `value_size`, `sets`, `clients`, `period`",
     );
     check(
         "\"pre-copy\"",
@@ -140,7 +140,7 @@ fn a_value_that_is_not_of_its_form_is_told_with_the_forms() {
     check(
         "guest = \"idle\"",
         "guest = \"linux\"",
-        "line 8: 'linux': expected a guest: writer, idle, compute",
+        "line 8: 'linux': expected a guest: writer, idle, compute, kv",
     );
     check(
         "question = \" What does it cost? \"\n",
@@ -297,7 +297,7 @@ fn the_simulator_says_what_it_cannot_do() {
         Plan::parse(&text).unwrap().simulator_problem().as_deref(),
         Some(
             "the simulator has no model of the compute guest, which the workload 'calm' uses: \
-             use writer or idle"
+             use writer or idle, or leave it out by --without calm"
         )
     );
 }
@@ -437,5 +437,103 @@ fn keys_of_the_other_vmm_are_told() {
         "rest = \"spin\"",
         "rest = \"sleep\"",
         "line 6: 'sleep': expected a way to rest: wait, spin",
+    );
+}
+
+const SERVING: &str = "question = 'q'
+[workloads.store]
+guest = 'kv'
+keys = 2000
+value_size = '512'
+[[matrix]]
+techniques = ['auto']
+workloads = ['store']
+memory = ['64M']
+vcpus = [1]
+links = ['125M', 'unlimited']
+";
+
+/// The plan of a guest with clients, with one text in place of another.
+fn check_serving(from: &str, to: &str, expect: &str) {
+    assert!(SERVING.contains(from), "{from}");
+    let said = match Plan::parse(&SERVING.replacen(from, to, 1)) {
+        Ok(_) => "fine".to_owned(),
+        Err(error) => error.to_string(),
+    };
+    assert_eq!(said, expect, "{from} -> {to}");
+}
+
+#[test]
+fn a_guest_with_clients_has_settings_of_its_own() {
+    let plan = Plan::parse(SERVING).unwrap();
+    let store = &plan.workloads["store"];
+    assert_eq!(store.arguments(1), "");
+    assert_eq!(
+        store.clients.unwrap().explain(),
+        "2000 keys with values of 512 B; 4 connections ask as soon as they are answered, one asks every 1 ms; of 100 \
+         requests 30 set, 10 count and 60 get a value"
+    );
+    assert_eq!(
+        plan.used().map(|(name, _)| name).collect::<Vec<_>>(),
+        ["store"]
+    );
+    let links: Vec<_> = plan.served_links().collect();
+    assert_eq!(links, [Some(125 << 20), None]);
+    assert_eq!(
+        plan.simulator_problem().unwrap(),
+        "the simulator has no model of the kv guest, which the workload 'store' uses: use writer or idle, or leave it \
+         out by --without store"
+    );
+    let silent = Plan::parse(&SERVING.replace("['store']", "[]"));
+    assert!(silent.is_err());
+}
+
+#[test]
+fn settings_of_clients_that_cannot_be_are_told_with_what_can() {
+    let check = check_serving;
+    check(
+        "keys = 2000",
+        "keys = 3",
+        "workload 'store': keys is 3: each of 5 connections has one at least, and all have at most 4000000",
+    );
+    check(
+        "'512'",
+        "8",
+        "workload 'store': value_size is 8 B: a value has 16 B to 1.00 MiB",
+    );
+    check(
+        "keys = 2000",
+        "clients = 0",
+        "workload 'store': clients is 0: give 1 to 100",
+    );
+    check(
+        "keys = 2000",
+        "period = '1s'",
+        "workload 'store': period is 1000 ms: give 0.2 to 100 ms",
+    );
+    check(
+        "keys = 2000",
+        "sets = 91",
+        "workload 'store': sets is 91: give 0 to 90 of a hundred requests",
+    );
+    check(
+        "keys = 2000",
+        "rate = 5",
+        "workload 'store': the guest kv has no rate; it takes keys, value_size, sets, clients, period, rest",
+    );
+    check(
+        "keys = 2000",
+        "keys = 200000",
+        "matrix 1: the workload 'store' touches 184 MiB, which does not fit into a memory of 64.0 MiB",
+    );
+    check(
+        "vcpus = [1]",
+        "vcpus = [1, 2]",
+        "matrix 1: vcpus has 2: the guest kv of the workload 'store' has 1",
+    );
+    check(
+        "techniques = ['auto']",
+        "vmm = 'qemu'\nvariants = ['plain']",
+        "matrix 1: the workload 'store' has clients, who reach no guest of QEMU: leave it out of workloads",
     );
 }

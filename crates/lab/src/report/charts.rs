@@ -6,6 +6,7 @@
 
 mod fault_waits;
 mod lines;
+mod over_time;
 mod palette;
 mod parts;
 mod rounds;
@@ -84,33 +85,54 @@ pub(super) fn all(
             })
             .collect();
         page.open("div", "charts");
-        figure(
-            page,
-            "Guest gap: how long the guest stood still",
-            times::chart(&rows, |cell| cell.guest_gap_ms)?,
-        );
-        figure(
-            page,
-            "Total: until the guest ran at the target with all its pages",
-            times::chart(&rows, |cell| cell.total_ms)?,
-        );
-        figure(
-            page,
-            "Downtime by parts, of the run in the middle",
-            parts::chart(&rows)?,
-        );
-        figure(
-            page,
-            "Pages of each round, of the run in the middle",
-            rounds::chart(&rows)?,
-        );
-        figure(
-            page,
-            "How long faults waited for their pages",
-            fault_waits::chart(&rows)?,
-        );
+        figures(page, &rows)?;
         page.close("div");
     }
+    Ok(())
+}
+
+/// The charts of one group.
+fn figures(page: &mut Page, rows: &[Row<'_>]) -> anyhow::Result<()> {
+    figure(
+        page,
+        "Guest gap: how long the guest stood still",
+        times::chart(rows, |cell| cell.guest_gap_ms)?,
+    );
+    figure(
+        page,
+        "Client gap: how long a request around the switch waited at most",
+        times::chart(rows, |cell| cell.clients.as_ref()?.gap_ms)?,
+    );
+    figure(
+        page,
+        "Requests a second over time, of the run in the middle",
+        over_time::requests(rows)?,
+    );
+    figure(
+        page,
+        "The longest wait of requests by when they were due, of the run in the middle",
+        over_time::waits(rows)?,
+    );
+    figure(
+        page,
+        "Total: until the guest ran at the target with all its pages",
+        times::chart(rows, |cell| cell.total_ms)?,
+    );
+    figure(
+        page,
+        "Downtime by parts, of the run in the middle",
+        parts::chart(rows)?,
+    );
+    figure(
+        page,
+        "Pages of each round, of the run in the middle",
+        rounds::chart(rows)?,
+    );
+    figure(
+        page,
+        "How long faults waited for their pages",
+        fault_waits::chart(rows)?,
+    );
     Ok(())
 }
 

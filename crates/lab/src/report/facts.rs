@@ -1,6 +1,7 @@
 //! What was run, on what, and what went wrong: the text around the figures.
 
 use super::page::Page;
+use crate::clients::Clients;
 use crate::plan::Plan;
 use crate::store::{Results, Start};
 use crate::summary::{self, CellSummary};
@@ -37,10 +38,10 @@ pub(super) fn how(page: &mut Page, results: &Results) {
     for (name, workload) in &plan.workloads {
         page.element("dt", &format!("workload {name}"));
         let arguments = workload.arguments(plan.seed);
-        page.element(
-            "dd",
-            &format!("guest {} {arguments}", workload.guest.name()),
-        );
+        let guest = format!("guest {} {arguments}", workload.guest.name());
+        let clients = workload.clients.as_ref().map(Clients::explain);
+        let clients = clients.map_or_else(String::new, |clients| format!("; {clients}"));
+        page.element("dd", &format!("{}{clients}", guest.trim_end()));
     }
     page.close("dl");
     if !are_alike(&results.starts) {
@@ -84,7 +85,14 @@ fn measurement(plan: &Plan, simulated: bool) -> String {
     } else {
         ""
     };
-    format!("{order} {run}{peer}")
+    let clients = if plan.served_links().next().is_some() && !simulated {
+        " A guest with clients has its hosts and its clients in network namespaces, joined by bridges, and is moved \
+         over a link of its own, which the kernel limits; it is filled with its keys, and the clients work from a \
+         second before the move to a second after its end."
+    } else {
+        ""
+    };
+    format!("{order} {run}{peer}{clients}")
 }
 
 fn are_alike(starts: &[Start]) -> bool {

@@ -33,6 +33,51 @@ const COLUMNS: &[Column] = &[
     }),
 ];
 
+/// What clients saw, beside what the guest and the hosts saw of the same moves.
+const CLIENT_COLUMNS: &[Column] = &[
+    ("client gap", Quantity::Time, |cell| {
+        cell.clients.as_ref()?.gap_ms
+    }),
+    ("guest gap", Quantity::Time, |cell| cell.guest_gap_ms),
+    ("downtime", Quantity::Time, |cell| cell.downtime_ms),
+    ("longest wait", Quantity::Time, |cell| {
+        cell.clients.as_ref()?.worst_wait_ms
+    }),
+    ("p50 before", Quantity::Time, |cell| {
+        cell.clients.as_ref()?.before.p50_ms
+    }),
+    ("p99", Quantity::Time, |cell| {
+        cell.clients.as_ref()?.before.p99_ms
+    }),
+    ("p99.9", Quantity::Time, |cell| {
+        cell.clients.as_ref()?.before.p999_ms
+    }),
+    ("p50 during", Quantity::Time, |cell| {
+        cell.clients.as_ref()?.during.p50_ms
+    }),
+    ("p99", Quantity::Time, |cell| {
+        cell.clients.as_ref()?.during.p99_ms
+    }),
+    ("p99.9", Quantity::Time, |cell| {
+        cell.clients.as_ref()?.during.p999_ms
+    }),
+    ("requests a second before", Quantity::Count, |cell| {
+        cell.clients.as_ref()?.requests_per_s_before
+    }),
+    ("during", Quantity::Count, |cell| {
+        cell.clients.as_ref()?.requests_per_s_during
+    }),
+    ("after", Quantity::Count, |cell| {
+        cell.clients.as_ref()?.requests_per_s_after
+    }),
+    ("during of before", Quantity::Share, |cell| {
+        cell.clients.as_ref()?.requests_share_during
+    }),
+];
+
+/// A number that is added up over all runs.
+type Sum = (&'static str, fn(&CellSummary) -> u64);
+
 /// The whole table.
 pub(super) fn medians(page: &mut Page, axes: &Axes, cells: &[CellSummary]) {
     let same = if axes.same.is_empty() {
@@ -47,6 +92,38 @@ pub(super) fn medians(page: &mut Page, axes: &Axes, cells: &[CellSummary]) {
              they differ, [smallest – largest]. A dash is what was not measured.{same}"
         ),
     );
+    let errors: &[Sum] = &[("integrity errors", |cell| cell.integrity_errors)];
+    let cells: Vec<&CellSummary> = cells.iter().collect();
+    table(page, axes, &cells, COLUMNS, errors);
+}
+
+/// What clients saw; nothing if no guest had some.
+pub(super) fn clients(page: &mut Page, axes: &Axes, cells: &[CellSummary]) {
+    let cells = cells.iter().filter(|cell| cell.clients.is_some());
+    let cells: Vec<&CellSummary> = cells.collect();
+    if cells.is_empty() {
+        return;
+    }
+    page.element("h2", "What clients saw");
+    page.element(
+        "p",
+        "The same moves. Waits are those of requests that are due at fixed times, from then until they are answered, \
+         so that each moment of a stop counts. The client gap is the longest of them around the switch, beside the \
+         guest's own gap and the downtime; the longest wait is that of the whole move and of the second after it. \
+         Requests a second are those of connections that ask as soon as they are answered.",
+    );
+    let errors: &[Sum] = &[
+        ("lost connections", |cell| {
+            cell.clients.as_ref().map_or(0, |one| one.lost_connections)
+        }),
+        ("wrong answers", |cell| {
+            cell.clients.as_ref().map_or(0, |one| one.wrong_answers)
+        }),
+    ];
+    table(page, axes, &cells, CLIENT_COLUMNS, errors);
+}
+
+fn table(page: &mut Page, axes: &Axes, cells: &[&CellSummary], columns: &[Column], sums: &[Sum]) {
     page.open("div", "wide");
     page.open("table", "");
     page.open("thead", "");
@@ -55,22 +132,24 @@ pub(super) fn medians(page: &mut Page, axes: &Axes, cells: &[CellSummary]) {
         page.classed("th", "text", name);
     }
     page.element("th", "completed");
-    for (name, _, _) in COLUMNS {
+    for (name, _, _) in columns {
         page.element("th", name);
     }
-    page.element("th", "integrity errors");
+    for (name, _) in sums {
+        page.element("th", name);
+    }
     page.close("tr");
     page.close("thead");
     page.open("tbody", "");
     for cell in cells {
-        row(page, axes, cell);
+        row(page, axes, cell, columns, sums);
     }
     page.close("tbody");
     page.close("table");
     page.close("div");
 }
 
-fn row(page: &mut Page, axes: &Axes, summary: &CellSummary) {
+fn row(page: &mut Page, axes: &Axes, summary: &CellSummary, columns: &[Column], sums: &[Sum]) {
     page.open("tr", "");
     for value in axes.values(&summary.cell) {
         page.classed("td", "text", &value);
@@ -78,7 +157,7 @@ fn row(page: &mut Page, axes: &Axes, summary: &CellSummary) {
     page.classed("td", "text", &summary.cell.way());
     let (completed, runs) = (summary.completed, summary.runs);
     page.element("td", &format!("{completed} of {runs}"));
-    for (_, quantity, value) in COLUMNS {
+    for (_, quantity, value) in columns {
         page.open("td", "");
         match value(summary) {
             None => page.text("–"),
@@ -92,6 +171,8 @@ fn row(page: &mut Page, axes: &Axes, summary: &CellSummary) {
         }
         page.close("td");
     }
-    page.element("td", &summary.integrity_errors.to_string());
+    for (_, sum) in sums {
+        page.element("td", &sum(summary).to_string());
+    }
     page.close("tr");
 }

@@ -33,6 +33,24 @@ fn a_report_needs_nothing_else_and_says_what_it_is() {
 }
 
 #[test]
+fn what_clients_saw_stands_beside_what_guest_and_hosts_saw() {
+    let page = html(&sample::served()).unwrap();
+    for present in [
+        "<h2>What clients saw</h2>",
+        "<td>7.25 ms</td>\n<td>4.00 ms <small>[3.00 ms – 5.00 ms]</small>\n</td>\n<td>2.50 ms</td>\n<td>9.50 ms</td>",
+        "<td>20,000</td>\n<td>15,000</td>\n<td>19,000</td>\n<td>75.0 %</td>\n<td>0</td>\n<td>0</td>",
+        "<figcaption>Client gap",
+        "<figcaption>Requests a second over time",
+        "<figcaption>The longest wait of requests",
+    ] {
+        assert!(page.contains(present), "{present}\n{page}");
+    }
+    assert_eq!(page.matches("<svg").count(), 8);
+    let without = html(&sample::results()).unwrap();
+    assert!(!without.contains("clients"), "{without}");
+}
+
+#[test]
 fn what_was_simulated_says_so_before_anything_else() {
     let mut results = sample::results();
     results.starts = vec![sample::start(true)];

@@ -35,6 +35,7 @@ fn bed(variant: Variant, arguments: &str) -> Option<QemuBed> {
         downtime_max_ms: 5.0,
         verify: false,
         seed: 1,
+        clients: None,
     };
     let way = QemuWay {
         variant,

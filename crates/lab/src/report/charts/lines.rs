@@ -6,6 +6,8 @@ use plotters::prelude::*;
 use std::ops::Range;
 
 const SIZE: (u32, u32) = (640, 300);
+/// Points of a line with more of them would be one thick line.
+const DOTS_MAX: usize = 60;
 
 /// An axis: its range, its name, and what stands at a place of it.
 pub(super) struct Axis<'a> {
@@ -49,9 +51,10 @@ pub(super) fn chart(
             .map_err(failed)?;
         for (ink, points) in lines {
             let ink = colour(*ink);
-            let line = PathElement::new(points.clone(), ink.stroke_width(2));
+            let width = if points.len() > DOTS_MAX { 1 } else { 2 };
+            let line = PathElement::new(points.clone(), ink.stroke_width(width));
             chart.plotting_area().draw(&line).map_err(failed)?;
-            for point in points {
+            for point in points.iter().filter(|_| points.len() <= DOTS_MAX) {
                 let dot = Circle::new(*point, 3, ink.filled());
                 chart.plotting_area().draw(&dot).map_err(failed)?;
             }
