@@ -127,47 +127,41 @@ impl Noise {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
     use std::collections::BTreeMap;
+    use std::io::{self, BufRead};
 
     const KEYS: Keys = Keys {
         count: 7,
         value_bytes: 21,
     };
 
-    /// The words of a request.
-    fn words(request: &[u8]) -> Vec<Vec<u8>> {
-        let mut rest = request;
-        let mut line = || {
-            let end = rest.windows(2).position(|pair| pair == b"\r\n").unwrap();
-            let (line, behind) = rest.split_at(end);
-            rest = &behind[2..];
-            line
+    /// The words of the next request; `None` behind the last one.
+    pub(crate) fn words_from(reader: &mut impl BufRead) -> io::Result<Option<Vec<Vec<u8>>>> {
+        let Some(count) = number(reader)? else {
+            return Ok(None);
         };
-        let number = |line: &[u8]| {
-            String::from_utf8_lossy(&line[1..])
-                .parse::<usize>()
-                .unwrap()
+        let word = |_| {
+            let mut word = vec![0; number(reader)?.unwrap_or(0) + 2];
+            reader.read_exact(&mut word)?;
+            word.truncate(word.len() - 2);
+            Ok(word)
         };
-        let count = number(line());
-        let mut words = Vec::new();
-        for _ in 0..count {
-            let length = number(line());
-            // A value may have a line's end in it.
-            let mut word = line().to_vec();
-            while word.len() < length {
-                word.extend(b"\r\n");
-                word.extend(line());
-            }
-            words.push(word);
+        (0..count).map(word).collect::<io::Result<_>>().map(Some)
+    }
+
+    /// The number behind a sign, in a line of its own.
+    fn number(reader: &mut impl BufRead) -> io::Result<Option<usize>> {
+        let mut line = String::new();
+        if reader.read_line(&mut line)? == 0 {
+            return Ok(None);
         }
-        words
+        Ok(Some(line[1..].trim_end().parse().unwrap()))
     }
 
     /// A store as it has to be.
-    fn answer(store: &mut BTreeMap<Vec<u8>, Vec<u8>>, request: &[u8]) -> Answer {
-        let words = words(request);
+    pub(crate) fn answer(store: &mut BTreeMap<Vec<u8>, Vec<u8>>, words: &[Vec<u8>]) -> Answer {
         match words[0].as_slice() {
             b"SET" => {
                 store.insert(words[1].clone(), words[2].clone());
@@ -183,6 +177,13 @@ mod tests {
         }
     }
 
+    /// What it answers to the request in these bytes.
+    fn answer_bytes(store: &mut BTreeMap<Vec<u8>, Vec<u8>>, mut request: &[u8]) -> Answer {
+        let words = words_from(&mut request).unwrap().unwrap();
+        assert!(request.is_empty(), "it is one request");
+        answer(store, &words)
+    }
+
     #[test]
     fn a_store_that_does_what_it_shall_answers_what_is_expected() {
         let mut store = BTreeMap::new();
@@ -190,7 +191,7 @@ mod tests {
         for key in 0..KEYS.count {
             request.clear();
             KEYS.write_first(key, &mut request);
-            answer(&mut store, &request);
+            answer_bytes(&mut store, &request);
         }
         let mut keepers: Vec<Keeper> = (0..3)
             .map(|index| Keeper::new(KEYS, (index, 3), 40, 9))
@@ -199,7 +200,7 @@ mod tests {
         for turn in 0..3000 {
             request.clear();
             let expected = keepers[turn % 3].next(&mut request);
-            let answered = answer(&mut store, &request);
+            let answered = answer_bytes(&mut store, &request);
             answered.expect(&expected).unwrap();
             kinds[match answered {
                 Answer::Word(_) => 0,

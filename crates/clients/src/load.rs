@@ -256,3 +256,168 @@ impl Seen {
         self
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::keeper::Keys;
+    use crate::keeper::tests::{answer, words_from};
+    use std::collections::BTreeMap;
+    use std::io::{BufReader, Write};
+    use std::mem;
+    use std::net::{TcpListener, TcpStream};
+
+    const KEYS: Keys = Keys {
+        count: 3,
+        value_bytes: 40,
+    };
+    /// The answer that goes wrong.
+    const BAD: usize = 30;
+    /// Requests after which a server that does nothing wrong has done enough.
+    const ENOUGH: usize = 100;
+
+    /// What a server does wrong.
+    #[derive(Clone, Copy, PartialEq)]
+    enum Fault {
+        None,
+        /// No answer is sent before the bad one.
+        Late,
+        /// One answer is left out.
+        Dropped,
+        /// One answer is given twice.
+        Twice,
+        /// Requests that write are answered and not carried out from then on.
+        Forgotten,
+        /// The connection ends.
+        Closed,
+    }
+
+    /// Answers as a store does, for one connection.
+    fn serve(mut stream: TcpStream, fault: Fault, is_enough: &mpsc::Sender<()>) -> io::Result<()> {
+        let mut store = BTreeMap::new();
+        let mut requests = Vec::new();
+        (0..KEYS.count).for_each(|key| KEYS.write_first(key, &mut requests));
+        let mut first = BufReader::new(&requests[..]);
+        while let Some(words) = words_from(&mut first)? {
+            answer(&mut store, &words);
+        }
+        let mut reader = BufReader::new(stream.try_clone()?);
+        let mut unsent = Vec::new();
+        for number in 1.. {
+            let Some(words) = words_from(&mut reader)? else {
+                break;
+            };
+            let before = store.clone();
+            let bytes = written(answer(&mut store, &words));
+            let is_bad = number >= BAD;
+            match fault {
+                Fault::Closed if is_bad => return Ok(()),
+                Fault::Dropped if number == BAD => continue,
+                Fault::Twice if number == BAD => unsent.extend(&bytes),
+                Fault::Forgotten if is_bad => store = before,
+                _ => {}
+            }
+            unsent.extend(bytes);
+            if fault != Fault::Late || is_bad {
+                stream.write_all(&mem::take(&mut unsent))?;
+            }
+            if number == ENOUGH {
+                is_enough.send(()).unwrap();
+            }
+        }
+        Ok(())
+    }
+
+    fn written(answer: Answer) -> Vec<u8> {
+        match answer {
+            Answer::Word(word) => format!("+{word}\r\n").into_bytes(),
+            Answer::Number(count) => format!(":{count}\r\n").into_bytes(),
+            Answer::Value(None) => b"$-1\r\n".to_vec(),
+            Answer::Value(Some(value)) => {
+                let head = format!("${}\r\n", value.len()).into_bytes();
+                [head, value, b"\r\n".to_vec()].concat()
+            }
+        }
+    }
+
+    /// A client of such a server, which tells when it has done enough.
+    fn client(fault: Fault) -> (Client, mpsc::Receiver<()>) {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let stream = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let (served, _) = listener.accept().unwrap();
+        let (tell, told) = mpsc::channel();
+        // It ends when its client has left, which may be in the middle of an answer.
+        thread::spawn(move || drop(serve(served, fault, &tell)));
+        let silence_max = match fault {
+            Fault::Dropped => Duration::from_millis(200),
+            _ => Duration::from_secs(20),
+        };
+        let connection = Connection::new(stream, silence_max).unwrap();
+        let client = Client::new(connection, Keeper::new(KEYS, (0, 1), 40, 5));
+        (client, told)
+    }
+
+    const PERIOD: Duration = Duration::from_micros(300);
+
+    /// Both loads, until their server has done enough, or they end by themselves.
+    fn run(fault: Fault) -> [Ended; 2] {
+        [false, true].map(|is_open| {
+            let (client, told) = client(fault);
+            let epoch = Instant::now();
+            let load = if is_open {
+                Load::open(client, PERIOD, epoch)
+            } else {
+                Load::closed(client, epoch)
+            };
+            let mut load = load.unwrap();
+            if fault == Fault::None {
+                told.recv().unwrap();
+                return load.end();
+            }
+            load.thread.take().unwrap().join().unwrap()
+        })
+    }
+
+    fn check(fault: Fault, expect: [&str; 2]) {
+        for (ended, expect) in run(fault).into_iter().zip(expect) {
+            let said = match ended.client {
+                Ok(_) => "fine".to_owned(),
+                Err(error) => error.to_string(),
+            };
+            assert!(said.starts_with(expect), "{said}, not {expect}");
+            let answers: u32 = ended.seen.answers.iter().sum();
+            let done = answers as usize + ended.seen.requests.len();
+            assert!(done + 1 >= BAD, "{done}");
+        }
+    }
+
+    #[test]
+    fn a_server_that_does_its_work_is_believed() {
+        check(Fault::None, ["fine"; 2]);
+    }
+
+    #[test]
+    fn whatever_a_server_does_wrong_is_seen() {
+        check(Fault::Closed, ["a connection was lost"; 2]);
+        check(Fault::Twice, ["a wrong answer"; 2]);
+        check(Fault::Forgotten, ["a wrong answer"; 2]);
+        // A closed loop waits for it in vain, an open one takes the next answer for it.
+        let expect = ["a connection was lost", "a wrong answer"];
+        check(Fault::Dropped, expect);
+    }
+
+    #[test]
+    fn a_wait_begins_when_a_request_is_due() {
+        let (client, told) = client(Fault::Late);
+        let load = Load::open(client, PERIOD, Instant::now()).unwrap();
+        told.recv().unwrap();
+        let requests = load.end().seen.requests;
+        assert!(requests.len() >= ENOUGH, "{}", requests.len());
+        // None is sent before it is due, and the first is answered when the last of them was sent.
+        for (request, left) in requests.iter().zip((0..BAD as u32).rev()) {
+            assert!(request.wait >= PERIOD * left, "{request:?} {left}");
+        }
+        let mut pairs = requests.windows(2);
+        assert!(pairs.all(|pair| pair[1].due - pair[0].due == PERIOD));
+    }
+}

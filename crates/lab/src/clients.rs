@@ -144,6 +144,8 @@ pub struct ClientFigures {
     pub gap_ms: Option<f64>,
     /// The longest wait of a request that was due from the start of the move to a second after its end.
     pub worst_wait_ms: Option<f64>,
+    /// In that time the longest between two answers one after the other.
+    pub silence_ms: Option<f64>,
     /// Waits of requests that were due in the second before the move.
     pub waits_before_ms: Option<Waits>,
     /// From its start to its end.

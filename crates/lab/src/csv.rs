@@ -166,6 +166,9 @@ const COLUMNS: &[Column] = &[
     ("client_worst_wait_ms", |run| {
         of_clients(run, |one| one.worst_wait_ms)
     }),
+    ("client_silence_ms", |run| {
+        of_clients(run, |one| one.silence_ms)
+    }),
     ("client_p50_before_ms", |run| {
         of_clients(run, |one| Some(one.waits_before_ms?.p50))
     }),
@@ -280,7 +283,7 @@ mod tests {
             .collect();
         assert_eq!(
             seen.join(", "),
-            "gap_ms 7.25, worst_wait_ms 9.5, p50_before_ms 0.125, p99_before_ms 0.5, p999_before_ms 1.5, \
+            "gap_ms 7.25, worst_wait_ms 9.5, silence_ms 7, p50_before_ms 0.125, p99_before_ms 0.5, p999_before_ms 1.5, \
              p50_during_ms 0.25, p99_during_ms 6.5, p999_during_ms 7.25, requests_per_s_before 20000, \
              requests_per_s_during 15000, requests_per_s_after 19000, requests_share_during 0.75, connections 5, \
              lost_connections 0, wrong_answers 0"

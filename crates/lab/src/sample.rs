@@ -79,7 +79,7 @@ pub(crate) fn record(guest_gap_ms: f64) -> MoveRecord {
 pub(crate) fn seen() -> ClientFigures {
     serde_json::from_value(json!({
         "connections": 5, "lost_connections": 0, "wrong_answers": 0, "problem": null,
-        "gap_ms": 7.25, "worst_wait_ms": 9.5,
+        "gap_ms": 7.25, "worst_wait_ms": 9.5, "silence_ms": 7.0,
         "waits_before_ms": { "count": 1000, "p50": 0.125, "p99": 0.5, "p999": 1.5, "max": 2.0 },
         "waits_during_ms": { "count": 100, "p50": 0.25, "p99": 6.5, "p999": 7.25, "max": 7.25 },
         "waits_after_ms": null,

@@ -67,6 +67,8 @@ pub struct ClientSummary {
     pub gap_ms: Option<Spread>,
     /// The longest wait of all.
     pub worst_wait_ms: Option<Spread>,
+    /// The longest time without an answer.
+    pub silence_ms: Option<Spread>,
     /// Waits before the move.
     pub before: WaitSpreads,
     /// During the move.
@@ -115,6 +117,7 @@ impl ClientSummary {
             wrong_answers: sum(&|one| one.wrong_answers),
             gap_ms: spread(&|one| one.gap_ms),
             worst_wait_ms: spread(&|one| one.worst_wait_ms),
+            silence_ms: spread(&|one| one.silence_ms),
             before: waits(&|one| one.waits_before_ms),
             during: waits(&|one| one.waits_during_ms),
             requests_per_s_before: spread(&|one| one.requests_per_s.before),

@@ -43,6 +43,9 @@ const CLIENT_COLUMNS: &[Column] = &[
     ("longest wait", Quantity::Time, |cell| {
         cell.clients.as_ref()?.worst_wait_ms
     }),
+    ("longest silence", Quantity::Time, |cell| {
+        cell.clients.as_ref()?.silence_ms
+    }),
     ("p50 before", Quantity::Time, |cell| {
         cell.clients.as_ref()?.before.p50_ms
     }),
@@ -109,7 +112,8 @@ pub(super) fn clients(page: &mut Page, axes: &Axes, cells: &[CellSummary]) {
         "p",
         "The same moves. Waits are those of requests that are due at fixed times, from then until they are answered, \
          so that each moment of a stop counts. The client gap is the longest of them around the switch, beside the \
-         guest's own gap and the downtime; the longest wait is that of the whole move and of the second after it. \
+         guest's own gap and the downtime; the longest wait is that of the whole move and of the second after it. While less is answered than is due, \
+         requests queue up and wait for each other: the longest silence is how long none was answered. \
          Requests a second are those of connections that ask as soon as they are answered.",
     );
     let errors: &[Sum] = &[

@@ -70,6 +70,7 @@ pub(super) fn add(told: ClientFigures, seen: &Seen, window: &Window) -> ClientFi
     ClientFigures {
         gap_ms: switch.and_then(around),
         worst_wait_ms: longest(due(seen, begun, to)),
+        silence_ms: silence(due(seen, begun, to)),
         waits_before_ms: waits(from, begun),
         waits_during_ms: waits(begun, ended),
         waits_after_ms: waits(ended, to),
@@ -92,6 +93,14 @@ fn due(seen: &Seen, from: Duration, to: Duration) -> impl Iterator<Item = &Reque
 
 fn longest<'a>(requests: impl Iterator<Item = &'a Request>) -> Option<f64> {
     requests.map(|one| milliseconds(one.wait)).reduce(f64::max)
+}
+
+/// The longest time between two answers one after the other.
+fn silence<'a>(requests: impl Iterator<Item = &'a Request>) -> Option<f64> {
+    let answered = requests.map(|one| one.due + one.wait);
+    let mut last = None;
+    let gaps = answered.filter_map(|now| Some(now.saturating_sub(last.replace(now)?)));
+    gaps.max().map(milliseconds)
 }
 
 /// Answers a second, in whole milliseconds; `None` of a time without length.
@@ -186,10 +195,11 @@ mod tests {
             figures.waits_during_ms.unwrap(),
         );
         let text = format!(
-            "{} gap {:?} worst {:?} before {} {} {} during {} {} {} {} {:?}",
+            "{} gap {:?} worst {:?} silence {:?} before {} {} {} during {} {} {} {} {:?}",
             figures.connections,
             figures.gap_ms,
             figures.worst_wait_ms,
+            figures.silence_ms,
             before.count,
             before.p50,
             before.p999,
@@ -201,7 +211,7 @@ mod tests {
         );
         assert_eq!(
             text,
-            "5 gap Some(20.5) worst Some(20.5) before 1000 0.2 0.2 during 600 0.2 14.5 20.5 Throughput { before: \
+            "5 gap Some(20.5) worst Some(20.5) silence Some(21.3) before 1000 0.2 0.2 during 600 0.2 14.5 20.5 Throughput { before: \
              Some(20000.0), during: Some(9667.0), after: Some(20000.0) }"
         );
         let series = figures.series.unwrap();
