@@ -99,11 +99,9 @@ fn check_machine(plan: &Plan) -> Result<()> {
     let links: BTreeSet<Option<u64>> = plan.served_links().collect();
     for link in links {
         if let Some(problem) = Lan::problem(link) {
-            let served = plan.used().filter(|(_, one)| one.guest.serves());
-            let (name, _) = served.last().expect("somebody asks for the link");
+            let names = plan.names_of(|workload| workload.guest.serves());
             bail!(
-                "the workload '{name}' has clients, whose network cannot be made here: {problem}; leave it out by \
-                 --without {name}"
+                "the clients of {names} need a network of their own, and {problem}; --without {names} leaves them out"
             );
         }
     }

@@ -191,7 +191,7 @@ fn open(client: Client, period: Duration, epoch: Instant, is_over: &AtomicBool) 
         (asked, listener.join().expect("a listener does not panic"))
     });
     // What the listener found is why nobody takes requests any more.
-    let done = answered.and(asked.map_err(ClientError::Lost));
+    let done = answered.and(asked.map_err(ClientError::from));
     Ended {
         client: done.map(|()| Client::new(Connection::joined(asker, answers), keeper)),
         seen: Seen {
@@ -402,7 +402,10 @@ mod tests {
         check(Fault::Twice, ["a wrong answer"; 2]);
         check(Fault::Forgotten, ["a wrong answer"; 2]);
         // A closed loop waits for it in vain, an open one takes the next answer for it.
-        let expect = ["a connection was lost", "a wrong answer"];
+        let expect = [
+            "a connection was lost: no answer came in time",
+            "a wrong answer",
+        ];
         check(Fault::Dropped, expect);
     }
 

@@ -23,10 +23,24 @@ pub enum Answer {
 pub enum ClientError {
     /// The connection is broken, or is silent for too long.
     #[error("a connection was lost: {0}")]
-    Lost(#[from] io::Error),
+    Lost(io::Error),
     /// The guest answers, but not what is right.
     #[error("a wrong answer: {0}")]
     Wrong(String),
+}
+
+impl From<io::Error> for ClientError {
+    /// A time-out has a name of its own, which says nothing to who reads of it.
+    fn from(error: io::Error) -> Self {
+        let is_silence = matches!(
+            error.kind(),
+            io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut
+        );
+        if is_silence {
+            return Self::Lost(io::Error::new(error.kind(), "no answer came in time"));
+        }
+        Self::Lost(error)
+    }
 }
 
 /// The half of a connection that asks.

@@ -285,11 +285,18 @@ impl Plan {
             matches!(workload.guest, GuestProgram::Compute | GuestProgram::Kv)
         };
         let (name, workload) = self.used().find(|(_, workload)| unknown(workload))?;
+        let all = self.names_of(|workload| unknown(workload));
         Some(format!(
             "the simulator has no model of the {} guest, which the workload '{name}' uses: \
-             use writer or idle, or leave it out by --without {name}",
+             use writer or idle, or leave it out by --without {all}",
             workload.guest.name()
         ))
+    }
+
+    /// Names of workloads that some cell has and that are such, as they are left out.
+    pub fn names_of(&self, is_such: impl Fn(&Workload) -> bool) -> String {
+        let such = self.used().filter(|(_, workload)| is_such(workload));
+        such.map(|(name, _)| name).collect::<Vec<_>>().join(",")
     }
 
     /// Workloads that some cell has.

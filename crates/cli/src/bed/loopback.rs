@@ -202,8 +202,8 @@ impl Loopback {
         let (Some(lan), Some(settings)) = (&self.lan, &self.setup.clients) else {
             return Ok(None);
         };
-        // A stop is as long as the whole memory takes, at most.
-        let answer_max = self.patience(1);
+        // A stop is as long as the whole memory takes, at most, and a packet of it is sent again within as long a time.
+        let answer_max = self.patience(2);
         Clients::start(lan, settings, self.setup.seed, answer_max, &self.interrupt).map(Some)
     }
 
@@ -243,6 +243,10 @@ impl Loopback {
         let clients = self.clients.as_mut().zip(working);
         let clients = clients.map(|(clients, working)| clients.rest(working, &moments));
         let mut observed = self.observed(&moments, &stalls, &counted);
+        if clients.is_some() {
+            // One that waits for packets may have been away unawares.
+            observed.guest_gap_ms = observed.guest_gap_ms.filter(|gap| *gap > 0.0);
+        }
         observed.others_cpu_share =
             processors.and_then(|before| before.others_until_now(self.hosts.directory()));
         let checked = self.check(&before)?;

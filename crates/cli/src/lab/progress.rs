@@ -104,7 +104,9 @@ fn line(result: &RunResult) -> String {
     let (outcome, total) = (&record.outcome, time(record.total_ms));
     let clients = record.clients.as_ref().and_then(|seen| seen.gap_ms);
     let clients = clients.map_or_else(String::new, |gap| format!(", client gap {}", time(gap)));
-    format!("{cell}: {outcome}, guest gap {gap}{clients}, total {total}")
+    let wrong = record.clients_problem();
+    let wrong = wrong.map_or_else(String::new, |problem| format!(": {problem}"));
+    format!("{cell}: {outcome}, guest gap {gap}{clients}, total {total}{wrong}")
 }
 
 #[cfg(test)]
