@@ -288,22 +288,15 @@ impl Faults {
     fn fault_on_disk(&self, range: PageRange, wants: &mut Vec<u8>) {
         for run in self.installer.missing_on_disk(range) {
             // Whoever asks again has asked before, but for what it had not come to then.
-            let mut new: Option<PageRange> = None;
-            for page in run.iter().filter(|&page| self.wait_for(page, &[])) {
-                let one = PageRange::new(page, PageCount::new(1));
-                match &mut new {
-                    Some(run) if run.end() == page => {
-                        run.count = run.count.saturating_add(one.count)
-                    }
-                    _ => {
-                        if let Some(run) = new.replace(one) {
-                            want(wants, run);
-                        }
-                    }
-                }
-            }
-            if let Some(run) = new {
-                want(wants, run);
+            let new: Vec<Pfn> = run
+                .iter()
+                .filter(|&page| self.wait_for(page, &[]))
+                .collect();
+            for part in new.chunk_by(|page, next| next.get() - page.get() == 1) {
+                want(
+                    wants,
+                    PageRange::new(part[0], PageCount::new(part.len() as u64)),
+                );
             }
         }
         // As with a page of memory: some may have come before they were noted.

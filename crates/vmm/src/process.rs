@@ -251,8 +251,7 @@ impl Process<'_> {
             if knocks {
                 self.accept(&mut daemon);
             }
-            let is_late = began.elapsed() > ORPHAN_LIMIT || self.has_lost_daemon();
-            if is_orphan && !knocks && is_late {
+            if is_orphan && !knocks && (began.elapsed() > ORPHAN_LIMIT || self.has_lost_daemon()) {
                 tracing::warn!("no daemon has come for this process");
                 return Ok(());
             }

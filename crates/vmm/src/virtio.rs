@@ -192,7 +192,7 @@ impl Devices {
     ) -> Result<Self, DeviceError> {
         let mut all = Self::default();
         let mut devices: Vec<Box<dyn Device>> = Vec::new();
-        let screen = Arc::new(Screen::new().map_err(DeviceError::Start)?);
+        let mut screen = None;
         for (index, config) in config.disks.iter_mut().enumerate() {
             let disk = open_disk(config)?;
             let file = disk.file().try_clone_to_owned();
@@ -215,7 +215,9 @@ impl Devices {
         if has_all(config) {
             devices.push(Box::new(Entropy::new().map_err(DeviceError::Entropy)?));
             let console = Console::new(&config.name, LOG_LINE_BYTES_MAX);
-            devices.push(Box::new(Port::new(console.shown_on(Arc::clone(&screen)))));
+            let shown = Arc::new(Screen::new().map_err(DeviceError::Start)?);
+            devices.push(Box::new(Port::new(console.shown_on(Arc::clone(&shown)))));
+            screen = Some(shown);
             let balloon = Balloon::new(Arc::clone(&all.balloon), Arc::clone(vm.reclaim()));
             devices.push(Box::new(balloon));
         }
@@ -231,9 +233,7 @@ impl Devices {
             all.transports.push(transport);
             all.workers.push(worker);
         }
-        if let [.., console, _balloon] = &*all.transports
-            && has_all(config)
-        {
+        if let (Some(screen), [.., console, _balloon]) = (screen, &*all.transports) {
             let keyboard: Arc<Transport> = Arc::clone(console);
             all.terminal = Some(Terminal::new(screen, keyboard));
         }

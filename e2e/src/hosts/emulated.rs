@@ -16,6 +16,7 @@ use std::time::{Duration, Instant};
 
 /// How long QEMU may take to connect, and to make its end of the LAN.
 const START_MAX: Duration = Duration::from_secs(20);
+
 /// Starts the host with that index.
 pub(super) fn start(
     cache: &Path,

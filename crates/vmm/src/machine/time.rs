@@ -9,6 +9,7 @@
 //! host's clock, and looked at after it was set.
 
 use limosa_os::kvm::{KvmError, Vm};
+use std::convert::Infallible;
 
 /// A reading of the host's time stamp counter and of its monotonic clock at one moment.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -18,25 +19,11 @@ pub(super) struct ClockPair {
 }
 
 impl ClockPair {
-    /// Reads both. Of some tries the closest counts: an interruption in between spreads them.
+    /// Reads both.
     pub(super) fn sample() -> Self {
-        const TRIES: u32 = 3;
-        (0..TRIES)
-            .map(|_| {
-                let before = limosa_os::tsc();
-                let nanos = limosa_os::monotonic_nanos();
-                let spread = limosa_os::tsc().saturating_sub(before);
-                (
-                    spread,
-                    Self {
-                        nanos,
-                        tsc: before + spread / 2,
-                    },
-                )
-            })
-            .min_by_key(|(spread, _)| *spread)
-            .map(|(_, pair)| pair)
-            .expect("there is at least one try")
+        let read = || Ok::<_, Infallible>(limosa_os::monotonic_nanos());
+        let Ok((tsc, nanos)) = closest(limosa_os::tsc, read);
+        Self { nanos, tsc }
     }
 
     /// The host's counter when its clock shows or showed `nanos`.
@@ -103,21 +90,27 @@ pub(super) fn set_at<C: DistantClock>(clock: &C, nanos: u64, at: u64) -> Result<
     Ok(())
 }
 
-/// How far a distant clock is ahead of the host's. Of some readings the closest counts.
+/// How far a distant clock is ahead of the host's.
 fn ahead_of_host<C: DistantClock>(clock: &C) -> Result<i128, C::Error> {
+    let (between, shown) = closest(|| clock.host_nanos(), || clock.read())?;
+    Ok(i128::from(shown) - i128::from(between))
+}
+
+/// Reads something between two looks at a clock, and takes it for what was there in the middle of them. Of some tries
+/// the closest counts: an interruption in between spreads them.
+fn closest<E>(look: impl Fn() -> u64, read: impl Fn() -> Result<u64, E>) -> Result<(u64, u64), E> {
     const TRIES: u32 = 3;
-    let mut closest: Option<(u64, i128)> = None;
+    let mut closest = None;
     for _ in 0..TRIES {
-        let before = clock.host_nanos();
-        let shown = clock.read()?;
-        let spread = clock.host_nanos().saturating_sub(before);
+        let before = look();
+        let found = read()?;
+        let spread = look().saturating_sub(before);
         if closest.is_none_or(|(least, _)| spread < least) {
-            let between = before + spread / 2;
-            closest = Some((spread, i128::from(shown) - i128::from(between)));
+            closest = Some((spread, (before + spread / 2, found)));
         }
     }
     Ok(closest
-        .map(|(_, ahead)| ahead)
+        .map(|(_, both)| both)
         .expect("there is at least one try"))
 }
 
@@ -160,7 +153,6 @@ mod tests {
     use super::*;
     use std::cell::{Cell, RefCell};
     use std::collections::VecDeque;
-    use std::convert::Infallible;
 
     #[test]
     fn a_counter_goes_on_by_the_time_that_passed() {
