@@ -55,8 +55,8 @@ impl Bucket {
         self.changed.notify_all();
     }
 
-    /// Waits until earlier bytes have passed, then takes `bytes`.
-    pub(crate) fn take(&self, bytes: u64) {
+    /// Waits until earlier bytes have passed, then takes `bytes`. Whether it had to wait.
+    pub(crate) fn take(&self, bytes: u64) -> bool {
         let mut state = self.lock();
         let wait = state.book(bytes, Instant::now());
         let begun = state.changes;
@@ -65,6 +65,7 @@ impl Bucket {
             let waited = self.changed.wait_timeout_while(state, wait, waits);
             drop(waited.unwrap_or_else(PoisonError::into_inner));
         }
+        !wait.is_zero()
     }
 
     /// Takes `bytes` at once: they go before all that waits, which passes so much later.

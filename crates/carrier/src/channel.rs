@@ -14,8 +14,8 @@ pub(crate) mod handshake;
 mod records;
 
 use limosa_os::SharedMemory;
-use limosa_os::socket;
-use limosa_pages::PageRange;
+use limosa_os::socket::{self, TcpStatus};
+use limosa_pages::{BytesPerSecond, PageRange};
 use records::{Opener, Sealer};
 use std::io::{self, Read, Write};
 use std::net::{Shutdown, TcpStream};
@@ -182,6 +182,16 @@ impl Writer {
     /// Asks for a send buffer of about `bytes`.
     pub(crate) fn set_send_buffer(&self, bytes: usize) -> io::Result<()> {
         socket::set_send_buffer(&*self.socket, bytes)
+    }
+
+    /// What the kernel knows about the connection.
+    pub(crate) fn status(&self) -> io::Result<TcpStatus> {
+        socket::tcp_status(&*self.socket)
+    }
+
+    /// Sends no faster than this, or as fast as it goes.
+    pub(crate) fn set_send_rate(&self, rate: Option<BytesPerSecond>) -> io::Result<()> {
+        socket::set_send_rate(&*self.socket, rate.map(BytesPerSecond::get))
     }
 
     /// Sends headers, each followed by the pages that belong to it.

@@ -7,15 +7,19 @@
 //!                  delta ─▶ lz4 or zstd ─▶ raw, from the copy: for each page the first that is shorter
 //! ```
 //!
-//! Coding costs processor time and saves bytes. Each stream measures what a byte costs it on the wire,
-//! waiting included, and what a byte costs it in each coding, and codes where that comes cheaper
-//! together: on a fast link nothing is coded, on a slow one all that shrinks is, by LZ4 or, where the
-//! wire is slower still, by zstd. What is not in use is tried on a few pages now and then, so that a
-//! link that becomes slower, or content that becomes simpler, is noticed.
+//! Coding costs processor time and saves bytes. Each stream measures what a byte costs it on the wire
+//! ([`WireMeter`]), and what a byte costs it in each coding, and codes where that comes cheaper together: on a
+//! fast link nothing is coded, on a slow one all that shrinks is, by LZ4 or, where the wire is slower still,
+//! by zstd. What is not in use is tried on a few pages now and then, so that a link that becomes slower, or
+//! content that becomes simpler, is noticed; and so is sending pages as they are, since coded ones seldom
+//! fill a wire and show that it has become faster.
+//!
+//! [`WireMeter`]: crate::wire_meter::WireMeter
 //!
 //! Invariant: the version of a page that [`Versions`] keeps is what the target has in its place. A
 //! page that goes any other way is taken out.
 
+use crate::wire_meter::Passed;
 use limosa_engine::report::Coded;
 use limosa_engine::wire::{CODED_LENGTH_BYTES, Coding, PUSH_HEADER_BYTES, PushHeader};
 use limosa_os::SharedMemory;
@@ -89,10 +93,14 @@ const PROBE_PAGES: u64 = 8;
 const PROBE_EVERY: u64 = 2048;
 /// Pages that are coded in the way that is not in use, to see what that costs.
 const TRIAL_PAGES: u64 = 32;
+/// Pages that go coded before some go as they are, to see what the wire takes; twice as many each time that
+/// this has changed nothing, up to the other number.
+const RAW_EVERY: u64 = 1024;
+const RAW_EVERY_MAX: u64 = 65_536;
 /// What coding, or another way of it, has to win to be worth its noise.
 const WORTH: f64 = 0.9;
 /// A sample counts as at most so many times what was expected: a thread that lost its processor in a
-/// probe of some microseconds says nothing about coding.
+/// probe of some microseconds says nothing about coding, and a machine that stood still nothing about the wire.
 const SURPRISE_MAX: f64 = 2.0;
 
 /// What all streams of a migration share about coding.
@@ -138,6 +146,8 @@ pub(crate) struct Coder {
     packing: Option<Packing>,
     raw_since_probe: u64,
     coded_since_trial: u64,
+    coded_since_raw: u64,
+    raw_every: u64,
     /// Headers and coded pages that wait to be written.
     pub(crate) out: Vec<u8>,
 }
@@ -165,10 +175,11 @@ impl Packing {
     }
 }
 
-/// Seconds a byte on the wire, a moving average, and the codings.
+/// Moving averages of seconds a byte: what the wire takes, what handing it to the kernel costs, and the codings.
 #[derive(Clone, Copy, Debug)]
 struct Costs {
     wire: Option<f64>,
+    sending: f64,
     lz4: Cost,
     zstd: Cost,
     preferred: Packing,
@@ -194,7 +205,8 @@ impl Coder {
         Self {
             costs: Costs {
                 wire: None,
-                // Until the first probe: what they do on common machines, and on common pages.
+                // Until there is something better: what they do on common machines, and on common pages.
+                sending: 1.0 / 2.5e9,
                 lz4: Cost {
                     coding: 1.0 / 1e9,
                     ratio: 0.6,
@@ -210,6 +222,8 @@ impl Coder {
             packing: None,
             raw_since_probe: PROBE_EVERY,
             coded_since_trial: PROBE_EVERY,
+            coded_since_raw: 0,
+            raw_every: RAW_EVERY,
             out: Vec::new(),
         }
     }
@@ -223,11 +237,23 @@ impl Coder {
             Compression::Zstd => Some(Packing::Zstd),
             Compression::Delta => None,
             Compression::On => return self.coded(range.count),
-            Compression::Auto if self.costs.is_worth() => return self.coded(range.count),
+            Compression::Auto if self.costs.is_worth() => return self.coded_mostly(range.count),
             Compression::Auto => return self.probed(range.count),
         };
         self.packing = packing;
         range.count
+    }
+
+    /// As [`Coder::coded`], but now and then none of them.
+    fn coded_mostly(&mut self, count: PageCount) -> PageCount {
+        if self.coded_since_raw >= self.raw_every {
+            self.coded_since_raw = 0;
+            self.raw_every = RAW_EVERY_MAX.min(2 * self.raw_every);
+            return PageCount::ZERO;
+        }
+        let count = self.coded(count);
+        self.coded_since_raw = self.coded_since_raw.saturating_add(count.get());
+        count
     }
 
     /// All of them in the way that is cheaper, or a few in the other.
@@ -244,6 +270,7 @@ impl Coder {
 
     /// None of them, or a few in each way by turns.
     fn probed(&mut self, count: PageCount) -> PageCount {
+        (self.coded_since_raw, self.raw_every) = (0, RAW_EVERY);
         self.raw_since_probe = self.raw_since_probe.saturating_add(count.get());
         if self.costs.wire.is_none() || self.raw_since_probe <= PROBE_EVERY {
             return PageCount::ZERO;
@@ -253,16 +280,25 @@ impl Coder {
         PageCount::new(PROBE_PAGES.min(count.get()))
     }
 
-    /// `bytes` took so long to be handed to the kernel.
-    pub(crate) fn sent(&mut self, bytes: u64, took: Duration) {
-        if bytes > 0 {
-            let cost = took.as_secs_f64() / bytes as f64;
-            let wire = self.costs.wire.unwrap_or(cost);
-            // By how much was sent: a small message says little.
-            let weight = (bytes as f64 / (1 << 20) as f64).min(0.5);
+    /// So much has passed the wire.
+    pub(crate) fn passed(&mut self, passed: Passed) {
+        let cost = passed.cost();
+        let wire = self.costs.wire.unwrap_or(cost);
+        let cost = cost.min(wire * SURPRISE_MAX);
+        // Of a wire that had nothing to send meanwhile no more is known than that it takes no longer.
+        if passed.is_full || cost <= wire {
+            // By how much it was: a little says little.
+            let weight = (passed.bytes as f64 / (1 << 20) as f64).min(0.5);
             self.costs.wire = Some(wire + (cost - wire) * weight);
             self.costs.prefer();
         }
+    }
+
+    /// To hand `bytes` to the kernel took so much of a processor.
+    pub(crate) fn sent(&mut self, bytes: u64, took: Duration) {
+        let weight = (bytes as f64 / (1 << 20) as f64).min(0.5);
+        let cost = took.as_secs_f64() / bytes.max(1) as f64;
+        self.costs.sending += (cost - self.costs.sending) * weight;
     }
 
     /// Appends a run of pages to [`Coder::out`], each in the shortest form of those that
@@ -417,7 +453,14 @@ impl Coder {
 impl Costs {
     fn is_worth(&self) -> bool {
         self.wire
-            .is_some_and(|wire| self.of(self.preferred).with(wire) < WORTH * wire)
+            .is_some_and(|wire| self.with(self.preferred, wire) < WORTH * wire)
+    }
+
+    /// Seconds for a byte from the guest's memory to the wire's other end. While the wire carries what was coded the
+    /// next pages are, so the slower of the two counts.
+    fn with(&self, packing: Packing, wire: f64) -> f64 {
+        let Cost { coding, ratio } = *self.of(packing);
+        (ratio * wire).max(coding + ratio * self.sending)
     }
 
     const fn of(&self, packing: Packing) -> &Cost {
@@ -430,9 +473,9 @@ impl Costs {
     /// Takes the other way of coding where that has become cheaper.
     fn prefer(&mut self) {
         let other = self.preferred.other();
-        let is_cheaper = self.wire.is_some_and(|wire| {
-            self.of(other).with(wire) < WORTH * self.of(self.preferred).with(wire)
-        });
+        let is_cheaper = self
+            .wire
+            .is_some_and(|wire| self.with(other, wire) < WORTH * self.with(self.preferred, wire));
         if is_cheaper {
             self.preferred = other;
         }
@@ -448,13 +491,6 @@ impl Costs {
         cost.coding += (coding - cost.coding) * weight;
         cost.ratio += (ratio - cost.ratio) * weight;
         self.prefer();
-    }
-}
-
-impl Cost {
-    /// Seconds for a byte from the guest's memory to the wire's other end.
-    fn with(&self, wire: f64) -> f64 {
-        self.coding + self.ratio * wire
     }
 }
 
@@ -682,6 +718,15 @@ mod tests {
         check(range(0, 2), true, "lz4 0+2");
     }
 
+    /// A mebibyte took so long, on a wire that was never idle.
+    fn full(took: Duration) -> Passed {
+        Passed {
+            bytes: 1 << 20,
+            took,
+            is_full: true,
+        }
+    }
+
     #[test]
     fn a_slower_wire_takes_the_shorter_coding() {
         let shared = Shared::new(Compression::On);
@@ -690,7 +735,7 @@ mod tests {
         let mut learn = |wire: Duration| {
             // LZ4 leaves 60 % at 1 GB/s, zstd 20 % at 250 MB/s.
             for _ in 0..40 {
-                coder.sent(1 << 20, wire);
+                coder.passed(full(wire));
                 let mebibyte = 1 << 20;
                 let took = Duration::from_millis(1);
                 coder.costs.coded(Packing::Lz4, mebibyte, 0.6, took);
@@ -736,7 +781,7 @@ mod tests {
         let all = range(0, 128);
         let wanted = |coder: &mut Coder| coder.wanted(&shared, all).get();
         assert_eq!(wanted(&mut coder), 0, "nothing is known of the wire");
-        coder.sent(1 << 20, Duration::from_micros(300));
+        coder.passed(full(Duration::from_micros(300)));
         assert_eq!(wanted(&mut coder), PROBE_PAGES, "the first look");
         let probes = (0..2 * PROBE_EVERY / 128)
             .map(|_| wanted(&mut coder))
@@ -746,7 +791,7 @@ mod tests {
             "{probes}"
         );
         // 100 MB a second.
-        (0..40).for_each(|_| coder.sent(1 << 20, Duration::from_millis(10)));
+        (0..40).for_each(|_| coder.passed(full(Duration::from_millis(10))));
         assert_eq!(wanted(&mut coder), TRIAL_PAGES, "zstd is tried at first");
         assert_eq!(wanted(&mut coder), 128);
         // What does not shrink is not coded on any wire.
@@ -766,6 +811,41 @@ mod tests {
         assert_eq!(wanted(&mut coder), 128);
         shared.set(Compression::Off);
         assert_eq!(wanted(&mut coder), 0);
+    }
+
+    #[test]
+    fn a_wire_that_coded_pages_do_not_fill_is_tried_again() {
+        let shared = Shared::new(Compression::Auto);
+        let mut coder = Coder::new();
+        let slow = full(Duration::from_millis(10));
+        coder.passed(slow);
+        let mut raw_after = |passed: Passed| {
+            let mut coded = 0;
+            loop {
+                match coder.wanted(&shared, range(0, 128)).get() {
+                    0 => return coded,
+                    count => coded += count,
+                }
+                coder.passed(passed);
+                let took = Duration::from_micros(500);
+                coder.costs.coded(Packing::Lz4, 1 << 20, 0.1, took);
+                coder.costs.coded(Packing::Zstd, 1 << 20, 0.1, took * 8);
+                assert!(coded < 10 * RAW_EVERY_MAX);
+            }
+        };
+        let idle = Passed {
+            is_full: false,
+            ..full(Duration::from_millis(20))
+        };
+        // That it is idle says nothing as long as it takes longer than what is known.
+        let raws = [slow, idle, idle, idle, idle, idle, idle, idle].map(&mut raw_after);
+        let times = raws.map(|pages| pages / RAW_EVERY);
+        assert_eq!(times, [1, 2, 4, 8, 16, 32, 64, 64], "{raws:?}");
+        let fast = Passed {
+            is_full: false,
+            ..full(Duration::from_micros(300))
+        };
+        assert!(raw_after(fast) < 3072, "it takes more than was thought");
     }
 
     #[test]

@@ -36,6 +36,7 @@ mod receiver;
 mod sender;
 mod source;
 mod target;
+mod wire_meter;
 
 pub use coding::Compression;
 pub use connection::Dial;

@@ -22,18 +22,19 @@ use crate::missing;
 use crate::modesty::be_modest;
 use crate::push_order::{Chooser, PushOrder};
 use crate::source::MigrateRequest;
+use crate::wire_meter::WireMeter;
 use limosa_engine::source::{Piece, SentPiece};
 use limosa_engine::wire::{PUSH_HEADER_BYTES, PUSH_PAGES_MAX, PushHeader};
-use limosa_os::SharedMemory;
 use limosa_os::disk::DiskBuffer;
 use limosa_os::memory::ExistingPages;
+use limosa_os::{SharedMemory, thread_nanos};
 use limosa_pages::{ByteCount, PageCount, PageRange, PageSet, Pfn};
 use std::io::{self, Write};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 /// Pages pushed at once while others may be waited for: 128 KiB pass a link of 10 Gbit/s in a tenth
 /// of a millisecond.
@@ -173,6 +174,7 @@ pub(crate) fn start(
                 shared,
                 unsent,
                 coder: Coder::new(),
+                meter: WireMeter::default(),
                 disk_buffer: None,
             };
             match stream.run(&inbox, &report) {
@@ -194,13 +196,14 @@ struct PushStream {
     shared: Arc<Shared>,
     unsent: Arc<Unsent>,
     coder: Coder,
+    meter: WireMeter,
     /// Once a disk was read.
     disk_buffer: Option<DiskBuffer>,
 }
 
 impl PushStream {
     fn run(&mut self, inbox: &Receiver<Order>, report: &impl Fn(Report)) -> Result<(), SendError> {
-        while let Ok(order) = inbox.recv() {
+        while let Some(order) = self.next(inbox) {
             match order {
                 Order::Piece {
                     piece,
@@ -250,6 +253,14 @@ impl PushStream {
             }
         }
         Ok(())
+    }
+
+    /// The next order; `None` if there will be no more.
+    fn next(&mut self, inbox: &Receiver<Order>) -> Option<Order> {
+        inbox.try_recv().ok().or_else(|| {
+            self.meter.rest();
+            inbox.recv().ok()
+        })
     }
 
     fn send_piece(
@@ -421,18 +432,29 @@ impl PushStream {
         if bytes == 0 {
             return Ok(());
         }
-        let began = Instant::now();
-        self.shared.limit.take(bytes);
-        self.shared.link.take(bytes);
+        let mut waited = self.shared.limit.take(bytes);
+        waited |= self.shared.link.take(bytes);
+        self.look(waited)?;
+        let began = thread_nanos();
         self.writer.send_parts(&self.shared.memory, &batch.parts)?;
         self.writer.write_all(&self.coder.out)?;
         self.coder.out.clear();
-        self.coder.sent(bytes, began.elapsed());
+        let took = Duration::from_nanos(thread_nanos() - began);
+        self.coder.sent(bytes, took);
         sent.bytes = sent.bytes.saturating_add(ByteCount::new(bytes));
         self.shared
             .pages_out
             .fetch_add(batch.pages, Ordering::Relaxed);
         *batch = Batch::default();
+        Ok(())
+    }
+
+    /// Looks at the wire before the next bytes. With `waited`, these had to wait for earlier ones.
+    fn look(&mut self, waited: bool) -> io::Result<()> {
+        let (now, status) = (Instant::now(), self.writer.status()?);
+        if let Some(passed) = self.meter.look(now, &status, waited) {
+            self.coder.passed(passed);
+        }
         Ok(())
     }
 }

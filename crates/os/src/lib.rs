@@ -26,5 +26,5 @@ pub mod thread;
 pub mod userfault;
 
 pub use bitmap::SharedBitmap;
-pub use clock::{boot_id, monotonic_nanos, tsc};
+pub use clock::{boot_id, monotonic_nanos, thread_nanos, tsc};
 pub use memory::{MemoryError, PageKind, SharedMemory};

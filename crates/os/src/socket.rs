@@ -40,14 +40,65 @@ pub fn set_unacknowledged_max(socket: &impl AsFd, limit: Duration) -> io::Result
     )
 }
 
-/// Sends no faster than so many bytes a second (`SO_MAX_PACING_RATE`, socket(7)): the kernel spaces the
-/// segments, so that a full send buffer holds its writer back.
+/// Sends no faster than so many bytes a second, or, with `None`, as fast as it goes
+/// (`SO_MAX_PACING_RATE`, socket(7)): the kernel spaces the segments, so that a full send buffer holds its
+/// writer back.
 ///
 /// # Errors
 /// It is no socket.
-pub fn set_send_rate(socket: &impl AsFd, bytes_per_second: u64) -> io::Result<()> {
-    let rate = usize::try_from(bytes_per_second).unwrap_or(usize::MAX);
-    set_number(socket, libc::SOL_SOCKET, libc::SO_MAX_PACING_RATE, rate)
+pub fn set_send_rate(socket: &impl AsFd, bytes_per_second: Option<u64>) -> io::Result<()> {
+    // Eight bytes are read since Linux 4.20; all ones mean no limit.
+    let rate = bytes_per_second.unwrap_or(u64::MAX);
+    set_option(
+        socket,
+        libc::SOL_SOCKET,
+        libc::SO_MAX_PACING_RATE,
+        rate.to_ne_bytes(),
+    )
+}
+
+/// What the kernel knows about a TCP connection.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct TcpStatus {
+    /// Bytes that the peer has acknowledged since the connection was made, which itself counts as one.
+    pub acknowledged: u64,
+    /// Bytes that were written and have not been sent for the first time.
+    pub unsent: u64,
+    /// From a segment to its acknowledgement, smoothed.
+    pub round_trip: Duration,
+    /// The shortest that it took in the last minutes.
+    pub round_trip_min: Duration,
+}
+
+/// Asks for it (`TCP_INFO`, tcp(7)).
+///
+/// # Errors
+/// It is no TCP socket.
+pub fn tcp_status(socket: &impl AsFd) -> io::Result<TcpStatus> {
+    // SAFETY: a structure of numbers, for which zeros are values.
+    let mut info: libc::tcp_info = unsafe { std::mem::zeroed() };
+    let mut len = size_of_val(&info) as libc::socklen_t;
+    // SAFETY: the option writes at most `len` bytes of this structure; what an older kernel does not know
+    // stays zero.
+    let failed = unsafe {
+        libc::getsockopt(
+            socket.as_fd().as_raw_fd(),
+            libc::IPPROTO_TCP,
+            libc::TCP_INFO,
+            (&raw mut info).cast(),
+            &raw mut len,
+        )
+    } != 0;
+    if failed {
+        return Err(io::Error::last_os_error());
+    }
+    let microseconds = |number: u32| Duration::from_micros(number.into());
+    Ok(TcpStatus {
+        acknowledged: info.tcpi_bytes_acked,
+        unsent: info.tcpi_notsent_bytes.into(),
+        round_trip: microseconds(info.tcpi_rtt),
+        round_trip_min: microseconds(info.tcpi_min_rtt),
+    })
 }
 
 /// Sleeps until so many bytes are there to be read, or as many as the receive buffer takes, or the
@@ -80,14 +131,23 @@ fn set_number(
     value: usize,
 ) -> io::Result<()> {
     let value = libc::c_int::try_from(value).unwrap_or(libc::c_int::MAX);
-    // SAFETY: the option takes a number, whose address and size are given.
+    set_option(socket, level, option, value.to_ne_bytes())
+}
+
+fn set_option<const N: usize>(
+    socket: &impl AsFd,
+    level: libc::c_int,
+    option: libc::c_int,
+    value: [u8; N],
+) -> io::Result<()> {
+    // SAFETY: the option takes a value, whose address and size are given.
     let failed = unsafe {
         libc::setsockopt(
             socket.as_fd().as_raw_fd(),
             level,
             option,
             (&raw const value).cast(),
-            size_of_val(&value) as libc::socklen_t,
+            N as libc::socklen_t,
         )
     } != 0;
     if failed {
@@ -213,6 +273,48 @@ mod tests {
         let short = Some(Duration::from_millis(1));
         wait_for_bytes(&far, 1, short).unwrap();
         assert!(wait_for_bytes(&std::fs::File::open("/").unwrap(), 1, short).is_err());
+    }
+
+    #[test]
+    fn a_connection_tells_what_has_passed() {
+        let (mut near, mut far) = connection();
+        let before = tcp_status(&near).unwrap();
+        near.write_all(&[7; 50_000]).unwrap();
+        far.read_exact(&mut [0; 50_000]).unwrap();
+        // What comes back acknowledges what came before it.
+        far.write_all(&[1]).unwrap();
+        near.read_exact(&mut [0]).unwrap();
+        let after = tcp_status(&near).unwrap();
+        assert_eq!(after.acknowledged - before.acknowledged, 50_000);
+        assert_eq!(after.unsent, 0);
+        assert!(after.round_trip >= after.round_trip_min);
+        assert!(after.round_trip_min > Duration::ZERO);
+        assert!(tcp_status(&std::fs::File::open("/").unwrap()).is_err());
+    }
+
+    #[test]
+    fn a_rate_may_be_more_than_31_bits_or_none() {
+        let (near, _far) = connection();
+        let rate = || {
+            let mut rate = 0u64;
+            let mut len = size_of_val(&rate) as libc::socklen_t;
+            // SAFETY: the option writes this number, whose address and size are given.
+            let failed = unsafe {
+                libc::getsockopt(
+                    near.as_raw_fd(),
+                    libc::SOL_SOCKET,
+                    libc::SO_MAX_PACING_RATE,
+                    (&raw mut rate).cast(),
+                    &raw mut len,
+                )
+            };
+            assert_eq!(failed, 0);
+            rate
+        };
+        for limit in [Some(5_000_000_000), Some(4 << 20), None] {
+            set_send_rate(&near, limit).unwrap();
+            assert_eq!(rate(), limit.unwrap_or(u64::MAX));
+        }
     }
 
     #[test]

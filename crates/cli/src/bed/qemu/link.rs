@@ -69,7 +69,7 @@ impl Link {
         if socket.peer_addr().ok() != Some(self.target) {
             return false;
         }
-        let set = set_send_rate(&socket, self.bytes_per_second);
+        let set = set_send_rate(&socket, Some(self.bytes_per_second));
         set.inspect_err(|error| tracing::warn!(%error, "a connection has no rate"))
             .is_ok()
     }
