@@ -29,6 +29,7 @@ mod journal_file;
 mod missing;
 mod modesty;
 mod outcome;
+mod pace;
 mod preflight;
 mod pull_server;
 mod push_order;

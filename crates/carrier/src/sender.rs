@@ -20,6 +20,7 @@ use crate::demanded::Demanded;
 use crate::disks::Disks;
 use crate::missing;
 use crate::modesty::be_modest;
+use crate::pace::Pace;
 use crate::push_order::{Chooser, PushOrder};
 use crate::source::MigrateRequest;
 use crate::wire_meter::WireMeter;
@@ -175,6 +176,7 @@ pub(crate) fn start(
                 unsent,
                 coder: Coder::new(),
                 meter: WireMeter::default(),
+                pace: Pace::new(),
                 disk_buffer: None,
             };
             match stream.run(&inbox, &report) {
@@ -197,6 +199,8 @@ struct PushStream {
     unsent: Arc<Unsent>,
     coder: Coder,
     meter: WireMeter,
+    /// For pages that are pushed while others are waited for.
+    pace: Pace,
     /// Once a disk was read.
     disk_buffer: Option<DiskBuffer>,
 }
@@ -239,6 +243,9 @@ impl PushStream {
                 }
                 Order::Push { piece } => {
                     self.writer.set_send_buffer(PUSH_BUFFER_BYTES)?;
+                    if let Some(rate) = self.pace.begin() {
+                        self.writer.set_send_rate(rate)?;
+                    }
                     let sent = self.push(piece)?;
                     report(Report::Sent {
                         piece,
@@ -455,7 +462,10 @@ impl PushStream {
         if let Some(passed) = self.meter.look(now, &status, waited) {
             self.coder.passed(passed);
         }
-        Ok(())
+        match self.pace.look(now, &status) {
+            Some(rate) => self.writer.set_send_rate(rate),
+            None => Ok(()),
+        }
     }
 }
 
