@@ -10,10 +10,10 @@
 //! learn where the guest is from what it sends, as switches do. The link is as fast as it goes, or the kernel
 //! lets no more through, in either direction, than it is told.
 //!
-//! It takes root, and `ip` and `tc` of iproute2. A kill of the process leaves the namespaces, which nothing else has.
+//! It takes root, and `ip` and `tc` of iproute2. What a process that was killed leaves is removed by the next one.
 
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
-use std::fs::File;
+use std::fs::{self, File};
 use std::io;
 use std::net::{Ipv4Addr, SocketAddr, TcpStream};
 use std::os::fd::AsFd;
@@ -33,6 +33,8 @@ pub const HOSTS: [&str; 2] = ["10.78.0.1", "10.78.0.2"];
 const GUEST_ADDRESS: Ipv4Addr = Ipv4Addr::new(10, 77, 0, 2);
 const CLIENT: &str = "10.77.0.1/24";
 
+/// Where namespaces have names.
+const NAMES: &str = "/run/netns";
 /// A guest that is there answers within milliseconds; one that boots is asked again.
 const CONNECT_MAX: Duration = Duration::from_secs(2);
 /// What may go over a limited link at once: what the fastest sender gives to the kernel in one go, and for fast
@@ -76,6 +78,7 @@ impl Lan {
     /// This user may not make it, or the kernel does not have a part of it.
     pub fn make(purpose: &str, rate: Option<u64>) -> Result<Self, LanError> {
         static MADE: AtomicU32 = AtomicU32::new(0);
+        sweep();
         let number = MADE.fetch_add(1, Ordering::Relaxed);
         let pid = std::process::id();
         let name = |what: &str| format!("limosa-{purpose}-{pid}-{number}-{what}");
@@ -181,9 +184,31 @@ impl Drop for Lan {
     }
 }
 
+/// Removes the namespaces of processes that are no more.
+fn sweep() {
+    for entry in fs::read_dir(NAMES).into_iter().flatten().flatten() {
+        let name = entry.file_name();
+        let Some(name) = name.to_str() else { continue };
+        let is_left = maker(name).is_some_and(|pid| !Path::new(&format!("/proc/{pid}")).exists());
+        if is_left {
+            // Another process may have been quicker.
+            drop(run(&format!("ip netns delete {name}")));
+        }
+    }
+}
+
+/// The process that made the namespace of that name, if it is one of these.
+fn maker(name: &str) -> Option<u32> {
+    let mut parts = name.strip_prefix("limosa-")?.split('-');
+    let (_purpose, pid) = (parts.next()?, parts.next()?);
+    let (number, what) = (parts.next()?, parts.next()?);
+    let is_ours = number.parse::<u32>().is_ok() && ["a", "b", "client"].contains(&what);
+    (is_ours && parts.next().is_none()).then(|| pid.parse().ok())?
+}
+
 /// A thread's sockets are in the namespace in which they were made, whoever uses them.
 fn in_namespace<T: Send>(name: &str, make: impl FnOnce() -> io::Result<T> + Send) -> io::Result<T> {
-    let space = File::open(format!("/run/netns/{name}"))?;
+    let space = File::open(Path::new(NAMES).join(name))?;
     let work = move || {
         move_into_link_name_space(space.as_fd(), Some(LinkNameSpaceType::Network))?;
         make()
@@ -212,4 +237,40 @@ fn run(line: &str) -> Result<(), String> {
     }
     let said = String::from_utf8_lossy(&output.stderr);
     Err(said.trim().replace('\n', "; "))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_tell_who_made_them() {
+        assert_eq!(maker("limosa-lab-17-0-client"), Some(17));
+        for other in [
+            "limosa-lab-17-0-x",
+            "limosa-17-0-a",
+            "web-lab-17-0-a",
+            "limosa-lab-x-0-a",
+        ] {
+            assert_eq!(maker(other), None, "{other}");
+        }
+    }
+
+    #[test]
+    fn what_a_dead_process_left_is_removed() {
+        let mut process = Command::new("true").spawn().unwrap();
+        process.wait().unwrap();
+        let name = |pid| format!("limosa-test-{pid}-0-a");
+        let [left, kept] = [process.id(), std::process::id()].map(name);
+        for name in [&left, &kept] {
+            if let Err(said) = run(&format!("ip netns add {name}")) {
+                println!("skipped: {said}");
+                return;
+            }
+        }
+        sweep();
+        let exists = |name: &str| Path::new(NAMES).join(name).exists();
+        assert!(!exists(&left) && exists(&kept));
+        run(&format!("ip netns delete {kept}")).unwrap();
+    }
 }
