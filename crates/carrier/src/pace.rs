@@ -7,9 +7,9 @@
 //! less than that:
 //!
 //! ```text
-//!  free ──── a queue ───▶ draining ── none left ──▶ paced: nine tenths, then ever more
-//!                          │     ▲                         │
-//!    off ◀── no end to it ─┘     └──────── a queue ────────┘
+//!  free ──── a queue ───▶ draining ── none left ──▶ paced: nine tenths ──▶ probing: ever more
+//!                          │     ▲                                            │
+//!    off ◀── no end to it ─┘     └────────────────── a queue ─────────────────┘
 //! ```
 //!
 //! A queue that does not become shorter is somebody else's, and to yield to it would only make the guest
@@ -20,7 +20,8 @@ use limosa_os::socket::TcpStatus;
 use limosa_pages::BytesPerSecond;
 use std::time::{Duration, Instant};
 
-/// What decides is the least delay in so long a time, bursts come and go; at first in half of it.
+/// What decides is the least delay in so long a time: bursts come and go. In half of it while nothing is known, or
+/// more is tried than is known to be taken.
 const WINDOW: Duration = Duration::from_millis(20);
 /// Fewer looks say nothing about the least.
 const LOOKS_MIN: u32 = 4;
@@ -31,9 +32,13 @@ const DELAY_PART: u32 = 4;
 /// Parts of what the wire takes: while a queue drains, and then.
 const DRAINING: f64 = 0.75;
 const PACED: f64 = 0.9;
-/// Windows that it stays there, and how much more is tried in each of the next ones.
+/// Windows that it stays there, if a queue was met at about the same rate before, within this part of it.
 const HOLD: u32 = 10;
-const PROBE: f64 = 1.02;
+const SAME: f64 = 0.15;
+/// How much more is tried then, at first and at most; twice as much from one window to the next. It is that quick
+/// since a machine that had no time for a stream makes a wire look slow.
+const PROBE: f64 = 0.02;
+const PROBE_MAX: f64 = 0.08;
 /// A stream that sends less than this part of what it may is not what fills the wire.
 const USED_MIN: f64 = 0.8;
 /// Windows in which a queue has to have drained: an eighth of a second of it, then.
@@ -43,19 +48,23 @@ const DRAIN_MAX: u32 = 25;
 #[derive(Debug)]
 pub(crate) struct Pace {
     state: State,
+    /// What the wire took when there was a queue last.
+    takes: Option<f64>,
     window: Option<Window>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq)]
 enum State {
-    /// As fast as it goes, since nobody waits for a page yet; what the wire took when there was a queue last.
-    Watching(Option<f64>),
+    /// As fast as it goes: nobody waits for a page yet.
+    Watching,
     /// As fast as it goes: no queue was seen.
     Free,
-    /// The wire takes so many bytes a second; windows that are left for the queue to drain.
-    Draining { takes: f64, left: u32 },
-    /// Bytes a second, for so many windows more; then ever more.
+    /// The wire takes so many bytes a second; windows that are left for the queue to drain, and to hold then.
+    Draining { takes: f64, hold: u32, left: u32 },
+    /// Bytes a second, for so many windows more.
     Paced { rate: f64, hold: u32 },
+    /// Bytes a second, and by which part more in the next window.
+    Probing { rate: f64, step: f64 },
     /// As fast as it goes, for good.
     Off,
 }
@@ -71,7 +80,8 @@ struct Window {
 impl Pace {
     pub(crate) const fn new() -> Self {
         Self {
-            state: State::Watching(None),
+            state: State::Watching,
+            takes: None,
             window: None,
         }
     }
@@ -79,11 +89,14 @@ impl Pace {
     /// From now on pages may be waited for. `Some` if it is to be sent at another rate, or, with `None`, as fast
     /// as it goes.
     pub(crate) fn begin(&mut self) -> Option<Option<BytesPerSecond>> {
-        let State::Watching(takes) = self.state else {
+        if self.state != State::Watching {
             return None;
-        };
+        }
         self.window = None;
-        self.enter(takes.map_or(State::Free, State::paced))
+        self.enter(
+            self.takes
+                .map_or(State::Free, |takes| State::paced(takes, HOLD)),
+        )
     }
 
     /// Looks at `now`. Answers as [`Pace::begin`] does.
@@ -107,7 +120,11 @@ impl Pace {
         let delay_max = DELAY_MAX.max(status.round_trip_min / DELAY_PART);
         let is_queue = window.delay_min > delay_max;
         self.window = Some(Window::new(now, status.acknowledged));
-        self.enter(self.state.next(passed, is_queue))
+        let next = self.state.next(passed, is_queue, self.takes);
+        if is_queue && !matches!(self.state, State::Draining { .. }) {
+            self.takes = Some(passed);
+        }
+        self.enter(next)
     }
 
     fn enter(&mut self, state: State) -> Option<Option<BytesPerSecond>> {
@@ -119,51 +136,59 @@ impl Pace {
 }
 
 impl State {
-    /// After a window in which so many bytes a second passed, with a queue on the way or without.
-    fn next(self, passed: f64, is_queue: bool) -> Self {
+    /// After a window in which so many bytes a second passed, with a queue on the way or without. `before`: what
+    /// passed when there was one last.
+    fn next(self, passed: f64, is_queue: bool, before: Option<f64>) -> Self {
         match self {
-            Self::Watching(_) if is_queue => Self::Watching(Some(passed)),
-            Self::Free | Self::Paced { .. } if is_queue => Self::Draining {
-                takes: passed,
-                left: DRAIN_MAX,
-            },
-            Self::Paced { rate, hold: 0 } if passed > USED_MIN * rate => Self::Paced {
-                rate: rate * PROBE,
-                hold: 0,
-            },
-            Self::Paced { rate, hold } => Self::Paced {
-                rate,
-                hold: hold.saturating_sub(1),
-            },
-            Self::Draining { takes, .. } if !is_queue => Self::paced(takes),
+            Self::Watching | Self::Off => self,
+            Self::Draining { takes, hold, .. } if !is_queue => Self::paced(takes, hold),
             Self::Draining { left: 0, .. } => Self::Off,
-            Self::Draining { takes, left } => Self::Draining {
+            Self::Draining { takes, hold, left } => Self::Draining {
                 takes,
+                hold,
                 left: left - 1,
             },
-            Self::Watching(_) | Self::Free | Self::Off => self,
+            _ if is_queue => {
+                let is_same = |before: f64| (passed - before).abs() < SAME * before;
+                Self::Draining {
+                    takes: passed,
+                    hold: if before.is_some_and(is_same) { HOLD } else { 0 },
+                    left: DRAIN_MAX,
+                }
+            }
+            Self::Free => self,
+            Self::Paced { rate, hold: 0 } => Self::Probing { rate, step: PROBE },
+            Self::Paced { rate, hold } => Self::Paced {
+                rate,
+                hold: hold - 1,
+            },
+            Self::Probing { rate, .. } if passed < USED_MIN * rate => self,
+            Self::Probing { rate, step } => Self::Probing {
+                rate: rate * (1.0 + step),
+                step: PROBE_MAX.min(2.0 * step),
+            },
         }
     }
 
-    const fn paced(takes: f64) -> Self {
+    const fn paced(takes: f64, hold: u32) -> Self {
         Self::Paced {
             rate: takes * PACED,
-            hold: HOLD,
+            hold,
         }
     }
 
-    const fn window(self) -> Duration {
+    fn window(self) -> Duration {
         match self {
-            Self::Free => Duration::from_millis(WINDOW.as_millis() as u64 / 2),
+            Self::Free | Self::Probing { .. } => WINDOW / 2,
             _ => WINDOW,
         }
     }
 
     fn rate(self) -> Option<BytesPerSecond> {
         let rate = match self {
-            Self::Watching(_) | Self::Free | Self::Off => return None,
+            Self::Watching | Self::Free | Self::Off => return None,
             Self::Draining { takes, .. } => takes * DRAINING,
-            Self::Paced { rate, .. } => rate,
+            Self::Paced { rate, .. } | Self::Probing { rate, .. } => rate,
         };
         Some(BytesPerSecond::new(rate as u64))
     }
@@ -296,6 +321,21 @@ mod tests {
         wire.begin();
         wire.send(1000);
         assert_eq!((wire.pace.state, wire.rate), (State::Free, None));
+    }
+
+    #[test]
+    fn a_machine_that_stood_still_makes_no_wire_slow_for_long() {
+        let mut wire = Wire::new();
+        wire.begin();
+        while !matches!(wire.pace.state, State::Paced { .. }) {
+            wire.send(1);
+        }
+        (wire.takes, wire.others) = (2e7, 1e5);
+        wire.send(60);
+        (wire.takes, wire.others) = (1e8, 0.0);
+        wire.send(300);
+        let (used, _) = wire.send(100);
+        assert!(used > 0.85, "{used}");
     }
 
     #[test]
