@@ -304,10 +304,12 @@ impl Source {
                 self.state = State::Releasing;
                 self.released(now)
             }
-            // The target may have it; the answer decides what is to be said.
-            State::AwaitRuns => self.resolve(now, reason),
-            // Its memory outlives it here, and that is all that the target needs.
-            State::Resolving { .. } | State::Serving | State::Reattaching { .. } => Vec::new(),
+            // Its memory outlives it here, and that is all that the target needs. Who is told now to run it must not
+            // lose its connections for that.
+            State::AwaitRuns
+            | State::Resolving { .. }
+            | State::Serving
+            | State::Reattaching { .. } => Vec::new(),
             // Nothing had been asked of it yet that it could have refused: it died by itself.
             State::Idle | State::Connecting | State::Offering | State::Probing { .. } => {
                 let abort = SourceAction::Send(ControlFrame::Abort {
