@@ -141,6 +141,8 @@ pub(crate) struct Shared {
     pub(crate) pages_out: AtomicU64,
     /// Those of them that were asked for.
     pub(crate) pulled_out: AtomicU64,
+    /// Bytes of push streams that the target's kernel has, of all connections.
+    acknowledged: AtomicU64,
     pub(crate) limit: Arc<Bucket>,
     pub(crate) link: Arc<Bucket>,
     pub(crate) coding: coding::Shared,
@@ -177,6 +179,7 @@ pub(crate) fn start(
                 coder: Coder::new(),
                 meter: WireMeter::default(),
                 pace: Pace::new(),
+                acknowledged: 0,
                 disk_buffer: None,
             };
             match stream.run(&inbox, &report) {
@@ -201,6 +204,7 @@ struct PushStream {
     meter: WireMeter,
     /// For pages that are pushed while others are waited for.
     pace: Pace,
+    acknowledged: u64,
     /// Once a disk was read.
     disk_buffer: Option<DiskBuffer>,
 }
@@ -266,6 +270,7 @@ impl PushStream {
     fn next(&mut self, inbox: &Receiver<Order>) -> Option<Order> {
         inbox.try_recv().ok().or_else(|| {
             self.meter.rest();
+            self.pace.rest();
             inbox.recv().ok()
         })
     }
@@ -462,7 +467,10 @@ impl PushStream {
         if let Some(passed) = self.meter.look(now, &status, waited) {
             self.coder.passed(passed);
         }
-        match self.pace.look(now, &status) {
+        let news = status.acknowledged.saturating_sub(self.acknowledged);
+        self.acknowledged = status.acknowledged;
+        let all = news + self.shared.acknowledged.fetch_add(news, Ordering::Relaxed);
+        match self.pace.look(now, &status, all) {
             Some(rate) => self.writer.set_send_rate(rate),
             None => Ok(()),
         }
@@ -486,6 +494,7 @@ impl Shared {
             is_serving: AtomicBool::new(is_serving),
             pages_out: AtomicU64::new(0),
             pulled_out: AtomicU64::new(0),
+            acknowledged: AtomicU64::new(0),
             limit,
             link,
             coding: coding::Shared::new(manner.compression),

@@ -1,9 +1,4 @@
-//! What the wire makes of a stream: how fast it takes bytes, and how long they stand in queues.
-//!
-//! ```text
-//!  written ─▶ buffer at the source ─▶ queues on the way ─▶ acknowledged
-//!             something in it?        round trip longer than the shortest one?
-//! ```
+//! How fast the wire takes the bytes of a stream.
 //!
 //! How long a write takes says little. While pages are coded the buffer drains, and the next write finds
 //! room and returns at once, on the slowest wire. So a stream looks before each write at what has been
@@ -26,6 +21,7 @@ pub(crate) struct WireMeter {
 struct Window {
     began: Instant,
     acknowledged: u64,
+    buffer_limited: Duration,
     /// Bytes have waited at each look since.
     is_full: bool,
 }
@@ -51,19 +47,20 @@ impl WireMeter {
         waited: bool,
     ) -> Option<Passed> {
         let is_full = waited || status.unsent > 0;
-        let acknowledged = status.acknowledged;
         let Some(window) = &mut self.window else {
-            self.window = Some(Window::new(now, acknowledged));
+            self.window = Some(Window::new(now, status));
             return None;
         };
         window.is_full &= is_full;
-        let bytes = acknowledged.saturating_sub(window.acknowledged);
+        let bytes = status.acknowledged.saturating_sub(window.acknowledged);
         let took = now.saturating_duration_since(window.began);
         if took < WINDOW_MIN || bytes == 0 {
             return None;
         }
-        let is_full = window.is_full;
-        self.window = Some(Window::new(now, acknowledged));
+        // On a long way nothing is unsent, since all that the buffer holds is on its way.
+        let limited = status.buffer_limited.saturating_sub(window.buffer_limited);
+        let is_full = window.is_full || limited > took / 2;
+        self.window = Some(Window::new(now, status));
         Some(Passed {
             bytes,
             took,
@@ -78,10 +75,11 @@ impl WireMeter {
 }
 
 impl Window {
-    const fn new(began: Instant, acknowledged: u64) -> Self {
+    const fn new(began: Instant, status: &TcpStatus) -> Self {
         Self {
             began,
-            acknowledged,
+            acknowledged: status.acknowledged,
+            buffer_limited: status.buffer_limited,
             is_full: true,
         }
     }
@@ -127,6 +125,22 @@ mod tests {
         assert_eq!(look(8, 801, 5, false), Some((3, 300, "not full")));
         assert_eq!(look(20, 801, 5, false), None, "nothing passed");
         assert_eq!(look(30, 802, 5, false), Some((22, 1, "full")));
+    }
+
+    #[test]
+    fn a_wire_is_full_that_takes_all_of_the_buffer() {
+        let mut meter = WireMeter::default();
+        let begin = Instant::now();
+        for (milliseconds, limited, expect) in
+            [(0, 7, None), (10, 13, Some(true)), (20, 17, Some(false))]
+        {
+            let status = TcpStatus {
+                buffer_limited: Duration::from_millis(limited),
+                ..status(1 + milliseconds, 0)
+            };
+            let passed = meter.look(begin + Duration::from_millis(milliseconds), &status, false);
+            assert_eq!(passed.map(|passed| passed.is_full), expect);
+        }
     }
 
     #[test]

@@ -42,7 +42,7 @@ pub fn set_unacknowledged_max(socket: &impl AsFd, limit: Duration) -> io::Result
 
 /// Sends no faster than so many bytes a second, or, with `None`, as fast as it goes
 /// (`SO_MAX_PACING_RATE`, socket(7)): the kernel spaces the segments, so that a full send buffer holds its
-/// writer back.
+/// writer back. It goes on spacing them by its own estimate when the limit is taken away.
 ///
 /// # Errors
 /// It is no socket.
@@ -64,9 +64,11 @@ pub struct TcpStatus {
     pub acknowledged: u64,
     /// Bytes that were written and have not been sent for the first time.
     pub unsent: u64,
+    /// How long in all the send buffer was what limited it: everything in it was on its way.
+    pub buffer_limited: Duration,
     /// From a segment to its acknowledgement, smoothed.
     pub round_trip: Duration,
-    /// The shortest that it took in the last minutes.
+    /// The shortest that it took in the last five minutes.
     pub round_trip_min: Duration,
 }
 
@@ -93,9 +95,11 @@ pub fn tcp_status(socket: &impl AsFd) -> io::Result<TcpStatus> {
         return Err(io::Error::last_os_error());
     }
     let microseconds = |number: u32| Duration::from_micros(number.into());
+    let buffer_limited = Duration::from_micros(info.tcpi_sndbuf_limited);
     Ok(TcpStatus {
         acknowledged: info.tcpi_bytes_acked,
         unsent: info.tcpi_notsent_bytes.into(),
+        buffer_limited,
         round_trip: microseconds(info.tcpi_rtt),
         round_trip_min: microseconds(info.tcpi_min_rtt),
     })
