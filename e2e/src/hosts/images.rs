@@ -43,7 +43,14 @@ const HOST_PROGRAMS: [&str; 17] = [
     "debugfs",
     "qemu-system-x86_64",
 ];
-const GUEST_PROGRAMS: [&str; 5] = ["busybox", "redis-server", "sqlite3", "iperf3", "stress-ng"];
+const GUEST_PROGRAMS: [&str; 6] = [
+    "busybox",
+    "redis-server",
+    "memcached",
+    "sqlite3",
+    "iperf3",
+    "stress-ng",
+];
 const HOST_MODULES: [&str; 8] = [
     "virtio_pci",
     "virtio_blk",

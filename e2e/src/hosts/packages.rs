@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 /// What hosts and guests are made of.
-const PACKAGES: [&str; 12] = [
+const PACKAGES: [&str; 13] = [
     "qemu-system-x86",
     "busybox-static",
     "bash",
@@ -18,6 +18,7 @@ const PACKAGES: [&str; 12] = [
     "iputils-ping",
     "redis-server",
     "redis-tools",
+    "memcached",
     "sqlite3",
     "stress-ng",
     "iperf3",
