@@ -1,5 +1,5 @@
 //! A stock Debian kernel under limosa, moved between two emulated hosts by every technique while it works:
-//! it tests memory, writes to a disk that the hosts share, and serves clients on both. And one that frees memory,
+//! it tests memory, writes to a disk that the hosts share, reads another, and serves clients on both. And one that frees memory,
 //! and gives some up, which is not sent.
 //!
 //! `LIMOSA_E2E_MATRIX=all` moves it forty times and takes the newer kernel, too.
@@ -21,7 +21,7 @@ const MODES: [&str; 6] = [
     "auto",
 ];
 /// What a kernel says when something is wrong with its time, its processors or its memory.
-const ALARMS: [&str; 15] = [
+const ALARMS: [&str; 16] = [
     "BUG:",
     "WARNING:",
     "Oops",
@@ -34,6 +34,7 @@ const ALARMS: [&str; 15] = [
     "DISK-BAD",
     "FILES-BAD",
     "DATABASE-BAD",
+    "BLOCKS-BAD",
     "EXT4-fs error",
     "I/O error",
     "FAILURE",
@@ -144,6 +145,7 @@ fn moves(series: &str, vcpus: u8, modes: &[&str]) {
         let good = format!("| {kept}-GOOD");
         assert_eq!(output.matches(&good).count(), 2, "{kept}");
     }
+    assert!(output.contains("| BLOCKS-VERIFIED"), "{output}");
     check_disk(&output, &said);
     check_safe(&output, &said, "DATABASE-GOOD ", "IN-DATABASE ");
     check_clock(&output);

@@ -1,7 +1,8 @@
 //! What hosts and guests boot from: initial file systems, and one image of programs that hosts share.
 //!
 //! A host's initial file system has its modules and [`HOST_INIT`]; everything else is in an image that
-//! it mounts at `/usr`, since memory is what hosts have least of. A guest has all in its own.
+//! it mounts at `/usr`, since memory is what hosts have least of. A guest has all in its own but for `fio`, whose
+//! libraries are larger than all of that: it finds that in the hosts' image, if that is one of its disks.
 
 use super::archive::Archive;
 use super::kernel::Kernel;
@@ -24,7 +25,7 @@ const TOOLS: [(&str, &str); 3] = [
     ("host-run", include_str!("../../hosts/host-run")),
     ("daemon", include_str!("../../hosts/daemon")),
 ];
-const HOST_PROGRAMS: [&str; 17] = [
+const HOST_PROGRAMS: [&str; 18] = [
     "busybox",
     "bash",
     "socat",
@@ -37,6 +38,7 @@ const HOST_PROGRAMS: [&str; 17] = [
     "redis-benchmark",
     "iperf3",
     "stress-ng",
+    "fio",
     "sqlite3",
     "mke2fs",
     "e2fsck",

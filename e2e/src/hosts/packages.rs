@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 /// What hosts and guests are made of.
-const PACKAGES: [&str; 13] = [
+const PACKAGES: [&str; 14] = [
     "qemu-system-x86",
     "busybox-static",
     "bash",
@@ -21,6 +21,7 @@ const PACKAGES: [&str; 13] = [
     "memcached",
     "sqlite3",
     "stress-ng",
+    "fio",
     "iperf3",
     "e2fsprogs",
 ];
@@ -28,10 +29,12 @@ const PACKAGES: [&str; 13] = [
 const BELOW_USR: &str = r"s,^\./\(bin\|sbin\|lib\|lib64\)\(/\|$\),./usr/\1\2,S";
 pub(super) const TRIPLET: &str = "x86_64-linux-gnu";
 /// Of no use here, and large.
-const UNUSED: [&str; 7] = [
+const UNUSED: [&str; 9] = [
     "linux-image",
     "perl",
     "libperl",
+    "python3",
+    "libpython3",
     "iso-codes",
     "adduser",
     "debconf",
@@ -180,6 +183,7 @@ impl Packages {
         let directories = [
             format!("lib/{TRIPLET}"),
             format!("lib/{TRIPLET}/pulseaudio"),
+            format!("lib/{TRIPLET}/ceph"),
             "lib".to_owned(),
         ];
         directories
@@ -231,7 +235,11 @@ impl Packages {
             .arg(program);
         let output = list.output().map_err(failed("list libraries"))?;
         let text = String::from_utf8_lossy(&output.stdout);
-        if let Some(line) = text.lines().find(|line| line.contains("not found")) {
+        let errors = String::from_utf8_lossy(&output.stderr);
+        // What a library lacks is no line of the list, but an error. The status of a static program tells nothing.
+        let mut lines = text.lines().chain(errors.lines());
+        let lacks = |line: &&str| line.contains("not found") || line.contains("cannot open");
+        if let Some(line) = lines.find(lacks) {
             return Err(HostError(format!("{}: {}", program.display(), line.trim())));
         }
         Ok(text.lines().filter_map(library_of).collect())
