@@ -7,11 +7,13 @@
 //! less than that:
 //!
 //! ```text
-//!  watching: nobody waits yet     free ──── a queue ───▶ draining ◀───────── a queue ──────────┐
-//!      │                            ▲                   │       │                             │
-//!      └─ never a queue ────────────┤     no end to it ─┘       └─ none left ─▶ paced ──▶ probing
-//!      └─ one in the rounds ─▶ paced │◀─ a while ── off                     nine tenths   ever more
+//!  watching ──▶ free ── a queue ──▶ draining ── none left ──▶ paced ──▶ probing
+//!      │          ▲                  │     ▲                  ▲  │         │
+//!      │          └─ a while ─ off ◀─┘     └──── a queue ─────┼──┴─────────┘
+//!      └── a queue in the rounds ─────────────────────────────┘
 //! ```
+//!
+//! While it is *watching* nobody waits for pages yet. *Paced* is at nine tenths, *probing* at ever more.
 //!
 //! A queue that does not become shorter is somebody else's, and to yield to it would only make the guest
 //! wait: then pushes go as fast as they can for a while. One that comes while no more was sent than before is
@@ -48,6 +50,8 @@ const PROBE_MAX: f64 = 0.08;
 const USED_MIN: f64 = 0.8;
 /// What is left of a rate after a queue that it may have had no part in.
 const DOUBTED: f64 = 0.97;
+/// What is left of it at least after any queue.
+const FALL_MAX: f64 = 0.5;
 /// Windows in which a queue has to have drained, a quarter of which is what it may hold.
 const DRAIN_MAX: u32 = 25;
 /// Windows in which it goes as fast as it can because it did not.
@@ -134,7 +138,7 @@ impl Pace {
             return None;
         }
         let passed = status.acknowledged.saturating_sub(window.acknowledged);
-        let passed = passed as f64 / took.as_secs_f64();
+        let passed = (passed as f64 / took.as_secs_f64()).max(RATE_MIN);
         let all_passed = all.saturating_sub(window.all) as f64 / took.as_secs_f64();
         let burst = Duration::from_secs_f64(BURST_BYTES / all_passed.max(RATE_MIN));
         let delay_max = DELAY_MAX.max(burst).max(self.round_trip_min / DELAY_PART);
@@ -168,8 +172,8 @@ impl State {
                 left: left - 1,
             },
             Self::Paced { takes, .. } if is_queue => {
-                let is_less = passed < USED_MIN * PACED * takes;
-                Self::draining(if is_less { passed } else { takes * DOUBTED }, 0)
+                let is_told = passed < USED_MIN * PACED * takes;
+                Self::draining(Self::takes(takes, passed, is_told), 0)
             }
             Self::Paced { takes, hold: 0 } => Self::Probing {
                 takes,
@@ -182,7 +186,7 @@ impl State {
             },
             Self::Probing { takes, rate, .. } if is_queue => {
                 let is_told = rate > takes || passed < USED_MIN * rate;
-                let now = if is_told { passed } else { takes * DOUBTED };
+                let now = Self::takes(takes, passed, is_told);
                 let is_same = (now - takes).abs() < SAME * takes;
                 Self::draining(now, if is_told && is_same { HOLD } else { 0 })
             }
@@ -194,6 +198,16 @@ impl State {
             },
             Self::Off { left: 0 } => Self::Free,
             Self::Off { left } => Self::Off { left: left - 1 },
+        }
+    }
+
+    /// What the wire takes after a queue, if that is told by what passed, or else.
+    fn takes(before: f64, passed: f64, is_told: bool) -> f64 {
+        if is_told {
+            // One that stood still for a moment has told nothing.
+            passed.max(before * FALL_MAX)
+        } else {
+            before * DOUBTED
         }
     }
 
@@ -424,6 +438,20 @@ mod tests {
         wire.send(60);
         (wire.takes, wire.others) = (1e8, 0.0);
         wire.send(300);
+        wire.check(100, 0.85, 1.0);
+    }
+
+    #[test]
+    fn a_wire_that_stood_still_is_no_slow_one() {
+        let state = State::Free.next(RATE_MIN, true);
+        assert_eq!(state.rate().unwrap().get(), RATE_MIN as u64);
+        let mut wire = Wire::new(1);
+        wire.send(100);
+        wire.begin();
+        (wire.takes, wire.others) = (1e3, 1e5);
+        wire.send(60);
+        (wire.takes, wire.others) = (1e8, 0.0);
+        wire.send(150);
         wire.check(100, 0.85, 1.0);
     }
 
