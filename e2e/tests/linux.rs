@@ -1,6 +1,6 @@
 //! A stock Debian kernel under limosa, moved between two emulated hosts by every technique while it works:
-//! it tests memory, writes to a disk that the hosts share, reads another, and serves clients on both. And one that frees memory,
-//! and gives some up, which is not sent.
+//! it tests memory, writes to a disk that the hosts share, reads another, and serves clients on both. And one that
+//! frees memory, and gives some up, which is not sent.
 //!
 //! `LIMOSA_E2E_MATRIX=all` moves it forty times and takes the newer kernel, too.
 

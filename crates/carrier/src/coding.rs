@@ -303,9 +303,9 @@ impl Coder {
         let cost = cost.min(wire * SURPRISE_MAX);
         // Of a wire that had nothing to send meanwhile no more is known than that it takes no longer.
         if passed.is_full || cost <= wire {
-            // By how much it was, a little says little; for what was tried for that alone, all of it.
-            let weight = (passed.bytes as f64 / (1 << 20) as f64).min(0.5);
-            let weight = if is_raw && cost < wire { 1.0 } else { weight };
+            // What was tried for that alone counts in full.
+            let is_tried = is_raw && cost < wire;
+            let weight = if is_tried { 1.0 } else { weight(passed.bytes) };
             self.costs.wire = Some(wire + (cost - wire) * weight);
             self.costs.prefer();
         }
@@ -313,9 +313,8 @@ impl Coder {
 
     /// To hand `bytes` to the kernel took so much of a processor.
     pub(crate) fn sent(&mut self, bytes: u64, took: Duration) {
-        let weight = (bytes as f64 / (1 << 20) as f64).min(0.5);
         let cost = took.as_secs_f64() / bytes.max(1) as f64;
-        self.costs.sending += (cost - self.costs.sending) * weight;
+        self.costs.sending += (cost - self.costs.sending) * weight(bytes);
     }
 
     /// Appends a run of pages to [`Coder::out`], each in the shortest form of those that
@@ -509,6 +508,11 @@ impl Costs {
         cost.ratio += (ratio - cost.ratio) * weight;
         self.prefer();
     }
+}
+
+/// Of a sample of so many bytes in a moving average: a little says little.
+fn weight(bytes: u64) -> f64 {
+    (bytes as f64 / (1 << 20) as f64).min(0.5)
 }
 
 /// What comes behind the first `count` pages of the range.

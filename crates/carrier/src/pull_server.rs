@@ -140,8 +140,7 @@ impl PullServer {
             }
         }
         self.disk_buffer = Some(buffer);
-        self.shared.limit.take_first(bytes.len() as u64);
-        self.shared.link.take_first(bytes.len() as u64);
+        self.shared.take_first(bytes.len() as u64);
         self.channel.writer.write_all(&bytes)?;
         self.count(range);
         Ok(())
@@ -161,8 +160,7 @@ impl PullServer {
         let bytes = parts.iter().fold(0, |sum, (header, pages)| {
             sum + header.len() as u64 + pages.map_or(0, |range| range.bytes().get())
         });
-        self.shared.limit.take_first(bytes);
-        self.shared.link.take_first(bytes);
+        self.shared.take_first(bytes);
         self.channel
             .writer
             .send_parts(&self.shared.memory, &parts)?;

@@ -143,8 +143,8 @@ pub(crate) struct Shared {
     pub(crate) pulled_out: AtomicU64,
     /// Bytes of push streams that the target's kernel has, of all connections.
     acknowledged: AtomicU64,
-    pub(crate) limit: Arc<Bucket>,
-    pub(crate) link: Arc<Bucket>,
+    limit: Arc<Bucket>,
+    link: Arc<Bucket>,
     pub(crate) coding: coding::Shared,
 }
 
@@ -348,8 +348,7 @@ impl PushStream {
             bytes.extend_from_slice(&bits);
         }
         let length = bytes.len() as u64;
-        self.shared.limit.take(length);
-        self.shared.link.take(length);
+        self.shared.take(length);
         self.writer.write_all(&bytes)?;
         Ok(SentPiece {
             bytes: ByteCount::new(length),
@@ -444,8 +443,7 @@ impl PushStream {
         if bytes == 0 {
             return Ok(());
         }
-        let mut waited = self.shared.limit.take(bytes);
-        waited |= self.shared.link.take(bytes);
+        let waited = self.shared.take(bytes);
         self.look(waited)?;
         let began = thread_nanos();
         self.writer.send_parts(&self.shared.memory, &batch.parts)?;
@@ -500,6 +498,19 @@ impl Shared {
             coding: coding::Shared::new(manner.compression),
             disks,
         }
+    }
+
+    /// Takes `bytes` of what the operator and the emulated link let through, when it is their turn. Whether they
+    /// had to wait.
+    fn take(&self, bytes: u64) -> bool {
+        let waited = self.limit.take(bytes);
+        self.link.take(bytes) || waited
+    }
+
+    /// The same at once, for what somebody waits for.
+    pub(crate) fn take_first(&self, bytes: u64) {
+        self.limit.take_first(bytes);
+        self.link.take_first(bytes);
     }
 
     /// The runs of pages of a piece that exist.

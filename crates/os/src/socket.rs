@@ -77,23 +77,16 @@ pub struct TcpStatus {
 /// # Errors
 /// It is no TCP socket.
 pub fn tcp_status(socket: &impl AsFd) -> io::Result<TcpStatus> {
-    // SAFETY: a structure of numbers, for which zeros are values.
-    let mut info: libc::tcp_info = unsafe { std::mem::zeroed() };
-    let mut len = size_of_val(&info) as libc::socklen_t;
-    // SAFETY: the option writes at most `len` bytes of this structure; what an older kernel does not know
-    // stays zero.
-    let failed = unsafe {
-        libc::getsockopt(
-            socket.as_fd().as_raw_fd(),
+    // SAFETY: a structure of numbers, for which zeros are values and all others, too; what an older kernel does
+    // not know stays zero.
+    let info: libc::tcp_info = unsafe {
+        option(
+            socket,
             libc::IPPROTO_TCP,
             libc::TCP_INFO,
-            (&raw mut info).cast(),
-            &raw mut len,
+            std::mem::zeroed(),
         )
-    } != 0;
-    if failed {
-        return Err(io::Error::last_os_error());
-    }
+    }?;
     let microseconds = |number: u32| Duration::from_micros(number.into());
     let buffer_limited = Duration::from_micros(info.tcpi_sndbuf_limited);
     Ok(TcpStatus {
@@ -161,30 +154,46 @@ fn set_option<const N: usize>(
     }
 }
 
+/// Reads an option; `value` is what it has where the kernel writes nothing.
+///
+/// # Safety
+/// Whatever the kernel writes into a `T` for this option is a valid one.
+unsafe fn option<T>(
+    socket: &impl AsFd,
+    level: libc::c_int,
+    option: libc::c_int,
+    mut value: T,
+) -> io::Result<T> {
+    let mut len = size_of::<T>() as libc::socklen_t;
+    // SAFETY: at most `len` bytes of the value are written.
+    let failed = unsafe {
+        libc::getsockopt(
+            socket.as_fd().as_raw_fd(),
+            level,
+            option,
+            (&raw mut value).cast(),
+            &raw mut len,
+        )
+    } != 0;
+    if failed {
+        Err(io::Error::last_os_error())
+    } else {
+        Ok(value)
+    }
+}
+
 /// Process number of the peer of a Unix socket, as the kernel knows it.
 ///
 /// # Errors
 /// It is not connected.
 pub fn peer_pid(socket: &UnixStream) -> io::Result<u32> {
-    let mut peer = libc::ucred {
+    let nobody = libc::ucred {
         pid: 0,
         uid: 0,
         gid: 0,
     };
-    let mut len = size_of_val(&peer) as libc::socklen_t;
-    // SAFETY: the option writes this structure, whose address and size are given.
-    let failed = unsafe {
-        libc::getsockopt(
-            socket.as_raw_fd(),
-            libc::SOL_SOCKET,
-            libc::SO_PEERCRED,
-            (&raw mut peer).cast(),
-            &raw mut len,
-        )
-    } != 0;
-    if failed {
-        return Err(io::Error::last_os_error());
-    }
+    // SAFETY: a structure of numbers, for which all values are valid.
+    let peer = unsafe { option(socket, libc::SOL_SOCKET, libc::SO_PEERCRED, nobody) }?;
     u32::try_from(peer.pid).map_err(|_| io::ErrorKind::NotFound.into())
 }
 
@@ -299,25 +308,11 @@ mod tests {
     #[test]
     fn a_rate_may_be_more_than_31_bits_or_none() {
         let (near, _far) = connection();
-        let rate = || {
-            let mut rate = 0u64;
-            let mut len = size_of_val(&rate) as libc::socklen_t;
-            // SAFETY: the option writes this number, whose address and size are given.
-            let failed = unsafe {
-                libc::getsockopt(
-                    near.as_raw_fd(),
-                    libc::SOL_SOCKET,
-                    libc::SO_MAX_PACING_RATE,
-                    (&raw mut rate).cast(),
-                    &raw mut len,
-                )
-            };
-            assert_eq!(failed, 0);
-            rate
-        };
+        // SAFETY: a number, for which all values are valid.
+        let rate = || unsafe { option(&near, libc::SOL_SOCKET, libc::SO_MAX_PACING_RATE, 0u64) };
         for limit in [Some(5_000_000_000), Some(4 << 20), None] {
             set_send_rate(&near, limit).unwrap();
-            assert_eq!(rate(), limit.unwrap_or(u64::MAX));
+            assert_eq!(rate().unwrap(), limit.unwrap_or(u64::MAX));
         }
     }
 
