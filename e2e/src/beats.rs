@@ -1,11 +1,12 @@
 //! Who runs the guest, seen from outside: the heartbeats of its VM processes.
 //!
-//! A VM process sends a datagram each time that its guest beats, about a thousand times a second,
-//! from a socket of its own. So the sender's port names the process, the order of arrival is the
-//! order of the beats, and the rule of the handover can be read off: each process runs the guest
-//! for one stretch of time, and the stretches do not overlap. What a datagram says is not looked at.
+//! A VM process sends a datagram each time that its guest beats, about a thousand times a second. It
+//! says which process that is; the port does not, since another process may be given it later. The
+//! order of arrival is the order of the beats, and the rule of the handover can be read off: each
+//! process runs the guest for one stretch of time, and the stretches do not overlap.
 
 use crate::wait;
+use limosa_host::Heartbeat;
 use std::net::{SocketAddr, UdpSocket};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -18,8 +19,8 @@ const LOOK_EVERY: Duration = Duration::from_millis(50);
 /// A stretch of beats of one VM process that no other one interrupts.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Turn {
-    /// The port from which they came.
-    pub sender: u16,
+    /// Process id of the VM process.
+    pub process: u32,
     /// How many.
     pub beats: u64,
     /// When the first came.
@@ -54,12 +55,14 @@ impl Beats {
         let receiver = thread::spawn(move || {
             let mut bytes = [0; 2048];
             while !over.load(Ordering::SeqCst) {
-                if let Ok((_, from)) = socket.recv_from(&mut bytes) {
-                    note(
-                        &mut noted.lock().unwrap_or_else(PoisonError::into_inner),
-                        from.port(),
-                    );
-                }
+                let Ok(length) = socket.recv(&mut bytes) else {
+                    continue;
+                };
+                let beat = Heartbeat::decode(&bytes[..length]).expect("a heartbeat");
+                note(
+                    &mut noted.lock().unwrap_or_else(PoisonError::into_inner),
+                    beat.process,
+                );
             }
         });
         Self {
@@ -97,7 +100,7 @@ impl Beats {
         for (index, turn) in turns.iter().enumerate() {
             let again = turns[..index]
                 .iter()
-                .any(|earlier| earlier.sender == turn.sender);
+                .any(|earlier| earlier.process == turn.process);
             assert!(
                 !again,
                 "two VM processes ran the guest in turns: {turns:#?}"
@@ -124,15 +127,15 @@ impl Drop for Beats {
     }
 }
 
-fn note(turns: &mut Vec<Turn>, sender: u16) {
+fn note(turns: &mut Vec<Turn>, process: u32) {
     let now = Instant::now();
     match turns.last_mut() {
-        Some(turn) if turn.sender == sender => {
+        Some(turn) if turn.process == process => {
             turn.beats += 1;
             turn.last = now;
         }
         _ => turns.push(Turn {
-            sender,
+            process,
             beats: 1,
             first: now,
             last: now,

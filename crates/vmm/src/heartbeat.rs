@@ -9,11 +9,11 @@ use serde::{Deserialize, Serialize};
 use std::io;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
 
-/// Largest datagram: two names and six numbers.
+/// Largest datagram: two names and seven numbers.
 pub const HEARTBEAT_BYTES_MAX: usize = 512;
 
 /// Marks a heartbeat, with its version as the last byte.
-const MAGIC: [u8; 4] = *b"LHB\x01";
+const MAGIC: [u8; 4] = *b"LHB\x02";
 
 /// One heartbeat.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -22,6 +22,8 @@ pub struct Heartbeat {
     pub name: String,
     /// What its host calls itself.
     pub host: String,
+    /// Process id of the VM process that runs it there.
+    pub process: u32,
     /// Number of the heartbeat, over all moves of the machine.
     pub sequence: u64,
     /// The guest's time stamp counter when it wrote its report.
@@ -87,6 +89,7 @@ mod tests {
         let beat = Heartbeat {
             name: "x".repeat(64),
             host: "a".repeat(64),
+            process: u32::MAX,
             sequence: u64::MAX,
             guest_tsc: 2,
             work: u64::MAX,
@@ -97,7 +100,7 @@ mod tests {
         let mut datagram = [0; HEARTBEAT_BYTES_MAX];
         let len = observer.recv(&mut datagram).unwrap();
         assert_eq!(Heartbeat::decode(&datagram[..len]), Some(beat));
-        assert_eq!(Heartbeat::decode(b"LHB\x02"), None);
+        assert_eq!(Heartbeat::decode(b"LHB\x03"), None);
         assert_eq!(Heartbeat::decode(&[0xff; 60]), None);
         drop(observer);
         sender.send(&Heartbeat::decode(&datagram[..len]).unwrap());

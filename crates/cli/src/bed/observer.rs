@@ -181,6 +181,7 @@ mod tests {
         let heartbeat = Heartbeat {
             name: "demo".to_owned(),
             host: "a".to_owned(),
+            process: 1,
             sequence: 3,
             guest_tsc: 2600,
             work: 50,

@@ -133,6 +133,7 @@ impl MicroDevice {
             observer.send(&Heartbeat {
                 name: self.name.clone(),
                 host: self.host.clone(),
+                process: std::process::id(),
                 sequence,
                 guest_tsc: word(0, std::mem::offset_of!(Report, beat_tsc)),
                 work: sum(std::mem::offset_of!(Report, work)),
