@@ -14,7 +14,7 @@ use limosa_engine::wire::{ControlFrame, PREAMBLE_BYTES, Preamble, WireError};
 use limosa_os::socket;
 use rustls::pki_types::ServerName;
 use std::io::{self, Read, Write};
-use std::net::{Shutdown, SocketAddr, TcpStream, ToSocketAddrs};
+use std::net::{IpAddr, Shutdown, SocketAddr, TcpStream, ToSocketAddrs};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -172,7 +172,17 @@ fn server_name(peer: &str) -> Option<ServerName<'static>> {
 fn prepare(stream: &TcpStream) -> io::Result<()> {
     stream.set_nodelay(true)?;
     stream.set_write_timeout(Some(WRITE_MAX))?;
-    socket::set_unacknowledged_max(stream, UNACKNOWLEDGED_MAX)
+    socket::set_unacknowledged_max(stream, UNACKNOWLEDGED_MAX)?;
+    if is_one_host(stream.local_addr()?.ip(), stream.peer_addr()?.ip()) {
+        // A host that has BBR for its networks would measure the bandwidth of its own processors, and pace by it.
+        socket::set_reno(stream)?;
+    }
+    Ok(())
+}
+
+/// Both ends of a connection are on this host: no wire lies between them.
+fn is_one_host(here: IpAddr, there: IpAddr) -> bool {
+    there.is_loopback() || there == here
 }
 
 /// Makes a socket that was accepted a connection: encrypted if this host has credentials, and the other
@@ -295,6 +305,18 @@ mod tests {
         bytes.extend_from_slice(&[0; 100]);
         let result = read_frame(&mut bytes.as_slice());
         assert!(matches!(result, Err(ReadError::Broken(_))));
+    }
+
+    #[test]
+    fn two_ends_on_one_host_are_told_from_others() {
+        let check = |here: &str, there: &str, expect| {
+            let ends = (here.parse().unwrap(), there.parse().unwrap());
+            assert_eq!(is_one_host(ends.0, ends.1), expect, "{here} {there}");
+        };
+        check("127.0.0.1", "127.9.8.7", true);
+        check("::1", "::1", true);
+        check("192.0.2.1", "192.0.2.1", true);
+        check("192.0.2.1", "192.0.2.2", false);
     }
 
     #[test]

@@ -57,6 +57,15 @@ pub fn set_send_rate(socket: &impl AsFd, bytes_per_second: Option<u64>) -> io::R
     )
 }
 
+/// Sends as soon as the peer has room, without spacing segments by an estimate of the way: Reno, which every
+/// kernel has and everybody may ask for (`TCP_CONGESTION`, tcp(7)). For ways on which nothing gets lost.
+///
+/// # Errors
+/// It is no TCP socket.
+pub fn set_reno(socket: &impl AsFd) -> io::Result<()> {
+    set_option(socket, libc::IPPROTO_TCP, libc::TCP_CONGESTION, *b"reno")
+}
+
 /// What the kernel knows about a TCP connection.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct TcpStatus {
@@ -314,6 +323,16 @@ mod tests {
             set_send_rate(&near, limit).unwrap();
             assert_eq!(rate().unwrap(), limit.unwrap_or(u64::MAX));
         }
+    }
+
+    #[test]
+    fn reno_is_always_there() {
+        let (near, _far) = connection();
+        set_reno(&near).unwrap();
+        // SAFETY: a name of bytes, for which all values are valid.
+        let name = unsafe { option(&near, libc::IPPROTO_TCP, libc::TCP_CONGESTION, [0u8; 16]) };
+        assert!(name.unwrap().starts_with(b"reno\0"));
+        assert!(set_reno(&std::fs::File::open("/").unwrap()).is_err());
     }
 
     #[test]
