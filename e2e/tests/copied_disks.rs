@@ -8,10 +8,12 @@ use limosa_e2e::pair::{assert_completed, body, drain, end, until_stage};
 use limosa_e2e::{Pair, VM, guest, has_kvm, wait};
 use limosa_engine::policy::Mode;
 use limosa_engine::source::Stage;
-use limosa_host::api::{MigrateBody, Report};
+use limosa_host::api::{MigrateBody, Report, VmState};
 use std::fs::{self, File};
+use std::io::ErrorKind;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
 /// Its last page is short.
 const DISK_BYTES: u64 = (8 << 20) + 512;
@@ -22,17 +24,54 @@ struct Bed {
     /// The disk on the first host, and where it would be on the second one.
     disks: [PathBuf; 2],
     content: Vec<u8>,
+    _small: Option<Small>,
     _places: [tempfile::TempDir; 2],
+}
+
+/// Room for what the disk holds and not much more.
+const SMALL_BYTES: usize = 1 << 20;
+
+/// A file system with that much room.
+struct Small(PathBuf);
+
+impl Small {
+    fn mount(place: &Path) -> Self {
+        let small = Self(place.to_owned());
+        let size = format!("size={SMALL_BYTES}");
+        small.call("mount", &["-t", "tmpfs", "-o", &size, "small"]);
+        small
+    }
+
+    fn call(&self, program: &str, arguments: &[&str]) {
+        let status = Command::new(program).args(arguments).arg(&self.0).status();
+        assert!(status.expect("it can be started").success(), "{program}");
+    }
+}
+
+impl Drop for Small {
+    fn drop(&mut self) {
+        self.call("umount", &["--lazy"]);
+    }
 }
 
 impl Bed {
     /// `None` where there is no KVM.
     fn new() -> Option<Self> {
+        Self::made(false)
+    }
+
+    /// The same, and the second host has its disks where there is room for little more than this one.
+    fn on_small_disk() -> Option<Self> {
+        Self::made(true)
+    }
+
+    fn made(is_small: bool) -> Option<Self> {
         if !has_kvm() {
             return None;
         }
         let of_a = tempfile::tempdir_in(lent_disks()).expect("a directory");
         let of_b = tempfile::tempdir().expect("a directory");
+        let small = is_small.then(|| Small::mount(of_b.path()));
         let name = of_a.path().file_name().expect("it has a name");
         let same = of_b.path().join(name);
         fs::create_dir(&same).expect("a directory can be made");
@@ -46,6 +85,7 @@ impl Bed {
             pair,
             disks,
             content,
+            _small: small,
             _places: [of_a, of_b],
         })
     }
@@ -217,4 +257,53 @@ fn pages_of_a_disk_come_although_daemons_die() {
     assert!(copied == bed.content);
     let info = bed.pair.b.client().vm(VM).expect("it is there");
     assert_eq!(info.residual_dependency, None, "{info:?}");
+}
+
+/// Before the commit a disk that takes nothing is an error of the migration; after it the guest waits until somebody
+/// has made room.
+#[test]
+fn a_disk_that_becomes_full_costs_no_guest() {
+    let Some(bed) = Bed::on_small_disk() else {
+        return;
+    };
+    let (a, b) = (&bed.pair.a, &bed.pair.b);
+    let filler = bed.disks[1].with_file_name("filler");
+    let fill = || {
+        let error = fs::write(&filler, vec![1; 2 * SMALL_BYTES]).expect_err("there is less room");
+        assert_eq!(error.kind(), ErrorKind::StorageFull);
+    };
+    let begin = |mode| {
+        let mut body = bed.body(mode, true);
+        // Several seconds for what the disk holds.
+        body.link = Some(100_000);
+        let id = a.client().migrate(VM, &body);
+        id.expect("a migration that is accepted")
+    };
+    let id = begin(Mode::PreCopy);
+    wait::until("the disk is made", || bed.disks[1].exists().then_some(()));
+    fill();
+    let report = end(a, &id);
+    assert_eq!(report.outcome.as_deref(), Some("failed"), "{report:?}");
+    let reason = report.reason.expect("a failure has a reason");
+    assert!(reason.contains("No space left on device"), "{reason}");
+    wait::until("the disk is removed", || {
+        (!bed.disks[1].exists()).then_some(())
+    });
+    bed.check_at_home();
+
+    fs::remove_file(&filler).expect("it can be removed");
+    let id = begin(Mode::PostCopy);
+    until_stage(a, &id, &[Stage::Serving]);
+    fill();
+    wait::until("the daemon says what is wrong", || {
+        b.log().contains("takes nothing").then_some(())
+    });
+    let info = b.client().vm(VM).expect("it is there");
+    assert_eq!(info.state, VmState::Running, "{info:?}");
+    assert!(info.missing_pages > 0, "{info:?}");
+    fs::remove_file(&filler).expect("it can be removed");
+    assert_completed(&end(a, &id));
+    assert!(b.log().contains("takes what is written again"));
+    let copied = fs::read(&bed.disks[1]).expect("it is there");
+    assert!(copied == bed.content);
 }

@@ -18,14 +18,18 @@ use limosa_pages::{
     ByteCount, Numbering, PAGE_SIZE, PAGE_SIZE_USIZE, PageCount, PageRange, PageSet, Pfn,
 };
 use std::io;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
+use std::thread;
+use std::time::Duration;
 
 /// Pages that are read or written at once.
 const PART_PAGES: u64 = 256;
 const PART_BYTES: usize = (PART_PAGES * PAGE_SIZE) as usize;
 /// How many missing pages can be put in at a time, of different parts of disks.
 const LOCKS: usize = 8;
+/// Between two tries of a disk that takes nothing.
+const TRY_AGAIN: Duration = Duration::from_millis(500);
 
 /// The disks of a guest, or none if they are not copied.
 #[derive(Debug)]
@@ -38,6 +42,8 @@ pub(crate) struct Disks {
     /// Held while missing pages are put in, each for some of them: what comes twice must not be written when the guest
     /// has it, and a page that is waited for does not stand behind another's write.
     installing: [Mutex<Option<DiskBuffer>>; LOCKS],
+    /// Nobody waits for missing pages any more.
+    is_over: AtomicBool,
 }
 
 /// Room for [`PART_PAGES`] of a disk.
@@ -105,6 +111,7 @@ impl Disks {
             missing: None,
             missing_count: AtomicU64::new(0),
             installing: Default::default(),
+            is_over: AtomicBool::new(false),
         }
     }
 
@@ -119,6 +126,7 @@ impl Disks {
             missing_count: AtomicU64::new(missing.count().get()),
             missing: Some(missing),
             installing: Default::default(),
+            is_over: AtomicBool::new(false),
         })
     }
 
@@ -295,17 +303,49 @@ impl Disks {
             let mut buffer = buffer.unwrap_or_else(PoisonError::into_inner);
             for run in missing.runs_in(part) {
                 match content {
-                    None => self.zero(run)?,
+                    None => self.patiently(|| self.zero(run))?,
                     Some(content) => {
                         let buffer = buffer.get_or_insert_with(self::buffer);
                         self::part(run, buffer)?.copy_from_slice(content.of(run));
-                        self.write(run, buffer)?;
+                        self.patiently(|| self.write(run, buffer))?;
                     }
                 }
                 installed = installed.saturating_add(self.arrived(missing, run));
             }
         }
         Ok(installed)
+    }
+
+    /// Writes to a disk until it takes it: the guest runs here and can go nowhere else, and what it waits for is not
+    /// lost as long as its source has it. Somebody may make room, or mend the way to the disk.
+    fn patiently(&self, mut write: impl FnMut() -> io::Result<()>) -> io::Result<()> {
+        let mut tries = 0_u64;
+        loop {
+            let error = match write() {
+                Ok(()) if tries > 0 => {
+                    tracing::info!(tries, "a disk that came along takes what is written again");
+                    return Ok(());
+                }
+                Ok(()) => return Ok(()),
+                Err(error) => error,
+            };
+            if self.is_over.load(Ordering::SeqCst) {
+                return Err(error);
+            }
+            if tries == 0 {
+                tracing::error!(
+                    %error,
+                    "a disk that came along takes nothing: its guest waits until it does, free some space or mend it"
+                );
+            }
+            tries += 1;
+            thread::sleep(TRY_AGAIN);
+        }
+    }
+
+    /// Errors of disks are final from now on: nobody waits for missing pages any more.
+    pub(crate) fn give_up(&self) {
+        self.is_over.store(true, Ordering::SeqCst);
     }
 
     fn arrived(&self, missing: &MissingThere, range: PageRange) -> PageCount {

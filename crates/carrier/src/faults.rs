@@ -177,6 +177,7 @@ impl Faults {
     /// source hears.
     pub(crate) fn end(&self) {
         self.is_over.store(true, Ordering::SeqCst);
+        self.installer.give_up();
     }
 
     /// There is nobody to ask for now.

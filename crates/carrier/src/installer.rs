@@ -119,6 +119,11 @@ impl Installer {
             .map_or(Ok(()), |asked| asked.read_asked(on_disks).map_err(on_disk))
     }
 
+    /// Nobody waits for what is missing any more.
+    pub(crate) fn give_up(&self) {
+        self.disks.give_up();
+    }
+
     /// Returns when what was put onto disks is safe there.
     pub(crate) fn flush(&self) -> Result<(), InstallError> {
         self.disks.flush().map_err(on_disk)
