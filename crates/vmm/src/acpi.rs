@@ -208,6 +208,13 @@ mod tests {
         let [fadt, madt] = [36, 44].map(|offset| table(word(&xsdt, offset)));
         assert_eq!((&fadt[..4], &madt[..4]), (&b"FACP"[..], &b"APIC"[..]));
         assert_eq!(&table(word(&fadt, 140))[..4], b"DSDT");
+        // Its flags: without the registers of older hardware, and with one to reset it. Where that and those to
+        // sleep are, as ports.
+        let flags = u32::from_le_bytes(fadt[112..116].try_into().unwrap());
+        assert_eq!(flags & (1 << 20 | 1 << 10), 1 << 20 | 1 << 10);
+        let registers = [116, 244, 256].map(|offset| (fadt[offset], word(&fadt, offset + 4)));
+        let ports = [port::RESET, port::SLEEP_CONTROL, port::SLEEP_STATUS];
+        assert_eq!(registers, ports.map(|port| (1, u64::from(port))));
         let processors = madt[44..].chunks(8).filter(|entry| entry[..2] == [0, 8]);
         assert_eq!(processors.count(), 4);
     }

@@ -180,15 +180,16 @@ impl Devices {
         vm: &Vm,
         wake: Option<&Arc<Wake>>,
     ) -> Result<Self, DeviceError> {
-        Self::make_with(config, vm, wake, Way::Best)
+        Self::make_with(config, vm, wake, Way::Best, &Tap::open)
     }
 
-    /// The same, with a say in how disks are read and written.
+    /// The same, with a say in how disks are read and written, and in what is behind a network.
     fn make_with(
         config: &mut VmConfig,
         vm: &Vm,
         wake: Option<&Arc<Wake>>,
         way: Way,
+        open_tap: &dyn Fn(&str) -> io::Result<Tap>,
     ) -> Result<Self, DeviceError> {
         let mut all = Self::default();
         let mut devices: Vec<Box<dyn Device>> = Vec::new();
@@ -209,7 +210,7 @@ impl Devices {
             devices.push(Box::new(block));
         }
         for config in &config.networks {
-            let tap = Tap::open(&config.tap).map_err(|source| no_network(config, source))?;
+            let tap = open_tap(&config.tap).map_err(|source| no_network(config, source))?;
             devices.push(Box::new(Network::new(tap, config.mac.0)));
         }
         if has_all(config) {

@@ -7,7 +7,7 @@ use std::fmt;
 use std::str::FromStr;
 
 /// Most disks and networks of a machine together; each has an interrupt line of its own, and the last
-/// two are those of the random numbers and of the balloon.
+/// three are those of the random numbers, the console and the balloon.
 pub const DEVICES_MAX: usize = 7;
 /// Longest path of a disk.
 pub const PATH_BYTES_MAX: usize = 1024;

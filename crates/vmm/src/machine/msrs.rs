@@ -18,7 +18,7 @@ pub(super) const TSC_DEADLINE: u32 = 0x6e0;
 pub(super) const KVM_CLOCKS: [u32; 2] = [0x12, 0x4b56_4d01];
 
 /// Registers without whose values a guest crashes or computes wrongly.
-const ESSENTIAL: [std::ops::RangeInclusive<u32>; 8] = [
+const ESSENTIAL: [std::ops::RangeInclusive<u32>; 9] = [
     0x174..=0x176,             // system calls of old programs
     0x277..=0x277,             // page attributes
     0x6a0..=0x6a8,             // shadow stacks
@@ -26,7 +26,8 @@ const ESSENTIAL: [std::ops::RangeInclusive<u32>; 8] = [
     0xc000_0080..=0xc000_0084, // long mode and system calls
     0xc000_0100..=0xc000_0103, // bases of segments, the processor's number
     0x11..=0x12,               // KVM's clock, old
-    0x4b56_4d00..=0x4b56_4d01, // KVM's clock
+    0x4b56_4d00..=0x4b56_4d02, // KVM's clock, page faults that a task waits for alone
+    0x4b56_4d06..=0x4b56_4d07, // how it hears that such a page has come
 ];
 
 /// What was found out when the machine was made.

@@ -8,6 +8,7 @@ mod rude;
 
 use super::*;
 use crate::config::Platform;
+use crate::config::devices::Mac;
 use crate::layout;
 use crate::state;
 use limosa_os::dirty::TrackerKind;
@@ -17,7 +18,9 @@ use limosa_os::{PageKind, SharedBitmap, SharedMemory};
 use limosa_pages::{ByteCount, Numbering, PAGE_SIZE, PageCount, PageRange, Pfn};
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
+use std::os::unix::net::UnixDatagram;
 use std::path::PathBuf;
+use std::sync::Mutex;
 use std::thread;
 use std::time::{Duration, Instant};
 use virtio_bindings::virtio_mmio::*;
@@ -41,6 +44,8 @@ struct Bed {
     memory: Arc<SharedMemory>,
     view: GuestView,
     devices: Devices,
+    /// What is behind its networks.
+    wires: Vec<UnixDatagram>,
 }
 
 /// The disk of a bed, in a directory that goes with it.
@@ -72,6 +77,17 @@ impl Disks {
             ..VmConfig::new("test", MEMORY, 1)
         }
     }
+
+    /// The same with a network, so that there is one of each kind of device.
+    fn config_of_all(&self, read_only: bool) -> VmConfig {
+        VmConfig {
+            networks: vec![NetworkConfig {
+                tap: "tap0".to_owned(),
+                mac: Mac([2, 0, 0, 0, 0, 9]),
+            }],
+            ..self.config(read_only)
+        }
+    }
 }
 
 impl Bed {
@@ -99,12 +115,21 @@ impl Bed {
         vm.set_memory(Arc::clone(&memory), &layout::regions(MEMORY))
             .unwrap();
         vm.create_irqchip().unwrap();
-        let devices = Devices::make_with(config, &vm, wake, way).unwrap();
+        let wires = Mutex::new(Vec::new());
+        let open_tap = |_: &str| {
+            let (near, wire) = UnixDatagram::pair()?;
+            near.set_nonblocking(true)?;
+            wire.set_nonblocking(true)?;
+            wires.lock().unwrap().push(wire);
+            Ok(Tap::from(OwnedFd::from(near)))
+        };
+        let devices = Devices::make_with(config, &vm, wake, way, &open_tap).unwrap();
         Some(Self {
             view: vm.view(),
             vm,
             memory,
             devices,
+            wires: wires.into_inner().unwrap(),
         })
     }
 
@@ -456,7 +481,7 @@ fn a_wake_up_that_nobody_has_taken_comes_again_after_a_move() {
 #[test]
 fn every_device_gives_back_what_it_took() {
     let disks = Disks::new(1 << 20);
-    let mut config = disks.config(true);
+    let mut config = disks.config_of_all(true);
     let Some(first) = Bed::new(&mut config) else {
         return;
     };
@@ -471,7 +496,8 @@ fn every_device_gives_back_what_it_took() {
     second.devices.load(&parsed).unwrap();
     assert_eq!(second.sections(), sections);
     // A state of another device, cut off, or with any byte changed: an error or a state, no panic.
-    let swapped = [parsed[1], parsed[0], parsed[2], parsed[3]];
+    let mut swapped = parsed.clone();
+    swapped.swap(0, 1);
     let error = second.devices.load(&swapped).unwrap_err().to_string();
     assert!(error.contains("another kind of device"), "{error}");
     for section in &parsed {
