@@ -16,6 +16,7 @@ use limosa_os::tap::{HEADER_BYTES, Offloads, Tap};
 use serde::{Deserialize, Serialize};
 use std::collections::VecDeque;
 use std::io::{Read, Write};
+use std::ops::Range;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use virtio_bindings::virtio_ids::VIRTIO_ID_NET;
@@ -36,6 +37,8 @@ const PACKET_BYTES_MAX: usize = HEADER_BYTES + 22 + (64 << 10);
 const BUFFERS_OFFSET: usize = 10;
 /// Most packets that wait for the guest beside those that its tap device holds: as many as that does.
 const STRAYS_MAX: usize = 1000;
+/// Where in a packet its sender's address is.
+const SENDER: Range<usize> = HEADER_BYTES + 6..HEADER_BYTES + 12;
 /// What the control queue answers.
 const OK: u8 = 0;
 const FAILED: u8 = 1;
@@ -327,9 +330,14 @@ impl Device for Network {
         let mut left = bytes_max;
         // One that there is no room for is lost, and so are those after it.
         while (self.incoming_bytes > 0 || self.take_next()) && self.incoming_bytes <= left {
-            left -= self.incoming_bytes;
-            strays.push(self.incoming[..self.incoming_bytes].to_vec());
+            let stray = &self.incoming[..self.incoming_bytes];
             self.incoming_bytes = 0;
+            // What the guest says to all from where it is now comes here, too. A kernel that hears itself warns of
+            // somebody with its address.
+            if stray.get(SENDER) != Some(&self.mac[..]) {
+                left -= stray.len();
+                strays.push(stray.to_vec());
+            }
         }
         strays
     }
@@ -522,7 +530,9 @@ mod tests {
         // The first one has no room when the guest leaves, the others come after that.
         source.wire.send(&sent[0]).unwrap();
         assert_eq!(source.serve(RECEIVE), Served::NoInput);
-        for late in &sent[1..] {
+        let mut own = packet(80);
+        own[SENDER].copy_from_slice(&source.network.mac);
+        for late in [&sent[1], &own, &sent[2]] {
             source.wire.send(late).unwrap();
         }
         let strays = source.network.take_strays(150);
