@@ -17,7 +17,8 @@ use acpi_tables::{Aml, AmlSink, aml};
 
 /// Where the tables begin, in the area in which firmware has its own.
 pub(crate) const START: u64 = 0xe_0000;
-const END: u64 = 0x10_0000;
+/// What lies behind is the end of the firmware.
+const END: u64 = 0xf_0000;
 const LOCAL_CONTROLLERS: u32 = 0xfee0_0000;
 const IO_CONTROLLER: u32 = 0xfec0_0000;
 const OEM: [u8; 6] = *b"LIMOSA";

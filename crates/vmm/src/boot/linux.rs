@@ -8,11 +8,13 @@
 //! ```text
 //!    0x500  segment descriptors      0x7000  zero page       0x9000  page tables
 //!  0x20000  command line            0xe0000  ACPI tables    1 MiB    kernel
+//!                                   0xffff0  reset
 //!  the initial file system lies as high as the kernel and the memory below the hole permit
 //! ```
 
 use super::{Start, Width, pvh};
 use crate::acpi;
+use crate::board::pc;
 use crate::layout;
 use limosa_os::kvm::{kvm_regs, kvm_segment, kvm_sregs};
 use limosa_os::memory::GuestView;
@@ -39,6 +41,24 @@ pub(super) const CMDLINE: u64 = 0x2_0000;
 /// Where the memory ends that a kernel may use as it likes below 640 KiB.
 const LOW_END: u64 = 0x9_fc00;
 const KERNEL: u64 = 0x10_0000;
+/// Where a PC begins. A kernel that was not started by EFI goes back to there, in real mode, when it reboots on
+/// reduced hardware, and does not ask the tables by which register that is done.
+const FIRMWARE: u64 = 0xf_fff0;
+/// What it finds there: `mov al,value; mov dx,port; out dx,al`, and `hlt` for ever.
+const RESET_CODE: [u8; 9] = {
+    let [low, high] = pc::port::RESET.to_le_bytes();
+    [
+        0xb0,
+        pc::RESET_VALUE,
+        0xba,
+        low,
+        high,
+        0xee,
+        0xf4,
+        0xeb,
+        0xfd,
+    ]
+};
 const GIBIBYTE: u64 = 1 << 30;
 const LARGE_PAGE: u64 = 2 << 20;
 /// The first instruction in 64-bit mode, from where the kernel was loaded.
@@ -156,6 +176,7 @@ pub(crate) fn fill_memory(
         Start::Linux { entry }
     };
     view.write_slice(tables, GuestAddress(acpi::START))?;
+    view.write_slice(&RESET_CODE, GuestAddress(FIRMWARE))?;
     Ok(start)
 }
 
@@ -424,6 +445,8 @@ pub(super) mod tests {
             view.read_obj::<[u8; 4]>(GuestAddress(entry)).unwrap(),
             *b"code"
         );
+        let reset: [u8; 9] = view.read_obj(GuestAddress(FIRMWARE)).unwrap();
+        assert_eq!(reset, [0xb0, 1, 0xba, 0x02, 0x06, 0xee, 0xf4, 0xeb, 0xfd]);
         let zero_page: boot_params = view.read_obj(GuestAddress(ZERO_PAGE)).unwrap();
         let hdr = zero_page.hdr;
         let (start, bytes) = (hdr.ramdisk_image, hdr.ramdisk_size);
