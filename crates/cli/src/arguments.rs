@@ -182,7 +182,8 @@ pub(crate) struct Run {
     /// Program of a guest without a kernel: writer, idle, compute, kv, or an ELF file
     #[arg(long, value_name = "PROGRAM|FILE")]
     pub micro: Option<String>,
-    /// Stock Linux kernel to boot: a bzImage, as distributions have in /boot/vmlinuz
+    /// Stock Linux kernel to boot: a bzImage, as distributions have in /boot/vmlinuz, or an ELF file with
+    /// a PVH entry
     #[arg(long, value_name = "FILE")]
     pub kernel: Option<PathBuf>,
     /// Initial file system of the kernel

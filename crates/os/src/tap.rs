@@ -41,7 +41,7 @@ impl Tap {
             return Err(io::Error::new(
                 io::ErrorKind::NotFound,
                 format!(
-                    "there is no such interface: make it by 'ip tuntap add dev {name} mode tap'"
+                    "there is no such interface: make it by 'ip tuntap add dev {name} mode tap vnet_hdr'"
                 ),
             ));
         }

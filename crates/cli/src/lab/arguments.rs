@@ -34,8 +34,8 @@ Examples:
   limosa lab run plans/techniques.toml --out techniques --without kv
   limosa lab run plans/smoke.toml --out /tmp/smoke --simulate --json
 
-Writes plan.toml, starts.jsonl, results.jsonl, results.csv and report.html, and pairs.csv if QEMU has a
-part in the plan: see docs/lab.md.")]
+Writes plan.toml, starts.jsonl, results.jsonl, results.csv and report.html, and pairs.csv if QEMU
+has a part in the plan: see docs/lab.md.")]
     Run(Run),
     /// Write results.csv and report.html of a directory anew, without running anything
     #[command(
