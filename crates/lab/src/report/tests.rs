@@ -18,6 +18,7 @@ fn a_report_needs_nothing_else_and_says_what_it_is() {
         "<dd>limosa 0.1.0, commit unknown</dd>",
         "Some &lt;CPU&gt; @ 2.60GHz, 2 processors, 24.0 GiB of memory, kvm_intel",
         "<td>4.00 ms <small>[3.00 ms – 5.00 ms]</small>",
+        "<td>1.50 ms</td>\n<td>2.25 ms</td>\n<td>2.50 ms</td>\n<td>3</td>\n<td>100 µs</td>\n<td>300 µs</td>",
         "# &lt;b&gt;&quot;Quoted&quot; &amp; &#39;so&#39;&lt;/b&gt;",
         "<figcaption>Guest gap",
         "<figcaption>Total",
