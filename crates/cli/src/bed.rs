@@ -23,6 +23,7 @@ mod processors;
 mod progress;
 pub(crate) mod qemu;
 mod simulated;
+mod speed;
 mod stalls;
 mod warm;
 

@@ -296,9 +296,20 @@ fn real_guests_are_moved_and_nothing_is_left_behind() {
         assert_eq!((&record["from"], &record["to"]), (&"a".into(), &"b".into()));
         assert_eq!(record["memory_digest_equal"], true, "{record}");
         assert!(record["swept_pages"].as_u64().unwrap() >= 2048, "{record}");
+        let speed = &record["guest_speed"];
+        let slots = speed["work_per_s"].as_array().unwrap();
+        assert!((200..=400).contains(&slots.len()), "{record}");
+        // The second before the move.
+        let before: f64 = slots[..100].iter().filter_map(Value::as_f64).sum();
+        assert!((1000.0..3000.0).contains(&(before / 100.0)), "{record}");
+        let moment = |name: &str| speed[name].as_f64().unwrap();
+        let downtime = record["downtime_ms"]["total"].as_f64().unwrap();
+        let stood = moment("running_ms") - moment("stopped_ms");
+        assert!((stood - downtime).abs() < 0.1, "{record}");
     }
     let report = fs::read_to_string(out.join("report.html")).unwrap();
     assert!(!report.contains("Simulated"));
+    assert!(report.contains("speed over time"));
     assert_eq!(fs::read_dir(temporary.path()).unwrap().count(), 0);
     let left = processes_that_name(temporary.path());
     assert!(left.is_empty(), "{left:?}");

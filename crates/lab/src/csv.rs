@@ -4,23 +4,43 @@
 //! nothing was measured.
 
 use crate::clients::ClientFigures;
+use crate::machine::or_unknown;
 use crate::record::MoveRecord;
-use crate::store::{Results, RunResult};
+use crate::store::{Results, RunResult, Start};
 use serde::Serialize;
 
 /// The whole table.
 pub fn csv(results: &Results) -> String {
-    let names = COLUMNS.iter().map(|(name, _)| (*name).to_owned());
-    let simulated = ("simulated", results.are_simulated().to_string());
-    let mut text = line(names.chain([simulated.0.to_owned()]));
+    let names = COLUMNS.iter().map(|(name, _)| *name);
+    let names = names.chain(START_COLUMNS.iter().map(|(name, _)| *name));
+    let mut text = line(names.chain(["simulated"]).map(str::to_owned));
+    let simulated = results.are_simulated().to_string();
     for run in &results.runs {
+        let start = results.start_of(run);
         let fields = COLUMNS.iter().map(|(_, field)| field(run));
-        text.push_str(&line(fields.chain([simulated.1.clone()])));
+        let fields = fields.chain(
+            START_COLUMNS
+                .iter()
+                .map(|(_, field)| shown(start.map(field))),
+        );
+        text.push_str(&line(fields.chain([simulated.clone()])));
     }
     text
 }
 
 type Column = (&'static str, fn(&RunResult) -> String);
+type StartColumn = (&'static str, fn(&Start) -> String);
+
+/// What made a run, and on what.
+const START_COLUMNS: [StartColumn; 3] = [
+    ("command", |start| start.command.clone()),
+    ("commit", |start| start.commit.clone()),
+    ("machine", |start| {
+        let machine = &start.machine;
+        let kernel = or_unknown(&machine.kernel);
+        format!("{}, kernel {kernel}", machine.hardware())
+    }),
+];
 
 /// In the order in which they stand in the file.
 const COLUMNS: &[Column] = &[
@@ -269,6 +289,31 @@ mod tests {
         for name in names {
             assert!(documented.contains(&format!("`{name}`")), "{name}");
         }
+    }
+
+    #[test]
+    fn each_run_names_the_start_that_made_it() {
+        let mut results = sample::results();
+        let mut second = sample::start(false);
+        second.commit = "0123456789ab".to_owned();
+        results.starts.push(second);
+        results.runs[2].start = 2;
+        // A file that lost a line of its starts.
+        results.runs[3].start = 3;
+        let text = csv(&results);
+        let ends: Vec<&str> = text
+            .lines()
+            .skip(1)
+            .map(|line| line.rsplit_once(",,,,").unwrap().1)
+            .collect();
+        let end = |commit: &str| {
+            format!(
+                "limosa lab run <plan.toml> --out results,{commit},\"Some <CPU> @ 2.60GHz, 2 processors, 24.0 GiB of \
+                 memory, kvm_intel, kernel 6.1.0\",false"
+            )
+        };
+        let (first, second) = (end("unknown"), end("0123456789ab"));
+        assert_eq!(ends, [&first, &first, &second, "false"]);
     }
 
     #[test]

@@ -1,5 +1,6 @@
 //! On what machine a measurement was made, since it means little without.
 
+use limosa_pages::ByteCount;
 use serde::{Deserialize, Serialize};
 use std::fs;
 
@@ -33,6 +34,25 @@ impl Machine {
             load: first_number(&read("/proc/loadavg")),
         }
     }
+
+    /// Its hardware in words, and what stands behind `/dev/kvm`.
+    pub(crate) fn hardware(&self) -> String {
+        format!(
+            "{}, {} processors, {} of memory, {}",
+            or_unknown(&self.cpu),
+            self.cpus,
+            ByteCount::new(self.memory_bytes),
+            match self.kvm_modules.as_slice() {
+                [] => "KVM module unknown".to_owned(),
+                modules => modules.join(" "),
+            },
+        )
+    }
+}
+
+/// What could not be read is said to be unknown.
+pub(crate) fn or_unknown(text: &str) -> &str {
+    if text.is_empty() { "unknown" } else { text }
 }
 
 /// The value of the first line `name: value`.

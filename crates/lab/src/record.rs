@@ -60,7 +60,7 @@ pub struct Setup {
 }
 
 /// What the guest and the observer saw of a move.
-#[derive(Clone, Copy, Debug, Default, PartialEq)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct Observed {
     /// Longest stall that the guest recorded around the switch.
     pub guest_gap_ms: Option<f64>,
@@ -74,6 +74,10 @@ pub struct Observed {
     pub resume_ms: Option<f64>,
     /// Its speed.
     pub writes: WriteRates,
+    /// The same over time.
+    pub speed: Option<SpeedSeries>,
+    /// The same around the switch, in shorter slots.
+    pub speed_at_switch: Option<SpeedSeries>,
     /// The share of the machine's processors that others used in that time, 0 to 1.
     pub others_cpu_share: Option<f64>,
 }
@@ -87,6 +91,21 @@ pub struct WriteRates {
     pub during: Option<f64>,
     /// In the second after it ran again.
     pub after: Option<f64>,
+}
+
+/// The guest's speed in equal slots of time, one after the other.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct SpeedSeries {
+    /// When the first slot begins, in milliseconds since the request for the move.
+    pub begin_ms: f64,
+    /// How long a slot is.
+    pub slot_ms: f64,
+    /// When the guest's last instruction at the source was, in milliseconds since the request; `null` if it stayed.
+    pub stopped_ms: Option<f64>,
+    /// When its first one at the target was.
+    pub running_ms: Option<f64>,
+    /// Units of work a second; `null` where it was not heard of before and after.
+    pub work_per_s: Vec<Option<f64>>,
 }
 
 /// What the check of all memory found after a move.
@@ -168,6 +187,12 @@ pub struct MoveRecord {
     pub state_bytes: Option<u64>,
     /// The guest's speed.
     pub guest_writes_per_s: WriteRates,
+    /// The same over time, from a second before the move to a second after its end.
+    #[serde(default)]
+    pub guest_speed: Option<SpeedSeries>,
+    /// The same around the switch, in shorter slots, one of which begins when the guest stopped.
+    #[serde(default)]
+    pub guest_speed_at_switch: Option<SpeedSeries>,
     /// The share of the machine's processors that others used from the start of the move to one second
     /// after its end, 0 to 1.
     #[serde(default)]
@@ -252,6 +277,8 @@ impl MoveRecord {
             wire_bytes: Some(report.wire_bytes),
             state_bytes: Some(report.state_bytes),
             guest_writes_per_s: observed.writes,
+            guest_speed: observed.speed,
+            guest_speed_at_switch: observed.speed_at_switch,
             others_cpu_share: observed.others_cpu_share,
             integrity_errors: checked.errors,
             swept_pages: checked.swept_pages,
@@ -355,6 +382,8 @@ impl MoveRecord {
 #[cfg(test)]
 pub(crate) mod tests {
     use super::*;
+    use crate::sample;
+    use serde_json::Value;
 
     /// A move that went well, with these gaps.
     pub fn record(mode: Mode, guest_gap_ms: f64, downtime_ms: f64) -> MoveRecord {
@@ -428,6 +457,23 @@ pub(crate) mod tests {
     }
 
     #[test]
+    fn a_line_from_before_there_were_series_is_read() {
+        let whole = sample::record(3.0);
+        assert!(whole.guest_speed.is_some() && whole.guest_speed_at_switch.is_some());
+        let mut json = serde_json::to_value(&whole).unwrap();
+        let read = |json: &Value| serde_json::from_value::<MoveRecord>(json.clone()).unwrap();
+        assert_eq!(read(&json), whole);
+        let fields = json.as_object_mut().unwrap();
+        fields.retain(|name, _| !name.starts_with("guest_speed"));
+        let without = MoveRecord {
+            guest_speed: None,
+            guest_speed_at_switch: None,
+            ..whole
+        };
+        assert_eq!(read(&json), without);
+    }
+
+    #[test]
     fn the_names_are_the_documented_ones() {
         let json = serde_json::to_value(record(Mode::StopAndCopy, 1.0, 1.0)).unwrap();
         for name in [
@@ -458,6 +504,8 @@ pub(crate) mod tests {
             "first_fault_stall_ms",
             "wire_bytes",
             "guest_writes_per_s",
+            "guest_speed",
+            "guest_speed_at_switch",
             "integrity_errors",
             "memory_digest_equal",
             "predicted_downtime_ms",

@@ -6,7 +6,7 @@ use crate::plan::Plan;
 use crate::record::MoveRecord;
 use crate::schedule::{Run, runs};
 use crate::store::{Results, RunResult, Start};
-use serde_json::json;
+use serde_json::{Value, json};
 
 /// A plan of two cells, with texts in it that must be escaped.
 pub(crate) const PLAN: &str = r#"# <b>"Quoted" & 'so'</b>
@@ -69,10 +69,31 @@ pub(crate) fn record(guest_gap_ms: f64) -> MoveRecord {
         "first_fault_stall_ms": 0.2, "pages_sent": 17296, "pages_resent": 912,
         "wire_bytes": 70913600u64, "state_bytes": 4096,
         "guest_writes_per_s": { "before": 50000.0, "during": 40000.0, "after": null },
+        "guest_speed": speed(), "guest_speed_at_switch": speed_at_switch(),
         "others_cpu_share": 0.0125, "integrity_errors": 0, "swept_pages": 16384, "memory_digest_equal": true,
         "predicted_downtime_ms": 2.25, "fixed_cost_ms": 0.5, "rehearsal_stall_ms": 0.125,
     }))
     .unwrap()
+}
+
+/// Its guest's speed: 50,000 a second, but half of that in the slot of the switch; the last one is not known.
+fn speed() -> Value {
+    let mut work_per_s = vec![Some(50_000.0); 210];
+    work_per_s[107] = Some(25_000.0);
+    work_per_s[209] = None;
+    json!({
+        "begin_ms": -1000.0, "slot_ms": 10.0, "stopped_ms": 72.5, "running_ms": 75.0, "work_per_s": work_per_s,
+    })
+}
+
+/// The same around the switch, where it did nothing for one slot and then what was due.
+fn speed_at_switch() -> Value {
+    let mut work_per_s = vec![Some(50_000.0); 101];
+    work_per_s[50] = Some(0.0);
+    work_per_s[51] = Some(100_000.0);
+    json!({
+        "begin_ms": -27.5, "slot_ms": 2.0, "stopped_ms": 72.5, "running_ms": 75.0, "work_per_s": work_per_s,
+    })
 }
 
 /// What the clients of such a move saw.

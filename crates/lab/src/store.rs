@@ -85,6 +85,11 @@ impl Results {
         self.starts.iter().any(|start| start.simulated)
     }
 
+    /// The start that made a run, if it is there.
+    pub fn start_of(&self, run: &RunResult) -> Option<&Start> {
+        self.starts.get(run.start.checked_sub(1)?)
+    }
+
     /// Keeps of each run only what was said last, in the order of the plan.
     fn newest(mut runs: Vec<RunResult>) -> Vec<RunResult> {
         let mut seen = HashSet::new();

@@ -23,10 +23,14 @@ pub struct CellSummary {
     pub completed: usize,
     /// Failed checks of the guest over all of them.
     pub integrity_errors: u64,
+    /// From the request to the first page.
+    pub preparation_ms: Option<Spread>,
     /// The switch as the guest saw it.
     pub guest_gap_ms: Option<Spread>,
     /// The switch as the hosts measured it.
     pub downtime_ms: Option<Spread>,
+    /// The same as it was expected when the guest was paused.
+    pub predicted_downtime_ms: Option<Spread>,
     /// The switch as an observer saw it.
     pub heartbeat_gap_ms: Option<Spread>,
     /// The guest's longest stall of each move.
@@ -43,6 +47,10 @@ pub struct CellSummary {
     pub pulled_pages: Option<Spread>,
     /// These over all that were missing, 0 to 1.
     pub network_fault_share: Option<Spread>,
+    /// How long it waited for them: half of its faults not longer.
+    pub fault_latency_p50_ms: Option<Spread>,
+    /// Nor 99 of a hundred.
+    pub fault_latency_p99_ms: Option<Spread>,
     /// The guest's speed before the move.
     pub work_per_s_before: Option<Spread>,
     /// During the move.
@@ -154,8 +162,10 @@ impl CellSummary {
             measured: records.len(),
             completed: completed.len(),
             integrity_errors: records.iter().map(|one| one.integrity_errors).sum(),
+            preparation_ms: spread(&|one| one.preparation_ms),
             guest_gap_ms: spread(&|one| one.guest_gap_ms),
             downtime_ms: spread(&|one| Some(one.downtime_ms?.total)),
+            predicted_downtime_ms: spread(&|one| one.predicted_downtime_ms),
             heartbeat_gap_ms: spread(&|one| one.heartbeat_gap_ms),
             worst_stall_ms: spread(&|one| one.worst_stall_ms),
             stall_p999_ms: spread(&|one| one.stall_p999_ms),
@@ -164,6 +174,8 @@ impl CellSummary {
             pages_resent: spread(&|one| Some(one.pages_resent? as f64)),
             pulled_pages: spread(&|one| Some(one.pulled_pages? as f64)),
             network_fault_share: spread(&|one| one.network_fault_share),
+            fault_latency_p50_ms: spread(&|one| Some(one.fault_latency_us.as_ref()?.p50 / 1000.0)),
+            fault_latency_p99_ms: spread(&|one| Some(one.fault_latency_us.as_ref()?.p99 / 1000.0)),
             work_per_s_before: spread(&|one| one.guest_writes_per_s.before),
             work_per_s_during: spread(&|one| one.guest_writes_per_s.during),
             work_per_s_after: spread(&|one| one.guest_writes_per_s.after),

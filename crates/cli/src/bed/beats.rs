@@ -68,6 +68,15 @@ impl Beats {
         Some((self.work_at(to)? - self.work_at(from)?) / seconds)
     }
 
+    /// Work a second in each of so many slots from `from` on; `None` for those that do not lie between two beats.
+    pub(crate) fn rates(&self, from: Timestamp, slot: Duration, slots: u32) -> Vec<Option<f64>> {
+        let works: Vec<Option<f64>> = (0..=slots)
+            .map(|edge| self.known_work_at(from.after(slot * edge)))
+            .collect();
+        let rate = |edges: &[Option<f64>]| Some((edges[1]? - edges[0]?) / slot.as_secs_f64());
+        works.windows(2).map(rate).collect()
+    }
+
     /// Time from `running` until the first beat from which on the guest worked for a
     /// [`RESUME_WINDOW`] at nine tenths of `rate_before`; `None` if no beat was such.
     pub(crate) fn resume(&self, running: Timestamp, rate_before: f64) -> Option<Duration> {
@@ -82,6 +91,13 @@ impl Beats {
                 then.is_some_and(|then| then - beat.work as f64 >= wanted)
             })
             .map(|beat| beat.stamped.since(running))
+    }
+
+    /// Work done at a moment that has a beat before and one after it.
+    fn known_work_at(&self, moment: Timestamp) -> Option<f64> {
+        let (first, last) = (self.0.first()?, self.0.last()?);
+        let is_framed = first.stamped <= moment && moment <= last.stamped;
+        self.work_at(moment).filter(|_| is_framed)
     }
 
     /// Work done at a moment, evenly between beats; before the first and after the last one as at
@@ -153,6 +169,34 @@ pub(crate) mod tests {
         // Nothing is known beyond the last beat: no work is assumed.
         assert_eq!(rate(157_450, 200_000), Some(0.0));
         assert_eq!(rate(5, 5), None);
+    }
+
+    #[test]
+    fn a_slot_has_the_work_that_was_done_in_it() {
+        // 50 a millisecond; nothing is done for the last 6 ms of the second slot, and for 9 ms no beat arrives.
+        let is_lost = |ms: &u64| !(22..=30).contains(ms);
+        let early = (3..=14).map(|ms| (ms * 1000, ms * 50));
+        let late = (20..=43)
+            .filter(is_lost)
+            .map(|ms| (ms * 1000, (ms - 6) * 50));
+        let beats = beats(&early.chain(late).collect::<Vec<_>>());
+        let check = |from: u64, slots: u32, expect: &str| {
+            let rates = beats.rates(at(from), Duration::from_millis(10), slots);
+            let rates: Vec<String> = rates
+                .iter()
+                .map(|rate| rate.map_or("unknown".to_owned(), |rate| format!("{rate:.0}")))
+                .collect();
+            assert_eq!(rates.join(" "), expect);
+        };
+        check(10_000, 3, "20000 50000 50000");
+        check(5000, 3, "45000 25000 50000");
+        // Beats begin at 3 ms and end at 43 ms.
+        check(0, 6, "unknown 20000 50000 50000 unknown unknown");
+        check(33_000, 2, "50000 unknown");
+        assert_eq!(
+            Beats::default().rates(at(0), Duration::from_millis(10), 1),
+            [None]
+        );
     }
 
     #[test]

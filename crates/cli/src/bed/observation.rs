@@ -14,6 +14,7 @@
 
 use crate::bed::beats::Beats;
 use crate::bed::guest_clock::GuestClock;
+use crate::bed::speed;
 use crate::bed::stalls::{Stall, StallGroup, TscWindow, tail_wait};
 use limosa_engine::Timestamp;
 use limosa_lab::record::{Observed, WriteRates};
@@ -89,6 +90,7 @@ pub(crate) fn observe(
                 during: rate(beats, moments.begun, moments.ended),
                 after: rate(beats, moments.ended, end),
             },
+            speed: speed::through_move(moments, beats),
             ..Observed::default()
         };
     };
@@ -113,6 +115,8 @@ pub(crate) fn observe(
             during: rate(beats, moments.begun, stopped),
             after: rate(beats, running, running.after(MARGIN)),
         },
+        speed: speed::through_move(moments, beats),
+        speed_at_switch: speed::at_switch(moments, beats),
         ..Observed::default()
     }
 }
@@ -177,6 +181,8 @@ mod tests {
         );
         let text = text.replace("Some(", "").replace(')', "");
         assert_eq!(text, expect);
+        assert!(seen.speed.is_some(), "all of it is known over time, too");
+        assert_eq!(seen.speed_at_switch.is_some(), moments.switch.is_some());
     }
 
     #[test]

@@ -105,6 +105,16 @@ fn figures(page: &mut Page, rows: &[Row<'_>]) -> anyhow::Result<()> {
     );
     figure(
         page,
+        "The guest's speed over time, of the run in the middle by its total; the time of its switch is shaded",
+        over_time::speed(rows)?,
+    );
+    figure(
+        page,
+        "The same around the switch, which is shaded",
+        over_time::speed_at_switch(rows)?,
+    );
+    figure(
+        page,
         "Requests a second over time, of the run in the middle",
         over_time::requests(rows)?,
     );

@@ -2,10 +2,10 @@
 
 use super::page::Page;
 use crate::clients::Clients;
+use crate::machine::or_unknown;
 use crate::plan::Plan;
 use crate::store::{Results, Start};
 use crate::summary::{self, CellSummary};
-use limosa_pages::ByteCount;
 
 /// How much of the plan stands behind the figures, and everything that is wrong.
 pub(super) fn verdict(page: &mut Page, results: &Results, cells: &[CellSummary]) {
@@ -120,19 +120,7 @@ fn describe(page: &mut Page, number: usize, start: &Start) {
             "program",
             format!("limosa {}, commit {}", start.version, start.commit),
         ),
-        (
-            "machine",
-            format!(
-                "{}, {} processors, {} of memory, {}",
-                or_unknown(&machine.cpu),
-                machine.cpus,
-                ByteCount::new(machine.memory_bytes),
-                match machine.kvm_modules.as_slice() {
-                    [] => "KVM module unknown".to_owned(),
-                    modules => modules.join(" "),
-                },
-            ),
-        ),
+        ("machine", machine.hardware()),
         (
             "kernel",
             format!(
@@ -147,10 +135,6 @@ fn describe(page: &mut Page, number: usize, start: &Start) {
         page.element("dd", &value);
     }
     page.close("dl");
-}
-
-fn or_unknown(text: &str) -> &str {
-    if text.is_empty() { "unknown" } else { text }
 }
 
 fn list(page: &mut Page, title: &str, lines: &[String]) {

@@ -1,4 +1,4 @@
-//! The table: a row a cell, the median of its runs, and their range below it.
+//! The tables: a row a cell, the median of its runs, and their range beside it.
 
 use super::axes::Axes;
 use super::page::Page;
@@ -31,6 +31,20 @@ const COLUMNS: &[Column] = &[
     ("processors used by others", Quantity::Share, |cell| {
         cell.others_cpu_share
     }),
+];
+
+/// What is behind some of these, in a table of its own, since a table of all of it is too wide to read.
+const DETAIL_COLUMNS: &[Column] = &[
+    ("preparation", Quantity::Time, |cell| cell.preparation_ms),
+    ("predicted downtime", Quantity::Time, |cell| {
+        cell.predicted_downtime_ms
+    }),
+    ("downtime", Quantity::Time, |cell| cell.downtime_ms),
+    ("pulled pages", Quantity::Count, |cell| cell.pulled_pages),
+    ("fault latency p50", Quantity::Time, |cell| {
+        cell.fault_latency_p50_ms
+    }),
+    ("p99", Quantity::Time, |cell| cell.fault_latency_p99_ms),
 ];
 
 /// What clients saw, beside what the guest and the hosts saw of the same moves.
@@ -81,7 +95,7 @@ const CLIENT_COLUMNS: &[Column] = &[
 /// A number that is added up over all runs.
 type Sum = (&'static str, fn(&CellSummary) -> u64);
 
-/// The whole table.
+/// The whole table, and the details under it.
 pub(super) fn medians(page: &mut Page, axes: &Axes, cells: &[CellSummary]) {
     let same = if axes.same.is_empty() {
         String::new()
@@ -98,6 +112,12 @@ pub(super) fn medians(page: &mut Page, axes: &Axes, cells: &[CellSummary]) {
     let errors: &[Sum] = &[("integrity errors", |cell| cell.integrity_errors)];
     let cells: Vec<&CellSummary> = cells.iter().collect();
     table(page, axes, &cells, COLUMNS, errors);
+    page.element(
+        "p",
+        "The same moves: how long they took to begin, the downtime that was expected when the guest was paused beside \
+         the one that was measured, and how long the guest waited for pages that it pulled.",
+    );
+    table(page, axes, &cells, DETAIL_COLUMNS, &[]);
 }
 
 /// What clients saw; nothing if no guest had some.

@@ -18,8 +18,10 @@ fn a_report_needs_nothing_else_and_says_what_it_is() {
         "<dd>limosa 0.1.0, commit unknown</dd>",
         "Some &lt;CPU&gt; @ 2.60GHz, 2 processors, 24.0 GiB of memory, kvm_intel",
         "<td>4.00 ms <small>[3.00 ms – 5.00 ms]</small>",
+        "<td>1.50 ms</td>\n<td>2.25 ms</td>\n<td>2.50 ms</td>\n<td>3</td>\n<td>100 µs</td>\n<td>300 µs</td>",
         "# &lt;b&gt;&quot;Quoted&quot; &amp; &#39;so&#39;&lt;/b&gt;",
         "<figcaption>Guest gap",
+        "<figcaption>The guest&#39;s speed over time",
         "<figcaption>Total",
         "<figcaption>Downtime by parts",
         "<figcaption>Pages of each round",
@@ -27,9 +29,51 @@ fn a_report_needs_nothing_else_and_says_what_it_is() {
     ] {
         assert!(page.contains(present), "{present}\n{page}");
     }
-    assert_eq!(page.matches("<svg").count(), 5);
-    assert_eq!(page.matches("</svg>").count(), 5);
+    assert_eq!(page.matches("<svg").count(), 7);
+    assert_eq!(page.matches("</svg>").count(), 7);
     assert!(!page.contains("Simulated"));
+}
+
+#[test]
+fn the_switch_is_seen_in_the_guests_speed() {
+    let chart = |results: &Results, caption: &str| {
+        let page = html(results).unwrap();
+        let (_, rest) = page.split_once(&format!("<figcaption>{caption}"))?;
+        Some(rest.split_once("</figure>")?.0.to_owned())
+    };
+    let (through, at_switch) = (
+        "The guest&#39;s speed over time",
+        "The same around the switch",
+    );
+    let mut results = sample::results();
+    let check = |caption: &str, points: usize, dip: usize| {
+        let drawn = chart(&results, caption).unwrap();
+        let lines = drawn.split("points=\"").skip(1);
+        let lines = lines.map(|line| line.split('"').next().unwrap());
+        // The line with most points: one for each slot of which the speed is known, counted downwards.
+        let line = lines.max_by_key(|line| line.len()).unwrap();
+        let heights = line.split_whitespace().map(|point| {
+            let (_, height) = point.split_once(',').unwrap();
+            height.parse().unwrap()
+        });
+        let heights: Vec<i32> = heights.collect();
+        let lowest = heights.iter().max().unwrap();
+        let dips: Vec<usize> = (0..heights.len())
+            .filter(|slot| heights[*slot] == *lowest)
+            .collect();
+        assert_eq!((heights.len(), dips), (points, vec![dip]), "{line}");
+        assert!(drawn.contains("opacity=\"0.15\""), "shaded: {drawn}");
+    };
+    check(through, 209, 107);
+    check(at_switch, 101, 50);
+
+    let records = results.runs.iter_mut();
+    for record in records.filter_map(|run| run.record.as_mut()) {
+        record.guest_speed = None;
+        record.guest_speed_at_switch = None;
+    }
+    assert_eq!(chart(&results, through), None);
+    assert_eq!(chart(&results, at_switch), None);
 }
 
 #[test]
@@ -45,7 +89,7 @@ fn what_clients_saw_stands_beside_what_guest_and_hosts_saw() {
     ] {
         assert!(page.contains(present), "{present}\n{page}");
     }
-    assert_eq!(page.matches("<svg").count(), 8);
+    assert_eq!(page.matches("<svg").count(), 10);
     let without = html(&sample::results()).unwrap();
     assert!(!without.contains("clients"), "{without}");
 }

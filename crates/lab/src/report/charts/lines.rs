@@ -8,6 +8,9 @@ use std::ops::Range;
 const SIZE: (u32, u32) = (640, 300);
 /// Points of a line with more of them would be one thick line.
 const DOTS_MAX: usize = 60;
+/// How much of its colour a mark has, so that lines are seen through it, and its edge.
+const SHADE: f64 = 0.15;
+const EDGE: f64 = 0.6;
 
 /// An axis: its range, its name, and what stands at a place of it.
 pub(super) struct Axis<'a> {
@@ -19,10 +22,28 @@ pub(super) struct Axis<'a> {
     pub ticks: &'a dyn Fn(f64) -> String,
 }
 
+/// A time that is marked from the bottom of a chart to its top.
+pub(super) struct Mark {
+    /// Of the line to which it belongs.
+    pub ink: Colour,
+    /// From where to where.
+    pub range: Range<f64>,
+}
+
 /// Draws lines through these points.
 pub(super) fn chart(
     x: &Axis<'_>,
     y: &Axis<'_>,
+    lines: &[(Colour, Vec<(f64, f64)>)],
+) -> anyhow::Result<String> {
+    marked(x, y, &[], lines)
+}
+
+/// The same over marks: each is shaded, and has an edge where it begins, or a short one would not be seen.
+pub(super) fn marked(
+    x: &Axis<'_>,
+    y: &Axis<'_>,
+    marks: &[Mark],
     lines: &[(Colour, Vec<(f64, f64)>)],
 ) -> anyhow::Result<String> {
     let mut svg = String::new();
@@ -49,6 +70,18 @@ pub(super) fn chart(
             .y_label_formatter(&|place| (y.ticks)(*place))
             .draw()
             .map_err(failed)?;
+        for Mark { ink, range } in marks {
+            let ink = colour(*ink);
+            let (top, bottom) = (y.range.end, y.range.start);
+            let shade = Rectangle::new(
+                [(range.start, top), (range.end, bottom)],
+                ink.mix(SHADE).filled(),
+            );
+            chart.plotting_area().draw(&shade).map_err(failed)?;
+            let edge = [(range.start, top), (range.start, bottom)];
+            let edge = PathElement::new(edge.to_vec(), ink.mix(EDGE).stroke_width(1));
+            chart.plotting_area().draw(&edge).map_err(failed)?;
+        }
         for (ink, points) in lines {
             let ink = colour(*ink);
             let width = if points.len() > DOTS_MAX { 1 } else { 2 };
