@@ -1,8 +1,9 @@
 //! Disks and consoles of guests: who may use a disk, and what is typed and shown.
 
 use limosa_e2e::daemon::lent_disks;
-use limosa_e2e::pair::{assert_completed, begin, end};
-use limosa_e2e::{Daemon, Pair, VM, binary, guest, has_kvm, wait};
+use limosa_e2e::hold::Hold;
+use limosa_e2e::pair::{assert_completed, assert_failed, begin, end};
+use limosa_e2e::{Daemon, Pair, VM, binary, guest, has_kvm, process, wait};
 use limosa_engine::policy::Mode;
 use limosa_host::api::VmSpec;
 use std::fs;
@@ -22,12 +23,16 @@ struct Bed {
 impl Bed {
     /// `None` where there is no KVM.
     fn new() -> Option<Self> {
+        Self::of(Pair::start)
+    }
+
+    fn of(start: impl FnOnce() -> Pair) -> Option<Self> {
         if !has_kvm() {
             return None;
         }
         let place = tempfile::tempdir_in(lent_disks()).expect("a directory");
         Some(Self {
-            pair: Pair::start(),
+            pair: start(),
             kernel: guest::write_echo_kernel(place.path()),
             place,
         })
@@ -99,6 +104,32 @@ fn a_disk_has_one_writer_and_goes_over_with_its_guest() {
         let reader = bed.spec(name, &disk, true);
         host.client().run(&reader).expect("it reads");
     }
+    bed.check_in_use(&disk, false);
+}
+
+/// The guest has let go of it to be moved, and has it again when that fails.
+#[test]
+fn a_disk_comes_back_from_a_move_that_fails() {
+    let hold = Hold::new("target.load");
+    let Some(mut bed) = Bed::of(|| Pair::start_held(&hold)) else {
+        return;
+    };
+    let disk = bed.disk();
+    bed.run(&disk, false);
+    let id = begin(&bed.pair.a, &bed.pair.b, Mode::PreCopy);
+    hold.wait_until_held();
+    bed.pair.b.kill();
+    bed.pair
+        .b
+        .vm_processes()
+        .into_iter()
+        .for_each(process::kill);
+    assert_failed(&end(&bed.pair.a, &id));
+    bed.pair.b.restart();
+    wait::until_true("the guest runs at home", || {
+        let info = bed.pair.a.client().vm(VM);
+        info.is_ok_and(|info| info.phase == "running")
+    });
     bed.check_in_use(&disk, false);
 }
 
