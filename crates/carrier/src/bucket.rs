@@ -68,6 +68,12 @@ impl Bucket {
         !wait.is_zero()
     }
 
+    /// Waits until all that was taken so far has passed: the last write of a round must not be paid for by who
+    /// comes after it.
+    pub(crate) fn settle(&self) {
+        self.take(0);
+    }
+
     /// Takes `bytes` at once: they go before all that waits, which passes so much later.
     pub(crate) fn take_first(&self, bytes: u64) {
         self.lock().book(bytes, Instant::now());
@@ -115,6 +121,16 @@ mod tests {
             passed.abs_diff(expect) < Duration::from_millis(1),
             "{passed:?}"
         );
+    }
+
+    #[test]
+    fn what_was_taken_has_passed_when_it_is_settled() {
+        let bucket = Bucket::new(Some(BytesPerSecond::new(1_000_000)));
+        let begun = Instant::now();
+        bucket.take(50_000);
+        bucket.settle();
+        // A burst is free.
+        assert!(begun.elapsed() >= Duration::from_millis(50) - BURST);
     }
 
     #[test]

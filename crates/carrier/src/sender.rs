@@ -258,6 +258,7 @@ impl PushStream {
                     });
                 }
                 Order::Barrier { round, streams } => {
+                    self.shared.settle();
                     let barrier = PushHeader::Barrier { round, streams };
                     self.writer.write_all(&barrier.encode())?;
                 }
@@ -507,7 +508,13 @@ impl Shared {
         self.link.take(bytes) || waited
     }
 
-    /// The same at once, for what somebody waits for.
+    /// Waits until all that was taken has passed.
+    fn settle(&self) {
+        self.limit.settle();
+        self.link.settle();
+    }
+
+    /// Takes them at once, for what somebody waits for.
     pub(crate) fn take_first(&self, bytes: u64) {
         self.limit.take_first(bytes);
         self.link.take_first(bytes);
