@@ -296,7 +296,10 @@ fn a_disk_that_becomes_full_costs_no_guest() {
     until_stage(a, &id, &[Stage::Serving]);
     fill();
     wait::until("the daemon says what is wrong", || {
-        b.log().contains("takes nothing").then_some(())
+        let log = b.log();
+        let mut lines = log.lines();
+        lines.find(|line| line.contains("takes nothing") && line.contains("disk.raw"))?;
+        Some(())
     });
     let info = b.client().vm(VM).expect("it is there");
     assert_eq!(info.state, VmState::Running, "{info:?}");

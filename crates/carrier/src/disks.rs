@@ -30,6 +30,8 @@ const PART_BYTES: usize = (PART_PAGES * PAGE_SIZE) as usize;
 const LOCKS: usize = 8;
 /// Between two tries of a disk that takes nothing.
 const TRY_AGAIN: Duration = Duration::from_millis(500);
+/// That it still does not is told once in so many tries.
+const TRIES_TOLD: u64 = 120;
 
 /// The disks of a guest, or none if they are not copied.
 #[derive(Debug)]
@@ -303,11 +305,11 @@ impl Disks {
             let mut buffer = buffer.unwrap_or_else(PoisonError::into_inner);
             for run in missing.runs_in(part) {
                 match content {
-                    None => self.patiently(|| self.zero(run))?,
+                    None => self.patiently(run, || self.zero(run))?,
                     Some(content) => {
                         let buffer = buffer.get_or_insert_with(self::buffer);
                         self::part(run, buffer)?.copy_from_slice(content.of(run));
-                        self.patiently(|| self.write(run, buffer))?;
+                        self.patiently(run, || self.write(run, buffer))?;
                     }
                 }
                 installed = installed.saturating_add(self.arrived(missing, run));
@@ -318,7 +320,11 @@ impl Disks {
 
     /// Writes to a disk until it takes it: the guest runs here and can go nowhere else, and what it waits for is not
     /// lost as long as its source has it. Somebody may make room, or mend the way to the disk.
-    fn patiently(&self, mut write: impl FnMut() -> io::Result<()>) -> io::Result<()> {
+    fn patiently(
+        &self,
+        range: PageRange,
+        mut write: impl FnMut() -> io::Result<()>,
+    ) -> io::Result<()> {
         let mut tries = 0_u64;
         loop {
             let error = match write() {
@@ -332,8 +338,10 @@ impl Disks {
             if self.is_over.load(Ordering::SeqCst) {
                 return Err(error);
             }
-            if tries == 0 {
+            if tries.is_multiple_of(TRIES_TOLD) {
+                let disk = self.place(range)?.0.path();
                 tracing::error!(
+                    ?disk,
                     %error,
                     "a disk that came along takes nothing: its guest waits until it does, free some space or mend it"
                 );

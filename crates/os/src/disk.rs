@@ -15,7 +15,7 @@ use std::fs::{File, OpenOptions};
 use std::io::{self, Seek, SeekFrom};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 pub use queue::{Action, Completed, DiskQueue, Way};
 
@@ -102,8 +102,12 @@ impl Disk {
     /// # Errors
     /// As [`Disk::open`].
     pub fn open_again(file: BorrowedFd<'_>, is_read_only: bool) -> io::Result<Self> {
-        let path = format!("/proc/self/fd/{}", file.as_raw_fd());
-        Self::open(Path::new(&path), is_read_only)
+        Self::open(&link(file), is_read_only)
+    }
+
+    /// Where its file is, for messages; empty if that cannot be told.
+    pub fn path(&self) -> PathBuf {
+        std::fs::read_link(link(self.file())).unwrap_or_default()
     }
 
     /// The file, for [`Disk::open_again`] by another process.
@@ -283,6 +287,11 @@ fn reads_sectors(file: &File) -> bool {
     let sector = usize::try_from(SECTOR_BYTES).expect("small");
     let mut buffer = DiskBuffer::new(sector);
     file.read_at(buffer.bytes_mut(), 0).is_ok()
+}
+
+/// By which a process opens what it has open.
+fn link(file: BorrowedFd<'_>) -> PathBuf {
+    format!("/proc/self/fd/{}", file.as_raw_fd()).into()
 }
 
 #[cfg(test)]
