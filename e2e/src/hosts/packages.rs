@@ -58,11 +58,9 @@ pub(super) fn succeed(command: &mut Command) -> Result<String, HostError> {
         return Ok(text);
     }
     let errors = String::from_utf8_lossy(&output.stderr);
-    let said = errors
-        .lines()
-        .chain(text.lines())
-        .last()
-        .unwrap_or_default();
+    // What went wrong, and not what it had begun.
+    let last = |text: &str| text.lines().last().map(str::to_owned);
+    let said = last(&errors).or_else(|| last(&text)).unwrap_or_default();
     Err(HostError(format!(
         "{name} ended with {}: {said}",
         output.status
