@@ -66,6 +66,8 @@ pub struct WriterArguments {
     pub pattern: Pattern,
     /// `reads`: percentage of operations that only verify.
     pub reads_percent: u64,
+    /// `readers`: how many vCPUs, of the last ones, do nothing else.
+    pub readers: u64,
     /// `seed` of the random generator.
     pub seed: u64,
     /// `touch`: bytes that are filled once.
@@ -152,6 +154,7 @@ impl WriterArguments {
             rate: Rate::PerSecond(10_000),
             pattern: Pattern::Uniform,
             reads_percent: 0,
+            readers: 0,
             seed: 1,
             touched_bytes: 0,
             content: Content::Noise,
@@ -167,13 +170,14 @@ impl WriterArguments {
                 "rate" => this.rate = rate(value).ok_or(refuse(WANT_RATE))?,
                 "pattern" => this.pattern = pattern(value).ok_or(refuse(WANT_PATTERN))?,
                 "reads" => this.reads_percent = percent(value).ok_or(refuse(WANT_PERCENT))?,
+                "readers" => this.readers = number(value).ok_or(refuse(WANT_NUMBER))?,
                 "seed" => this.seed = number(value).ok_or(refuse(WANT_NUMBER))?,
                 "touch" => this.touched_bytes = pages(value, 0).ok_or(refuse(WANT_TOUCH))?,
                 "content" => this.content = content(value).ok_or(refuse(WANT_CONTENT))?,
                 _ if is_of_life(key) => {}
                 _ => {
                     return Err(refuse(
-                        "known are ws, rate, pattern, reads, seed, touch, content, rest, monitor",
+                        "known are ws, rate, pattern, reads, readers, seed, touch, content, rest, monitor",
                     ));
                 }
             }
@@ -395,12 +399,13 @@ mod tests {
 
     #[test]
     fn all_arguments_are_read() {
-        let text = "ws=256M rate=max  pattern=zipf reads=20 seed=9 touch=1G content=text";
+        let text = "ws=256M rate=max  pattern=zipf reads=20 readers=2 seed=9 touch=1G content=text";
         let expected = WriterArguments {
             working_set_bytes: 256 << 20,
             rate: Rate::Max,
             pattern: Pattern::Zipf,
             reads_percent: 20,
+            readers: 2,
             seed: 9,
             touched_bytes: 1 << 30,
             content: Content::Text,
@@ -501,8 +506,8 @@ mod tests {
         );
         check(
             "size=1M",
-            "bad argument 'size=1M': known are ws, rate, pattern, reads, seed, touch, content, rest, \
-             monitor",
+            "bad argument 'size=1M': known are ws, rate, pattern, reads, readers, seed, touch, content, \
+             rest, monitor",
         );
         check(
             "pattern=random",
@@ -519,6 +524,7 @@ mod tests {
             "rate=+5",
             "reads=101",
             "reads=",
+            "readers=-1",
             "seed=x",
             "touch=1.5G",
             "=",
