@@ -21,6 +21,8 @@ const LOOK_EVERY: Duration = Duration::from_millis(100);
 
 /// Time after which a speed can be told.
 const SPEED_AFTER: Duration = Duration::from_millis(250);
+/// Time after which it is measured anew.
+const SPEED_WINDOW: Duration = Duration::from_secs(5);
 /// Time between two lines about a round that takes long, where there is no bar.
 const TELL_EVERY: Duration = Duration::from_secs(5);
 
@@ -81,7 +83,7 @@ impl Follower {
                 display.finish();
                 return self.output.answer(&info, residue_line);
             }
-            display.show(&speedometer.complete(&info))?;
+            display.show(&speedometer.complete(&info, Instant::now()))?;
             match self.interrupts.load(Ordering::SeqCst) {
                 0 => {}
                 1 if owns && !abort_asked => {
@@ -131,34 +133,44 @@ impl Follower {
     }
 }
 
-/// Tells the speed of a round from outside while the engine has none to tell: it measures whole
-/// rounds, and the first one is the longest.
+/// Tells from outside how fast pages go where the engine does not: it measures whole rounds, the first one is the
+/// longest, and after the switch there are none.
 #[derive(Default)]
 struct Speedometer {
-    began: Option<(u32, u64, Instant)>,
+    /// What is looked at (is it after the switch, and which round), the pages that had gone when that began, and when
+    /// it did.
+    since: Option<((bool, u32), u64, Instant)>,
+    rate: Option<BytesPerSecond>,
 }
 
 impl Speedometer {
     /// The same migration with bandwidth and time left filled in, if they can be told.
-    fn complete(&mut self, info: &MigrationInfo) -> MigrationInfo {
+    fn complete(&mut self, info: &MigrationInfo, now: Instant) -> MigrationInfo {
         let mut info = info.clone();
-        let (round, sent, since) =
-            *self
-                .began
-                .get_or_insert((info.round, info.round_sent_pages, Instant::now()));
-        if round != info.round || info.round_sent_pages < sent {
-            self.began = None;
+        let is_serving = info.stage == Stage::Serving;
+        let (what, gone) = ((is_serving, info.round), extent(&info).0);
+        let (before, from, since) = *self.since.get_or_insert((what, gone, now));
+        if before != what || gone < from {
+            *self = Self::default();
             return info;
         }
-        let elapsed = since.elapsed();
-        let bytes = ByteCount::new((info.round_sent_pages - sent).saturating_mul(PAGE_SIZE));
-        let measured = BytesPerSecond::measured(bytes, elapsed).filter(|rate| rate.get() > 0);
-        if info.bandwidth.is_none()
-            && elapsed > SPEED_AFTER
-            && let Some(rate) = measured
-        {
+        let elapsed = now.saturating_duration_since(since);
+        if elapsed > SPEED_AFTER {
+            let bytes = ByteCount::new((gone - from).saturating_mul(PAGE_SIZE));
+            let measured = BytesPerSecond::measured(bytes, elapsed);
+            self.rate = measured.filter(|rate| rate.get() > 0);
+        }
+        if elapsed > SPEED_WINDOW {
+            self.since = Some((what, gone, now));
+        }
+        if let Some(rate) = self.rate.filter(|_| info.bandwidth.is_none()) {
             info.bandwidth = Some(rate.get());
-            let left = ByteCount::new(info.remaining_pages.saturating_mul(PAGE_SIZE));
+            let left = if is_serving {
+                info.unsent_pages
+            } else {
+                info.remaining_pages
+            };
+            let left = ByteCount::new(left.saturating_mul(PAGE_SIZE));
             info.time_left_ms = rate.time_for(left).map(milliseconds);
         }
         info
@@ -343,11 +355,8 @@ fn serving(info: &MigrationInfo) -> String {
         count(info.unsent_pages),
         count(sent)
     );
-    if let Some(rate) = info.bandwidth.filter(|_| info.mode.pushes()) {
-        let left = ByteCount::new(info.unsent_pages.saturating_mul(PAGE_SIZE));
-        if let Some(left) = BytesPerSecond::new(rate).time_for(left) {
-            text.push_str(&format!(", {} left", time(milliseconds(left))));
-        }
+    if let Some(left) = info.time_left_ms.filter(|_| info.mode.pushes()) {
+        text.push_str(&format!(", {} left", time(left)));
     }
     text
 }
@@ -451,8 +460,30 @@ mod tests {
         assert_eq!(
             numbers(&info),
             "web runs at 127.0.0.1:7071: 60,000 pages left, pushed and on demand, 0 sent since the \
-             switch, 191 ms left"
+             switch, 400 ms left"
         );
+    }
+
+    #[test]
+    fn a_guest_that_gets_nothing_has_no_time_left() {
+        let mut info = info("3f2a", "web");
+        info.stage = Stage::Serving;
+        info.bandwidth = None;
+        info.time_left_ms = None;
+        info.report.missing_at_switch = 65_536;
+        let mut speedometer = Speedometer::default();
+        let start = Instant::now();
+        let mut check = |at_ms: u64, unsent: u64, expect: Option<f64>| {
+            info.unsent_pages = unsent;
+            let seen = speedometer.complete(&info, start + Duration::from_millis(at_ms));
+            assert_eq!(seen.time_left_ms.map(f64::round), expect, "{at_ms} ms");
+        };
+        check(0, 60_000, None);
+        check(200, 59_000, None);
+        check(1000, 55_000, Some(11_000.0));
+        check(5100, 55_000, Some(56_100.0));
+        check(5200, 55_000, Some(56_100.0));
+        check(5400, 55_000, None);
     }
 
     #[test]

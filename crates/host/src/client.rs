@@ -46,6 +46,12 @@ pub enum ClientError {
         #[source]
         source: io::Error,
     },
+    /// It ended in the middle.
+    #[error("the limosa daemon at {} ended before it had answered: 'limosa host' finds again what runs there", socket.display())]
+    CutOff {
+        /// The daemon's socket.
+        socket: PathBuf,
+    },
     /// The daemon said no.
     #[error("{}", body.error)]
     Refused {
@@ -69,7 +75,10 @@ impl ClientError {
     pub const fn kind(&self) -> Option<ErrorKind> {
         match self {
             Self::Refused { body, .. } => Some(body.kind),
-            Self::NoDaemon { .. } | Self::Lost { .. } | Self::Malformed { .. } => None,
+            Self::NoDaemon { .. }
+            | Self::Lost { .. }
+            | Self::CutOff { .. }
+            | Self::Malformed { .. } => None,
         }
     }
 }
@@ -280,7 +289,12 @@ impl Client {
             socket: self.socket.clone(),
             what,
         };
-        let (status, body) = split_answer(&answer).map_err(|what| malformed(what.into()))?;
+        let (status, body) = split_answer(&answer).map_err(|broken| match broken {
+            Broken::CutOff => ClientError::CutOff {
+                socket: self.socket.clone(),
+            },
+            Broken::Foreign(what) => malformed(what.into()),
+        })?;
         if !(200..300).contains(&status) {
             return Err(match serde_json::from_slice(body) {
                 Ok(body) => ClientError::Refused { status, body },
@@ -328,29 +342,38 @@ impl Client {
 #[derive(serde::Deserialize)]
 struct Nothing {}
 
+/// Why an answer cannot be taken apart.
+#[derive(Debug, PartialEq, Eq)]
+enum Broken {
+    /// It ends too early.
+    CutOff,
+    /// It is none of a daemon's, for this reason.
+    Foreign(&'static str),
+}
+
 /// Status and body of an answer. Bodies with a length only: the daemon sends no others.
-fn split_answer(answer: &[u8]) -> Result<(u16, &[u8]), &'static str> {
+fn split_answer(answer: &[u8]) -> Result<(u16, &[u8]), Broken> {
     let end = answer
         .windows(4)
         .position(|window| window == b"\r\n\r\n")
-        .ok_or("no HTTP head")?;
-    let head = str::from_utf8(&answer[..end]).map_err(|_| "HTTP head is not text")?;
+        .ok_or(Broken::CutOff)?;
+    let head = str::from_utf8(&answer[..end]);
+    let head = head.map_err(|_| Broken::Foreign("HTTP head is not text"))?;
     let body = &answer[end + 4..];
     let mut lines = head.split("\r\n");
     let mut status = lines.next().unwrap_or_default().split(' ');
     if status.next() != Some("HTTP/1.1") {
-        return Err("not HTTP/1.1");
+        return Err(Broken::Foreign("not HTTP/1.1"));
     }
     let status = status.next().and_then(|code| code.parse().ok());
-    let status = status.ok_or("no HTTP status")?;
+    let status = status.ok_or(Broken::Foreign("no HTTP status"))?;
     for line in lines {
         let (name, value) = line.split_once(':').unwrap_or((line, ""));
         if name.eq_ignore_ascii_case("content-length") {
-            let length: usize = value.trim().parse().map_err(|_| "bad content length")?;
-            return match body.get(..length) {
-                Some(body) => Ok((status, body)),
-                None => Err("the answer was cut off"),
-            };
+            let length = value.trim().parse();
+            let length: usize = length.map_err(|_| Broken::Foreign("bad content length"))?;
+            let body = body.get(..length).ok_or(Broken::CutOff)?;
+            return Ok((status, body));
         }
     }
     Ok((status, body))
@@ -373,7 +396,7 @@ fn encode(segment: &str) -> String {
 mod tests {
     use super::*;
 
-    fn check(answer: &str, expect: Result<(u16, &str), &str>) {
+    fn check(answer: &str, expect: Result<(u16, &str), Broken>) {
         let split = split_answer(answer.as_bytes());
         assert_eq!(
             split,
@@ -396,16 +419,22 @@ mod tests {
 
     #[test]
     fn foreign_answers_are_errors() {
-        check("", Err("no HTTP head"));
-        check("SSH-2.0-x\r\n\r\n", Err("not HTTP/1.1"));
-        check("HTTP/1.1 abc\r\n\r\n", Err("no HTTP status"));
-        check(
-            "HTTP/1.1 200 OK\r\ncontent-length: 9\r\n\r\n{}",
-            Err("the answer was cut off"),
-        );
+        let foreign = |what| Err(Broken::Foreign(what));
+        check("SSH-2.0-x\r\n\r\n", foreign("not HTTP/1.1"));
+        check("HTTP/1.1 abc\r\n\r\n", foreign("no HTTP status"));
         check(
             "HTTP/1.1 200 OK\r\ncontent-length: x\r\n\r\n{}",
-            Err("bad content length"),
+            foreign("bad content length"),
+        );
+    }
+
+    #[test]
+    fn an_answer_without_its_end_was_cut_off() {
+        check("", Err(Broken::CutOff));
+        check("HTTP/1.1 200 OK\r\ncontent-le", Err(Broken::CutOff));
+        check(
+            "HTTP/1.1 200 OK\r\ncontent-length: 9\r\n\r\n{}",
+            Err(Broken::CutOff),
         );
     }
 

@@ -38,9 +38,9 @@ pub struct MigrationStatus {
     pub streams_in_use: u8,
     /// Push streams that are open, or will be on the next connection.
     pub streams_open: u8,
-    /// Payload rate as delivered.
+    /// Payload rate of the rounds as delivered, until the switch.
     pub bandwidth: Option<BytesPerSecond>,
-    /// Downtime if the guest were paused now.
+    /// Downtime if the guest were paused now, until it is.
     pub predicted_downtime: Option<Duration>,
     /// Since the request.
     pub elapsed: Duration,
@@ -80,9 +80,14 @@ impl MigrationStatus {
                 let dirtied = last.dirty_after.saturating_sub(last.deferred);
                 PagesPerSecond::measured(dirtied, last.time)
             });
-        let time_left = progress
-            .bandwidth
-            .and_then(|rate| rate.time_for(remaining_pages.bytes()));
+        // Of the next switch, and of rounds: afterwards there is neither.
+        let is_copying = matches!(
+            source.stage(),
+            Stage::Preparing | Stage::Copying | Stage::Paused
+        );
+        let bandwidth = progress.bandwidth.filter(|_| is_copying);
+        let predicted_downtime = progress.predicted_downtime().filter(|_| is_copying);
+        let time_left = bandwidth.and_then(|rate| rate.time_for(remaining_pages.bytes()));
         Self {
             id: report.id,
             mode: source.mode(),
@@ -97,18 +102,14 @@ impl MigrationStatus {
             throttle: source.throttle(),
             streams_in_use: source.streams_in_use(),
             streams_open: source.streams_open(),
-            bandwidth: progress.bandwidth,
-            predicted_downtime: progress.predicted_downtime(),
+            bandwidth,
+            predicted_downtime,
             elapsed: if report.outcome.is_some() {
                 report.eviction
             } else {
                 elapsed
             },
-            time_left: if report.outcome.is_some() {
-                None
-            } else {
-                time_left
-            },
+            time_left,
             // A target that was asked and has answered leaves nothing open.
             unresolved: unresolved.filter(|_| source.stage() == Stage::Unresolved),
             limits: *source.limits(),
