@@ -304,6 +304,12 @@ fn a_disk_that_becomes_full_costs_no_guest() {
     let info = b.client().vm(VM).expect("it is there");
     assert_eq!(info.state, VmState::Running, "{info:?}");
     assert!(info.missing_pages > 0, "{info:?}");
+    let listed = info.residual_dependency.expect("pages are missing");
+    for told in ["a disk takes nothing", "disk.raw: No space left on device"] {
+        assert!(listed.contains(told), "{listed}");
+    }
+    let stuck = || b.client().incoming().expect("it answers")[0].stuck.clone();
+    assert!(stuck().is_some_and(|stuck| stuck.contains("takes nothing")));
     fs::remove_file(&filler).expect("it can be removed");
     assert_completed(&end(a, &id));
     assert!(b.log().contains("takes what is written again"));

@@ -139,7 +139,7 @@ fn a_disk_that_the_target_lacks_is_an_error_before_the_guest_is_touched() {
     let disk = bed.disk();
     bed.run(&disk, false);
     fs::rename(&disk, bed.place.path().join("moved.raw")).expect("it can be renamed");
-    bed.check_refused("disk.raw cannot be used");
+    bed.check_refused("disk.raw is not here");
 }
 
 #[test]

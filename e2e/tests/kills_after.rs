@@ -18,7 +18,7 @@ use limosa_e2e::strike::{
 };
 use limosa_e2e::{VM, guest, has_kvm};
 use limosa_engine::policy::Mode;
-use limosa_host::api::VmState;
+use limosa_host::api::{ErrorKind, ResolveWord, VmState};
 use std::fmt;
 
 /// Where the guest is to be found at last.
@@ -354,4 +354,28 @@ fn who_misses_pages_is_told_from_who_does_not() {
     assert_eq!(vm.missing_pages, 0, "{vm:?}");
     assert_eq!(vm.residual_dependency, None, "{vm:?}");
     held.assert_has_moved();
+}
+
+#[test]
+fn a_guest_whose_source_is_there_is_given_up_by_stopping_it() {
+    if !has_kvm() {
+        return;
+    }
+    let _place = limosa_e2e::cases::Places::one();
+    let held = Held::at(SERVING, Manner::Of(Mode::Demand));
+    let b = held.pair.b.client();
+    let arriving = b.incoming().expect("it answers");
+    assert!(arriving.iter().all(|one| one.is_connected), "{arriving:?}");
+    let refused = b.resolve(&held.id, ResolveWord::Gone);
+    let refused = refused.expect_err("its source has what is missing");
+    assert_eq!(refused.kind(), Some(ErrorKind::Conflict), "{refused}");
+    assert!(refused.to_string().contains("is connected"), "{refused}");
+    b.stop(VM, false).expect("it is there");
+    held.release();
+    let report = held.end();
+    assert_lost(&report);
+    let reason = report.reason.expect("a loss has a reason");
+    assert!(reason.contains("it was stopped at the target"), "{reason}");
+    remove_ended(&held.pair.a);
+    held.assert_can_begin_anew();
 }

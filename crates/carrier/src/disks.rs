@@ -19,7 +19,7 @@ use limosa_pages::{
 };
 use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::Duration;
 
@@ -44,6 +44,8 @@ pub(crate) struct Disks {
     /// Held while missing pages are put in, each for some of them: what comes twice must not be written when the guest
     /// has it, and a page that is waited for does not stand behind another's write.
     installing: [Mutex<Option<DiskBuffer>>; LOCKS],
+    /// What is told of a disk that takes nothing, while it does not.
+    stuck: Mutex<Option<String>>,
     /// Nobody waits for missing pages any more.
     is_over: AtomicBool,
 }
@@ -73,6 +75,11 @@ fn aligned_parts(range: PageRange) -> impl Iterator<Item = PageRange> {
         next = end.min((first / PART_PAGES + 1) * PART_PAGES);
         (first < next).then(|| PageRange::new(Pfn::new(first), PageCount::new(next - first)))
     })
+}
+
+/// The same error, which says of which disk.
+fn named(disk: &Disk, error: io::Error) -> io::Error {
+    io::Error::new(error.kind(), format!("{}: {error}", disk.path().display()))
 }
 
 /// Pages in a row, and what is in them.
@@ -113,6 +120,7 @@ impl Disks {
             missing: None,
             missing_count: AtomicU64::new(0),
             installing: Default::default(),
+            stuck: Mutex::default(),
             is_over: AtomicBool::new(false),
         }
     }
@@ -128,6 +136,7 @@ impl Disks {
             missing_count: AtomicU64::new(missing.count().get()),
             missing: Some(missing),
             installing: Default::default(),
+            stuck: Mutex::default(),
             is_over: AtomicBool::new(false),
         })
     }
@@ -228,7 +237,8 @@ impl Disks {
         let (disk, _, offset, len) = self.place(range)?;
         let bytes = part(range, into)?;
         let (content, beyond) = bytes.split_at_mut(usize::try_from(len).unwrap_or(usize::MAX));
-        disk.read_at(content, offset)?;
+        let read = disk.read_at(content, offset);
+        read.map_err(|error| named(disk, error))?;
         beyond.fill(0);
         Ok(Content { range, bytes })
     }
@@ -237,18 +247,20 @@ impl Disks {
     pub(crate) fn write(&self, range: PageRange, from: &mut DiskBuffer) -> io::Result<()> {
         let (disk, _, offset, len) = self.place(range)?;
         let bytes = part(range, from)?;
-        disk.write_at(&bytes[..usize::try_from(len).unwrap_or(usize::MAX)], offset)
+        let written = disk.write_at(&bytes[..usize::try_from(len).unwrap_or(usize::MAX)], offset);
+        written.map_err(|error| named(disk, error))
     }
 
     /// Makes pages of one disk zeroes, and gives back their room where its file system can.
     pub(crate) fn zero(&self, range: PageRange) -> io::Result<()> {
         let (disk, _, offset, len) = self.place(range)?;
-        match disk.punch(offset, len) {
+        let zeroed = match disk.punch(offset, len) {
             Err(error) if error.kind() == io::ErrorKind::Unsupported => {
                 disk.write_zeroes(offset, len)
             }
             other => other,
-        }
+        };
+        zeroed.map_err(|error| named(disk, error))
     }
 
     /// How many pages have not come.
@@ -305,11 +317,11 @@ impl Disks {
             let mut buffer = buffer.unwrap_or_else(PoisonError::into_inner);
             for run in missing.runs_in(part) {
                 match content {
-                    None => self.patiently(run, || self.zero(run))?,
+                    None => self.patiently(|| self.zero(run))?,
                     Some(content) => {
                         let buffer = buffer.get_or_insert_with(self::buffer);
                         self::part(run, buffer)?.copy_from_slice(content.of(run));
-                        self.patiently(run, || self.write(run, buffer))?;
+                        self.patiently(|| self.write(run, buffer))?;
                     }
                 }
                 installed = installed.saturating_add(self.arrived(missing, run));
@@ -320,28 +332,19 @@ impl Disks {
 
     /// Writes to a disk until it takes it: the guest runs here and can go nowhere else, and what it waits for is not
     /// lost as long as its source has it. Somebody may make room, or mend the way to the disk.
-    fn patiently(
-        &self,
-        range: PageRange,
-        mut write: impl FnMut() -> io::Result<()>,
-    ) -> io::Result<()> {
+    fn patiently(&self, mut write: impl FnMut() -> io::Result<()>) -> io::Result<()> {
         let mut tries = 0_u64;
         loop {
             let error = match write() {
-                Ok(()) if tries > 0 => {
-                    tracing::info!(tries, "a disk that came along takes what is written again");
-                    return Ok(());
-                }
-                Ok(()) => return Ok(()),
+                Ok(()) => break,
                 Err(error) => error,
             };
             if self.is_over.load(Ordering::SeqCst) {
                 return Err(error);
             }
+            *self.stuck_lock() = Some(format!("a disk takes nothing: {error}"));
             if tries.is_multiple_of(TRIES_TOLD) {
-                let disk = self.place(range)?.0.path();
                 tracing::error!(
-                    ?disk,
                     %error,
                     "a disk that came along takes nothing: its guest waits until it does, free some space or mend it"
                 );
@@ -349,6 +352,21 @@ impl Disks {
             tries += 1;
             thread::sleep(TRY_AGAIN);
         }
+        if tries > 0 {
+            // Another one that waits says so again.
+            *self.stuck_lock() = None;
+            tracing::info!(tries, "a disk that came along takes what is written again");
+        }
+        Ok(())
+    }
+
+    fn stuck_lock(&self) -> MutexGuard<'_, Option<String>> {
+        self.stuck.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Which disk takes nothing that has come, and why, as long as that is so.
+    pub(crate) fn stuck(&self) -> Option<String> {
+        self.stuck_lock().clone()
     }
 
     /// Errors of disks are final from now on: nobody waits for missing pages any more.
@@ -381,7 +399,8 @@ impl Disks {
 
     /// Returns when all that was written will outlive a loss of power.
     pub(crate) fn flush(&self) -> io::Result<()> {
-        self.disks.iter().try_for_each(Disk::flush)
+        let flush = |disk: &Disk| disk.flush().map_err(|error| named(disk, error));
+        self.disks.iter().try_for_each(flush)
     }
 
     /// Where pages of one disk are: the disk, its first page, and the bytes in it.

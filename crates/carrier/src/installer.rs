@@ -124,6 +124,11 @@ impl Installer {
         self.disks.give_up();
     }
 
+    /// Why what has come cannot be put in, as long as that is so.
+    pub(crate) fn stuck(&self) -> Option<String> {
+        self.disks.stuck()
+    }
+
     /// Returns when what was put onto disks is safe there.
     pub(crate) fn flush(&self) -> Result<(), InstallError> {
         self.disks.flush().map_err(on_disk)

@@ -94,6 +94,10 @@ pub struct IncomingStatus {
     pub bytes_received: u64,
     /// The guest was told to run here.
     pub is_committed: bool,
+    /// The source is there.
+    pub is_connected: bool,
+    /// Why pages that have come cannot be put in place, as long as that is so.
+    pub stuck: Option<String>,
 }
 
 /// Accepts migrations from other hosts.
@@ -183,9 +187,9 @@ impl Listener {
         }
     }
 
-    /// Says that the source of a guest that misses pages will never come back; true if there is such
-    /// a guest. It is lost, then: it stands at the first page that it misses.
-    pub fn source_is_gone(&self, id: MigrationId, reason: &str) -> bool {
+    /// Says that a guest that misses pages will never get them; true if there is such a guest. It is lost, then:
+    /// it stands at the first page that it misses, and its source is told the reason if it is there.
+    pub fn give_up(&self, id: MigrationId, reason: &str) -> bool {
         self.shared.source_is_gone(id, reason)
     }
 

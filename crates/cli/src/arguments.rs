@@ -472,7 +472,8 @@ At the source, for a migration that is unresolved:
 
 At the target, for a guest that runs there and misses pages:
   --gone       You answer for it that its source will never come back. The guest is given up and its
-               process ended, since without those pages it cannot go on.
+               process ended, since without those pages it cannot go on. Refused while its source
+               is connected: 'limosa stop' ends the guest then, and tells the source.
   --runs-here  Is refused: it runs there, but not without the pages that its source has.")]
 #[command(group(clap::ArgGroup::new("word").required(true).args(["runs_here", "gone"])))]
 pub(crate) struct Resolve {

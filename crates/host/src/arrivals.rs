@@ -23,6 +23,7 @@ pub struct Arrivals(pub Arc<Host>);
 impl TargetHost for Arrivals {
     fn create(&self, id: MigrationId, start: &Start) -> Result<Arc<dyn Guest>, String> {
         let host = &self.0;
+        host.check_not_ending().map_err(|refusal| refusal.message)?;
         if host.ledger().look_up(id).is_some() {
             return Err("this migration has ended before: start a new one".to_owned());
         }

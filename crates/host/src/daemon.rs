@@ -22,7 +22,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::Duration;
 use tokio::net::UnixListener;
-use tokio::signal::unix::{SignalKind, signal};
+use tokio::signal::unix::{Signal, SignalKind, signal};
 
 /// Where other hosts reach a daemon when nothing is said.
 pub const LISTEN: &str = "127.0.0.1:7070";
@@ -55,6 +55,7 @@ pub struct Options {
 pub fn serve(options: &Options) -> Result<()> {
     // What one guest needed is not kept for the next.
     limosa_os::process::return_freed_blocks();
+    tell_what_is_not_there(&options.lent);
     let credentials = credentials(options)?;
     let state = StateDir::open(&options.state_dir)?;
     let socket = state.host_socket();
@@ -83,6 +84,7 @@ pub fn serve(options: &Options) -> Result<()> {
     let watcher = look_around(&host, &is_over)?;
     let served = runtime.block_on(async {
         let control = listen_privately(&socket)?;
+        let signals = Signals::catch()?;
         let vms = host.vms().len();
         let hosts = if options.tls.is_some() {
             "hosts with certificates"
@@ -95,12 +97,9 @@ pub fn serve(options: &Options) -> Result<()> {
             socket.display()
         );
         let router = http::router(Arc::clone(&host));
-        let mut terminate = signal(SignalKind::terminate())?;
-        let mut interrupt = signal(SignalKind::interrupt())?;
         tokio::select! {
             served = axum::serve(control, router) => served.context("the control interface broke"),
-            _ = terminate.recv() => wind_down(&host, &mut terminate, &mut interrupt).await,
-            _ = interrupt.recv() => wind_down(&host, &mut terminate, &mut interrupt).await,
+            stopped = stop(&host, signals) => stopped,
         }
     });
     is_over.store(true, Ordering::SeqCst);
@@ -123,6 +122,16 @@ pub fn serve(options: &Options) -> Result<()> {
     served
 }
 
+/// What is lent may come later, and may be a slip of the pen.
+fn tell_what_is_not_there(lent: &Lent) {
+    for disk in lent.disks.iter().filter(|disk| !disk.exists()) {
+        eprintln!(
+            "{} is lent and not there: nothing arrives with it until it is",
+            disk.display()
+        );
+    }
+}
+
 /// How other hosts are met: on a network with certificates, or at the operator's word.
 fn credentials(options: &Options) -> Result<Option<Arc<Credentials>>> {
     let is_safe = options.listen.ip().is_loopback() || options.tls.is_some();
@@ -138,19 +147,48 @@ fn credentials(options: &Options) -> Result<Option<Arc<Credentials>>> {
     Ok(credentials.transpose()?.map(Arc::new))
 }
 
-/// Ends what can be ended while the control interface is silent; a second signal cuts it short.
-async fn wind_down(
-    host: &Arc<Host>,
-    terminate: &mut tokio::signal::unix::Signal,
-    interrupt: &mut tokio::signal::unix::Signal,
-) -> Result<()> {
+/// What tells a daemon to end.
+struct Signals {
+    terminate: Signal,
+    interrupt: Signal,
+}
+
+impl Signals {
+    /// From now on they do not end the program.
+    fn catch() -> std::io::Result<Self> {
+        Ok(Self {
+            terminate: signal(SignalKind::terminate())?,
+            interrupt: signal(SignalKind::interrupt())?,
+        })
+    }
+
+    /// Waits for one.
+    async fn next(&mut self) {
+        tokio::select! {
+            _ = self.terminate.recv() => {}
+            _ = self.interrupt.recv() => {}
+        }
+    }
+}
+
+/// Waits for a signal, then ends what can be ended; a second signal cuts it short. Questions are answered
+/// meanwhile.
+async fn stop(host: &Arc<Host>, mut signals: Signals) -> Result<()> {
+    signals.next().await;
     tracing::info!("asked to stop");
+    let under_way = host.under_way();
+    if under_way > 0 {
+        eprintln!(
+            "asked to stop, with migrations under way ({under_way}): they are aborted where that is \
+             possible, the others are waited for, at most {} s; a second signal ends at once",
+            WIND_DOWN_MAX.as_secs()
+        );
+    }
     let worker = Arc::clone(host);
     let ending = tokio::task::spawn_blocking(move || worker.wind_down(WIND_DOWN_MAX));
     let left = tokio::select! {
         left = ending => left.context("winding down failed")?,
-        _ = terminate.recv() => 1,
-        _ = interrupt.recv() => 1,
+        () = signals.next() => 1,
     };
     if left > 0 {
         eprintln!(

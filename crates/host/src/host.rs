@@ -28,6 +28,7 @@ use limosa_carrier::{Credentials, IncomingStatus, Listener, Migration};
 use limosa_engine::policy::Mode;
 use limosa_engine::source::Stage;
 use std::net::SocketAddr;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -48,6 +49,7 @@ pub struct Host {
     new_disks: NewDisks,
     credentials: Option<Arc<Credentials>>,
     peers: OnceLock<Listener>,
+    is_ending: AtomicBool,
 }
 
 impl Host {
@@ -70,6 +72,7 @@ impl Host {
             ledger: Mutex::new(ledger),
             credentials,
             peers: OnceLock::new(),
+            is_ending: AtomicBool::new(false),
         })
     }
 
@@ -149,13 +152,32 @@ impl Host {
             pages_received: status.pages_received,
             bytes_received: status.bytes_received,
             is_committed: status.is_committed,
+            is_connected: status.is_connected,
+            stuck: status.stuck,
         };
         incoming.into_iter().map(info).collect()
+    }
+
+    /// How many migrations, to this host or away from it, are not over.
+    pub fn under_way(&self) -> usize {
+        let leaving = self.migrations_lock().all_running().len();
+        leaving + self.incoming().len()
+    }
+
+    /// No migration begins here any more.
+    pub(crate) fn check_not_ending(&self) -> Result<(), Refusal> {
+        if self.is_ending.load(Ordering::SeqCst) {
+            return Err(Refusal::conflict(
+                "this daemon is about to end: start another one on its state directory first",
+            ));
+        }
+        Ok(())
     }
 
     /// Ends migrations that can still be ended and waits for the others, at most `patience`; how
     /// many are left then. Virtual machines stay.
     pub fn wind_down(&self, patience: Duration) -> usize {
+        self.is_ending.store(true, Ordering::SeqCst);
         let until = Instant::now() + patience;
         let running = self.migrations_lock().all_running();
         for migration in &running {

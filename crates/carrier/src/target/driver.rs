@@ -184,6 +184,7 @@ impl Driver {
             TargetAction::ServeFaults => self.serve_faults(),
             TargetAction::Detach => {
                 self.control = None;
+                self.session.inside().is_connected = false;
                 self.detach_streams();
             }
             TargetAction::Reconcile { streams } => self.reconcile(streams),

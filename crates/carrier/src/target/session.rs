@@ -48,6 +48,8 @@ pub(super) type Generation = u32;
 pub(super) struct Inside {
     /// Where the source is, once it has come.
     from: Option<SocketAddr>,
+    /// It is there.
+    pub(super) is_connected: bool,
     pub(super) generation: Generation,
     /// Streams that have come, and for what.
     pub(super) streams: Vec<Stream>,
@@ -89,6 +91,7 @@ impl Session {
         let engine = Target::new(id, limosa_os::boot_id(), now());
         let inside = Inside {
             from: Some(from),
+            is_connected: true,
             generation,
             ..Inside::default()
         };
@@ -146,18 +149,19 @@ impl Session {
 
     pub(super) fn status(&self) -> IncomingStatus {
         let inside = self.inside();
-        let count = |of: fn(&receiver::Shared) -> u64| inside.pages.as_deref().map_or(0, of);
+        let pages = inside.pages.as_deref();
+        let count = |of: fn(&receiver::Shared) -> u64| pages.map_or(0, of);
+        let faults = pages.and_then(|pages| pages.faults.as_ref());
+        let installer = faults.map(|faults| faults.installer());
         IncomingStatus {
             id: self.id,
             from: inside.from,
-            missing_pages: inside
-                .pages
-                .as_deref()
-                .and_then(|pages| pages.faults.as_ref())
-                .map_or(0, |faults| faults.installer().missing_count().get()),
+            missing_pages: installer.map_or(0, |installer| installer.missing_count().get()),
             pages_received: count(|pages| pages.pages_received.load(Ordering::Relaxed)),
             bytes_received: count(|pages| pages.bytes_received.load(Ordering::Relaxed)),
             is_committed: self.committed.load(Ordering::SeqCst),
+            is_connected: inside.is_connected,
+            stuck: installer.and_then(|installer| installer.stuck()),
         }
     }
 
@@ -187,6 +191,7 @@ impl Session {
         }
         let mut inside = self.inside();
         inside.from = Some(from);
+        inside.is_connected = true;
         inside.generation = generation;
         inside
             .streams

@@ -298,6 +298,13 @@ fn outgoing_row(info: &MigrationInfo) -> [String; 8] {
 }
 
 fn incoming_row(info: &IncomingInfo) -> [String; 5] {
+    let alone = if info.is_connected {
+        ""
+    } else {
+        ", its source is not connected"
+    };
+    let stuck = info.stuck.as_ref();
+    let stuck = stuck.map_or_else(String::new, |stuck| format!(", {stuck}"));
     [
         short(&info.id).to_owned(),
         info.from.clone().unwrap_or_else(|| "-".to_owned()),
@@ -306,7 +313,9 @@ fn incoming_row(info: &IncomingInfo) -> [String; 5] {
         match (info.is_committed, info.missing_pages) {
             (false, _) => "arriving".to_owned(),
             (true, 0) => "committed".to_owned(),
-            (true, missing) => format!("runs here, {} pages missing", count(missing)),
+            (true, missing) => {
+                format!("runs here, {} pages missing{alone}{stuck}", count(missing))
+            }
         },
     ]
 }

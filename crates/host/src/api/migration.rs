@@ -303,13 +303,13 @@ pub struct MigrationInfo {
     pub streams_in_use: u8,
     /// Push streams that are open: at most so many can be used.
     pub streams_open: u8,
-    /// Bytes a second, as delivered to the target.
+    /// Bytes a second of the rounds, as delivered to the target; `null` when they are over.
     pub bandwidth: Option<u64>,
-    /// Downtime if the guest were paused now.
+    /// Downtime if the guest were paused now; `null` when it was.
     pub predicted_downtime_ms: Option<f64>,
     /// Since it was asked for.
     pub elapsed_ms: f64,
-    /// Until it is over, as far as can be told.
+    /// Until this round is over; `null` after the rounds.
     pub time_left_ms: Option<f64>,
     /// Why it is not known on which side the guest runs, while that is so.
     pub unresolved: Option<String>,
@@ -499,6 +499,11 @@ pub struct IncomingInfo {
     pub id: String,
     /// The source's address; `null` after a restart of this daemon until it has come back.
     pub from: Option<String>,
+    /// The source is there: pages may come.
+    pub is_connected: bool,
+    /// What keeps pages that have come from being put in place, as long as it does: a disk of the guest's that
+    /// cannot be written. It is tried again and again, and the guest waits.
+    pub stuck: Option<String>,
     /// Pages that the guest, which runs here, misses.
     pub missing_pages: u64,
     /// Pages received so far.

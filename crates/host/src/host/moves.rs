@@ -30,6 +30,7 @@ impl Host {
         let name = parse_name(name)?;
         let limits = body.limits().map_err(Refusal::bad_request)?;
         self.check_peer(&body.to, body.insecure)?;
+        self.check_not_ending()?;
         let vm = self.registry().begin_leaving(&name)?;
         let started = self
             .confirm(&vm)
@@ -244,16 +245,7 @@ impl Host {
                 )))
             }
             (Some((name, Hold::Filling { .. })), ResolveWord::Gone) => {
-                let reason = "the operator said that its source will not come back";
-                let peers = self.peers.get();
-                if !peers.is_some_and(|peers| peers.source_is_gone(id, reason)) {
-                    return Err(Refusal::conflict(format!(
-                        "VM '{name}' misses no pages any more, or nobody waits for them: nothing is \
-                         decided"
-                    )));
-                }
-                tracing::warn!(migration_id = %id, vm = %name, "the operator gave the guest up");
-                Ok(())
+                self.give_up_arrival(id, &name)
             }
             (Some((name, _)), _) => Err(Refusal::conflict(format!(
                 "VM '{name}' runs here with all its pages: there is nothing to decide"
@@ -261,6 +253,29 @@ impl Host {
             // Over, or never known: which of them, the refusal says.
             (None, _) => known.and_then(|_| self.running_migration(id)).map(drop),
         }
+    }
+
+    /// The operator says that the source of a guest that misses pages will not come back.
+    fn give_up_arrival(&self, id: MigrationId, name: &VmName) -> Result<(), Refusal> {
+        let undecided = || {
+            Refusal::conflict(format!(
+                "VM '{name}' misses no pages any more, or nobody waits for them: nothing is decided"
+            ))
+        };
+        let peers = self.peers.get().ok_or_else(undecided)?;
+        let mut incoming = peers.incoming().into_iter();
+        let source = incoming.find(|one| one.id == id && one.is_connected);
+        if let Some(from) = source.and_then(|source| source.from) {
+            return Err(Refusal::conflict(format!(
+                "the source of VM '{name}', {from}, is connected and has what is missing: 'limosa \
+                 drain {name}' there sends it, or 'limosa stop {name}' here ends the guest"
+            )));
+        }
+        if !peers.give_up(id, "the operator said that its source will not come back") {
+            return Err(undecided());
+        }
+        tracing::warn!(migration_id = %id, vm = %name, "the operator gave the guest up");
+        Ok(())
     }
 
     /// Aborts a migration.

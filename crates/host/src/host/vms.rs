@@ -137,12 +137,14 @@ impl Host {
                 .map_or(0, |installer| installer.missing_count().get()),
         };
         let missing = pages(info.missing_pages);
-        let place = match session.and_then(|status| status.from) {
+        let place = match session.as_ref().and_then(|status| status.from) {
             Some(from) => format!("at its source, {}", from.ip()),
             None => "at its source, which has not come back yet".to_owned(),
         };
+        let stuck = session.and_then(|status| status.stuck);
+        let stuck = stuck.map_or_else(String::new, |stuck| format!(", and {stuck}"));
         info.residual_dependency = Some(format!(
-            "running with residual dependency: {missing} are still {place}"
+            "running with residual dependency: {missing} are still {place}{stuck}"
         ));
     }
 
@@ -227,8 +229,9 @@ impl Host {
             self.registry().remove(&name);
             return Ok(());
         };
+        let is_lost = self.tell_source_of_stop(vm.hold);
         if let Err(error) = vm.machine.stop() {
-            if !force && vm.machine.ended().is_none() {
+            if !force && !is_lost && vm.machine.ended().is_none() {
                 self.registry().put_back(&name, slot);
                 return Err(Refusal::failed(format!(
                     "VM '{name}' does not stop ({error}): 'limosa stop --force {name}' kills it"
@@ -240,6 +243,16 @@ impl Host {
         self.registry().remove(&name);
         tracing::info!(vm = %name, "stopped");
         Ok(())
+    }
+
+    /// Before a guest that misses pages is stopped: its source learns why it needs no more. True if it does.
+    fn tell_source_of_stop(&self, hold: Hold) -> bool {
+        let Hold::Filling { id } = hold else {
+            return false;
+        };
+        let reason = "it was stopped at the target before all its pages were there";
+        let peers = self.peers.get();
+        peers.is_some_and(|peers| peers.give_up(id, reason))
     }
 
     /// Sees to it that no migration holds a virtual machine.

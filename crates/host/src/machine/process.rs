@@ -175,6 +175,7 @@ impl Machines for Processes {
             differences.extend(new_disks::in_the_way(&new_disks));
             config.disks.clear();
         }
+        differences.extend(preflight::take_missing_disks(&mut config));
         differences.extend(config.differences().iter().map(ToString::to_string));
         differences.extend(ensure_memory(shape(&config)).err());
         Ok(Described {

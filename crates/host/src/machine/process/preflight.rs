@@ -5,6 +5,7 @@ use crate::machine::Shape;
 use crate::state_dir::VmName;
 use limosa_pages::ByteCount;
 use limosa_vmm::LinuxImage;
+use limosa_vmm::config::VmConfig;
 use limosa_vmm::config::devices::{DiskConfig, Mac, NetworkConfig};
 use std::borrow::Cow;
 use std::fs::{self, File};
@@ -51,6 +52,22 @@ pub fn disks(linux: &LinuxSpec) -> Vec<DiskConfig> {
         bytes: None,
     };
     linux.disks.iter().map(disk).collect()
+}
+
+/// Takes the disks out of a machine that are not here; each in words.
+pub fn take_missing_disks(config: &mut VmConfig) -> Vec<String> {
+    let is_there = |disk: &DiskConfig| {
+        let error = fs::metadata(&disk.path).err();
+        error.is_none_or(|error| error.kind() != io::ErrorKind::NotFound)
+    };
+    let missing = config.disks.extract_if(.., |disk| !is_there(disk));
+    let text = |disk: DiskConfig| {
+        format!(
+            "disk {} is not here: 'limosa migrate --copy-disks' brings along what hosts do not share",
+            disk.path
+        )
+    };
+    missing.map(text).collect()
 }
 
 /// The networks that it names, each with an address.
