@@ -29,6 +29,9 @@ use limosa_pages::{PageCount, PageRange, Pfn};
 const PIECE_PAGES: u64 = 2048;
 /// Longest range of a piece, in pages: clearing it holds KVM's lock for well below a millisecond.
 const PIECE_RANGE_MAX: u64 = 16_384;
+/// Pages of a piece that is only told, in a range as long: at most 16 KiB on the wire, and few pieces while the guest
+/// is paused.
+const TOLD_PAGES: u64 = 131_072;
 /// Pieces that a stream may have waiting: one being sent and one to go on with.
 const QUEUED_MAX: u32 = 2;
 
@@ -50,6 +53,16 @@ enum Kind {
     Last,
     Stale,
     Push,
+}
+
+impl Kind {
+    /// Pages to send of a piece, about, and its longest range.
+    const fn piece_max(self) -> (u64, u64) {
+        match self {
+            Self::Stale => (TOLD_PAGES, TOLD_PAGES),
+            Self::Live | Self::Last | Self::Push => (PIECE_PAGES, PIECE_RANGE_MAX),
+        }
+    }
 }
 
 impl Step {
@@ -102,7 +115,7 @@ impl Round {
     /// A round that goes out while the guest runs. Round 0 clears every page, existing or not:
     /// what comes into being later must be seen.
     pub(super) fn live(number: u32, dirty: &[u32], config: &SourceConfig, now: Timestamp) -> Self {
-        let pieces = cut(number, dirty, config, number == 0);
+        let pieces = cut(number, dirty, config, number == 0, Kind::Live);
         Self::new(number, dirty, config, now, pieces, Kind::Live)
     }
 
@@ -140,7 +153,7 @@ impl Round {
         now: Timestamp,
         kind: Kind,
     ) -> Self {
-        let pieces = cut(number, dirty, config, false);
+        let pieces = cut(number, dirty, config, false, kind);
         let mut round = Self::new(number, dirty, config, now, pieces, kind);
         round.ready = core::mem::take(&mut round.waiting);
         round
@@ -324,10 +337,17 @@ impl Round {
     }
 }
 
-/// Cuts the guest's memory, and disks that are copied along, into pieces that hold about [`PIECE_PAGES`] pages
-/// to send each. A piece is of memory, or of one disk. With `everything`, chunks without a page to send
+/// Cuts the guest's memory, and disks that are copied along, into pieces of a size that suits what is done with
+/// them. A piece is of memory, or of one disk. With `everything`, chunks without a page to send
 /// are in a piece too.
-fn cut(round: u32, dirty: &[u32], config: &SourceConfig, everything: bool) -> VecDeque<Piece> {
+fn cut(
+    round: u32,
+    dirty: &[u32],
+    config: &SourceConfig,
+    everything: bool,
+    kind: Kind,
+) -> VecDeque<Piece> {
+    let (pages_max, range_max) = kind.piece_max();
     let chunk = config.chunk.get();
     let numbering = config.numbering().expect("disks of a possible size");
     let is_disk = |first: u64| {
@@ -360,8 +380,8 @@ fn cut(round: u32, dirty: &[u32], config: &SourceConfig, everything: bool) -> Ve
     let mut start = 0;
     for &count in dirty {
         if let Some((first, pages)) = open {
-            let is_full = pages + u64::from(count) > PIECE_PAGES;
-            if is_full || start + chunk - first > PIECE_RANGE_MAX || is_disk(start) {
+            let is_full = pages + u64::from(count) > pages_max;
+            if is_full || start + chunk - first > range_max || is_disk(start) {
                 close(&mut open, start);
             }
         }
@@ -393,13 +413,14 @@ mod tests {
         #[test]
         fn pieces_cover_what_is_dirty_and_nothing_twice(
             dirty in prop::collection::vec(prop_oneof![Just(0u32), 0..=512u32], 1..200), tail in 1..=512u64, bulk in any::<bool>(),
+            kind in prop_oneof![Just(Kind::Live), Just(Kind::Stale)],
         ) {
             let memory = (dirty.len() as u64 - 1) * 512 + tail;
-            let pieces = cut(0, &dirty, &config(memory, 512), bulk);
+            let pieces = cut(0, &dirty, &config(memory, 512), bulk, kind);
             let mut covered = 0;
             for piece in &pieces {
                 prop_assert!(piece.range.first.get() >= covered);
-                prop_assert!(piece.range.count.get() <= PIECE_RANGE_MAX.max(512));
+                prop_assert!(piece.range.count.get() <= kind.piece_max().1);
                 covered = piece.range.end().get();
                 prop_assert!(covered <= memory);
             }
@@ -422,7 +443,7 @@ mod tests {
         // They begin at 1024 and 1536, and end with 2 and 600 pages.
         config.disks = vec![disk(2), disk(600)];
         let text = |dirty: &[u32], everything| {
-            let pieces = cut(0, dirty, &config, everything);
+            let pieces = cut(0, dirty, &config, everything, Kind::Live);
             let pieces = pieces.iter().map(|piece| piece.range);
             let pieces = pieces.map(|range| format!("{}+{}", range.first.get(), range.count.get()));
             pieces.collect::<Vec<_>>().join(" ")
@@ -457,8 +478,10 @@ mod tests {
 
     #[test]
     fn what_is_missing_is_told_behind_barriers_and_pushed_without() {
-        let (dirty, config, now) = ([512; 9], config(9 * 512, 512), Timestamp::ZERO);
-        assert_eq!(steps(Round::stale(3, &dirty, &config, now, false)), "tttbb");
+        let (dirty, large, now) = ([512; 600], config(600 * 512, 512), Timestamp::ZERO);
+        assert_eq!(steps(Round::stale(3, &dirty, &large, now, false)), "tttbb");
+        let (dirty, config) = ([512; 9], config(9 * 512, 512));
+        assert_eq!(steps(Round::stale(3, &dirty, &config, now, false)), "tb");
         assert_eq!(steps(Round::stale(3, &[0; 9], &config, now, true)), "fb");
         assert_eq!(steps(Round::push(3, &dirty, &config, now)), "ppp");
     }
