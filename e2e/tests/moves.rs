@@ -195,6 +195,7 @@ fn memory_that_was_never_touched_costs_nothing() {
     for (from, to, mode) in [
         (&pair.a, &pair.b, Mode::StopAndCopy),
         (&pair.b, &pair.a, Mode::PreCopy),
+        (&pair.a, &pair.b, Mode::PostCopy),
     ] {
         let id = begin(from, to, mode);
         let mut most = [0; 2];

@@ -44,6 +44,9 @@ const PUSH_PAGES: u64 = 32;
 /// a few segments of the loopback (64 KiB) would wait for delayed acknowledgements.
 const PUSH_BUFFER_BYTES: usize = 384 << 10;
 
+/// Shorter holes are told among the pages around them.
+const HOLE_MIN: PageCount = PageCount::new(512);
+
 /// Coded bytes that wait to be written, at most about so many.
 const CODED_BYTES_MAX: usize = 256 << 10;
 
@@ -155,6 +158,7 @@ pub(crate) struct Shared {
 pub(crate) struct Unsent {
     pages: Mutex<PageSet>,
     chooser: Mutex<Chooser>,
+    has_begun: AtomicBool,
 }
 
 /// Starts the thread of stream `index`. It ends when the sender of orders is dropped or the socket
@@ -376,6 +380,9 @@ impl PushStream {
     fn push(&mut self, piece: Piece) -> Result<SentPiece, SendError> {
         let mut sent = SentPiece::default();
         let mut batch = Batch::default();
+        if self.unsent.is_first_push() {
+            self.tell_holes(&mut sent)?;
+        }
         // By another order than by address it may send what belongs to other pieces meanwhile: they
         // are the shorter for it, and all are empty in the end.
         while let Some(runs) = self.unsent.take(piece.range) {
@@ -392,6 +399,22 @@ impl PushStream {
             self.flush(&mut batch, &mut sent)?;
         }
         Ok(sent)
+    }
+
+    /// Tells the large holes of frozen memory, which are most of it where a guest has touched little, all at once and
+    /// not piece by piece among what is pushed.
+    fn tell_holes(&mut self, sent: &mut SentPiece) -> io::Result<()> {
+        let memory = PageRange::new(Pfn::new(0), self.shared.memory.page_count());
+        let existing = self.shared.all_existing()?;
+        let mut batch = Batch::default();
+        for hole in self.unsent.take_holes(memory, &existing) {
+            batch.push(PushHeader::Zeros(hole));
+            batch.pages -= hole.count.get();
+            if batch.is_full() {
+                self.flush(&mut batch, sent)?;
+            }
+        }
+        self.flush(&mut batch, sent)
     }
 
     /// Adds frozen pages to a batch. Pages that never existed are told, but do not count as sent.
@@ -579,6 +602,7 @@ impl Unsent {
         Self {
             pages: Mutex::new(PageSet::empty(memory)),
             chooser: Mutex::new(chooser),
+            has_begun: AtomicBool::new(false),
         }
     }
 
@@ -596,6 +620,22 @@ impl Unsent {
     pub(crate) fn asked_for(&self, range: PageRange) {
         self.lock().remove_range(range);
         self.chooser().asked_for(range);
+    }
+
+    /// True once: nothing has been pushed before.
+    fn is_first_push(&self) -> bool {
+        !self.has_begun.swap(true, Ordering::Relaxed)
+    }
+
+    /// Takes all long runs within `range` of which nothing exists.
+    fn take_holes(&self, range: PageRange, existing: &PageSet) -> Vec<PageRange> {
+        let mut unsent = self.lock();
+        let mut absent = unsent.clone();
+        absent.subtract(existing);
+        let holes = absent.runs_in(range);
+        let holes: Vec<PageRange> = holes.filter(|hole| hole.count >= HOLE_MIN).collect();
+        holes.iter().for_each(|&hole| unsent.remove_range(hole));
+        holes
     }
 
     /// Takes the next few pages while there are some within `range`.
@@ -716,5 +756,24 @@ mod tests {
         check(&[0, 1, 4], 6, "z0+2 p2+2 z4+1 p5+1");
         check(&[], 300, "p0+128 p128+128 p256+44");
         check(&(0..300).collect::<Vec<_>>(), 300, "z0+300");
+    }
+    #[test]
+    fn long_holes_are_taken_at_once_and_short_ones_stay() {
+        let (memory, all) = (PageCount::new(3000), PageCount::new(4000));
+        let range =
+            |first: u64, end: u64| PageRange::new(Pfn::new(first), PageCount::new(end - first));
+        let unsent = Unsent::new(all, Chooser::new(PushOrder::Address, Arc::default()));
+        unsent.lock().insert_range(range(0, 4000));
+        // Somebody asked for it.
+        unsent.lock().remove(Pfn::new(2400));
+        let mut existing = PageSet::empty(all);
+        existing.insert_range(range(600, 700));
+        existing.insert_range(range(1211, 1212));
+        assert!(unsent.is_first_push());
+        let holes = unsent.take_holes(range(0, memory.get()), &existing);
+        assert_eq!(holes, [range(0, 600), range(1212, 2400), range(2401, 3000)]);
+        let left: Vec<PageRange> = unsent.lock().runs().collect();
+        assert_eq!(left, [range(600, 1212), range(3000, 4000)]);
+        assert!(!unsent.is_first_push());
     }
 }

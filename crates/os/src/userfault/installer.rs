@@ -11,6 +11,9 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+/// Of fewer pages it takes longer to ask which exist than to read them.
+const ASKED_ABOUT_MIN: PageCount = PageCount::new(512);
+
 /// Why pages were not put in.
 #[derive(Debug, thiserror::Error)]
 pub enum InstallError {
@@ -138,17 +141,19 @@ impl PageInstaller {
             for (index, mask) in masks(range) {
                 self.claims[index].fetch_and(!mask, Ordering::SeqCst);
             }
-            for unit in self.units(range) {
-                let (word, bit) = place(unit);
-                self.shown[word].fetch_and(!bit, Ordering::SeqCst);
-            }
         }
         match self.memory.kind() {
             PageKind::Small => self
                 .memory
                 .punch(range)
                 .map_err(call("take pages away from the guest")),
-            PageKind::Huge => Ok(()),
+            PageKind::Huge => {
+                for unit in self.units(range) {
+                    let (word, bit) = place(unit);
+                    self.shown[word].fetch_and(!bit, Ordering::SeqCst);
+                }
+                Ok(())
+            }
         }
     }
 
@@ -255,7 +260,7 @@ impl PageInstaller {
         }
         let mut installed = 0;
         for run in self.claim(range) {
-            run.iter().try_for_each(|page| self.clear_page(page))?;
+            self.clear(run)?;
             installed += self.note_arrival(run).get();
             match self.memory.kind() {
                 PageKind::Small => self.wake(run)?,
@@ -356,6 +361,19 @@ impl PageInstaller {
             push_runs(&mut runs, index, wanted & !taken);
         }
         runs
+    }
+
+    /// Makes claimed pages zero, without making them exist. In long runs most of them never did: of these nothing
+    /// is read.
+    fn clear(&self, run: PageRange) -> Result<(), InstallError> {
+        let existing = if run.count < ASKED_ABOUT_MIN {
+            vec![run]
+        } else {
+            let existing = self.memory.data_extents(run);
+            existing.map_err(call("find pages"))?
+        };
+        let mut pages = existing.into_iter().flat_map(PageRange::iter);
+        pages.try_for_each(|page| self.clear_page(page))
     }
 
     /// Makes a claimed page zero, without making it exist.

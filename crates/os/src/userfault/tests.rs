@@ -342,6 +342,51 @@ fn huge_pages_are_written_and_continued() {
 
 /// A daemon has read a fault, written half a page on the path that allows it, and dies.
 #[test]
+fn a_long_run_of_zeros_makes_nothing() {
+    for (kind, path) in [
+        (PageKind::Small, FaultPath::Copy),
+        (PageKind::Small, FaultPath::Continue),
+        (PageKind::Huge, FaultPath::Continue),
+    ] {
+        let bed = match Bed::new(kind, path, 2048) {
+            Ok(bed) => bed,
+            Err(reason) => {
+                println!("skipped: {reason}");
+                continue;
+            }
+        };
+        let installer = bed.installer();
+        let numbers = [0, 5, 699, 700, 701, 2047];
+        for number in [5, 700, 701] {
+            let stale = page(number, 77);
+            bed.own.write_at(number * PAGE_SIZE, &stale).unwrap();
+        }
+        let all = PageRange::new(Pfn::new(0), PageCount::new(2048));
+        installer.mark_missing(all).unwrap();
+        bed.gate.unmap_pages().unwrap();
+        assert_eq!(installer.install_zeros(all).unwrap(), all.count);
+        installer.finish().unwrap();
+        let existing: u64 = bed
+            .own
+            .data_extents(all)
+            .unwrap()
+            .iter()
+            .map(|run| run.count.get())
+            .sum();
+        assert!(existing <= 1024, "{existing} pages exist");
+        for number in numbers {
+            assert!(installer.resolve(Pfn::new(number)).unwrap());
+        }
+        bed.gate.close().unwrap();
+        for number in numbers {
+            let mut found = [1; PAGE_SIZE_USIZE];
+            bed.own.read_page(Pfn::new(number), &mut found);
+            assert!(found == [0; PAGE_SIZE_USIZE], "page {number} is not zero");
+        }
+    }
+}
+
+#[test]
 fn the_next_daemon_finds_what_is_missing_and_whom_to_wake() {
     for path in [FaultPath::Copy, FaultPath::Continue] {
         let bed = match Bed::new(PageKind::Small, path, 200) {
