@@ -31,12 +31,13 @@ fn a_quota_holds_back_the_writer_and_a_share_both() {
         let (throttle, [writer, reader]) = kept_under_throttle(tracker);
         println!("{throttle:?}: the writer keeps {writer:.2} of its speed, the reader {reader:.2}");
         assert_eq!(throttle.kind, kind);
-        assert!(writer < 0.5, "the writer keeps {writer} of its speed");
+        // Whatever else this machine does slows both.
+        let favour = reader / writer;
         match kind {
             ThrottleKind::PerVcpu => {
-                assert!(reader > 0.5, "the reader keeps {reader} of its speed")
+                assert!(favour > 5.0, "the reader is held back, too: {favour}")
             }
-            ThrottleKind::Equal => assert!(reader < 0.6, "it keeps {reader} without a quota"),
+            ThrottleKind::Equal => assert!(favour < 3.0, "only the writer is held back: {favour}"),
         }
     }
 }

@@ -13,13 +13,17 @@ use crate::guest::{CommitError, Guest};
 use crate::{hold, receiver};
 use limosa_engine::Timestamp;
 use limosa_engine::journal::Machine;
-use limosa_engine::target::{Target, TargetAction, TargetEvent};
+use limosa_engine::target::{Target, TargetAction, TargetEvent, TargetOutcome};
 use limosa_engine::wire::{ControlFrame, Start};
 use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::thread;
+use std::time::{Duration, Instant};
+
+/// How long a source that is told of a loss may take to hear it.
+const LINGER_MAX: Duration = Duration::from_secs(1);
 
 /// Owns the engine of one arriving migration.
 pub(super) struct Driver {
@@ -34,6 +38,8 @@ pub(super) struct Driver {
     state: Vec<u8>,
     timer: Option<Timestamp>,
     finished: bool,
+    /// It ended with the loss of its guest.
+    is_lost: bool,
 }
 
 impl Driver {
@@ -54,6 +60,7 @@ impl Driver {
             state: Vec::new(),
             timer: None,
             finished: false,
+            is_lost: false,
         }
     }
 
@@ -84,6 +91,9 @@ impl Driver {
                 Err(RecvTimeoutError::Disconnected) => unreachable!("the session holds a sender"),
             }
         }
+        if self.is_lost {
+            self.linger();
+        }
         if let Some(control) = self.control.take() {
             control.close();
         }
@@ -97,6 +107,21 @@ impl Driver {
         inside.pages = None;
         drop(inside);
         self.session.changed.notify_all();
+    }
+
+    /// Gives the source time to hear why its guest is lost: it would take streams that are closed for a broken link,
+    /// and ask. It closes the connection when it has heard.
+    fn linger(&self) {
+        let until = Instant::now() + LINGER_MAX;
+        while self.control.is_some()
+            && let Ok(news) = self
+                .inbox
+                .recv_timeout(until.saturating_duration_since(Instant::now()))
+        {
+            if matches!(news, News::Of(_, TargetEvent::ConnectionLost { .. })) {
+                return;
+            }
+        }
     }
 
     fn take(&mut self, news: News) {
@@ -203,6 +228,7 @@ impl Driver {
             TargetAction::Finish(outcome) => {
                 tracing::info!(?outcome, "arriving migration ends");
                 self.host.finished(self.session.id, &outcome);
+                self.is_lost = matches!(outcome, TargetOutcome::Lost { .. });
                 self.finished = true;
             }
             TargetAction::Load { .. }

@@ -83,7 +83,9 @@ impl Program for Writer {
             chooser: Chooser::new(arguments.pattern, pages.len() as u64, vcpu.ticks, now),
             random: Random::new(arguments.seed, vcpu.index),
             limiter: Limiter::new(arguments.rate, vcpu.count, vcpu.ticks, now),
-            reads_percent: if u64::from(vcpu.index).saturating_add(arguments.readers) >= vcpu.count.into() {
+            reads_percent: if u64::from(vcpu.index).saturating_add(arguments.readers)
+                >= vcpu.count.into()
+            {
                 100
             } else {
                 arguments.reads_percent
