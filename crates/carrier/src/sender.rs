@@ -405,7 +405,8 @@ impl PushStream {
     /// not piece by piece among what is pushed.
     fn tell_holes(&mut self, sent: &mut SentPiece) -> io::Result<()> {
         let memory = PageRange::new(Pfn::new(0), self.shared.memory.page_count());
-        let existing = self.shared.all_existing()?;
+        let existing = self.shared.existing.all()?;
+        let existing = existing.widened(self.shared.disks.pages());
         let mut batch = Batch::default();
         for hole in self.unsent.take_holes(memory, &existing) {
             batch.push(PushHeader::Zeros(hole));

@@ -40,7 +40,7 @@ pub struct MigrationStatus {
     pub streams_open: u8,
     /// Payload rate of the rounds as delivered, until the switch.
     pub bandwidth: Option<BytesPerSecond>,
-    /// Downtime if the guest were paused now, until it is.
+    /// Downtime if the guest were paused now, until the switch.
     pub predicted_downtime: Option<Duration>,
     /// Since the request.
     pub elapsed: Duration,

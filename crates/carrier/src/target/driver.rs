@@ -22,7 +22,7 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-/// How long a source that is told of a loss may take to hear it.
+/// How long a source may take to hear of a loss.
 const LINGER_MAX: Duration = Duration::from_secs(1);
 
 /// Owns the engine of one arriving migration.
@@ -109,7 +109,7 @@ impl Driver {
         self.session.changed.notify_all();
     }
 
-    /// Gives the source time to hear why its guest is lost: it would take streams that are closed for a broken link,
+    /// Gives the source time to hear that its guest is lost, and why: it would take streams that are closed for a broken link,
     /// and ask. It closes the connection when it has heard.
     fn linger(&self) {
         let until = Instant::now() + LINGER_MAX;
@@ -141,6 +141,7 @@ impl Driver {
                     if let Some(old) = self.control.replace(control) {
                         old.close();
                     }
+                    self.session.inside().is_connected = true;
                     self.detach_streams();
                 }
             }

@@ -305,7 +305,7 @@ pub struct MigrationInfo {
     pub streams_open: u8,
     /// Bytes a second of the rounds, as delivered to the target; `null` when they are over.
     pub bandwidth: Option<u64>,
-    /// Downtime if the guest were paused now; `null` when it was.
+    /// Downtime if the guest were paused now; `null` after the switch.
     pub predicted_downtime_ms: Option<f64>,
     /// Since it was asked for.
     pub elapsed_ms: f64,

@@ -48,8 +48,13 @@ impl Host {
         self.registry().leaving_as(&name, id);
         tracing::info!(migration_id = %id, vm = %name, to = body.to, mode = %body.mode, "migration started");
         let tracker = vm.machine.shape().dirty_tracker;
+        let begun = Arc::clone(&migration);
         self.migrations_lock()
             .insert(migration, name.to_string(), body.to.clone(), tracker);
+        // To shrink the guest takes seconds, in which the daemon may have been told to end.
+        if self.check_not_ending().is_err() && begun.abort().is_ok() {
+            tracing::info!(migration_id = %id, "the daemon is about to end: it is aborted");
+        }
         Ok(id)
     }
 

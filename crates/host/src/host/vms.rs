@@ -139,8 +139,10 @@ impl Host {
                 .map_or(0, |installer| installer.missing_count().get()),
         };
         let missing = pages(info.missing_pages);
+        let is_connected = session.as_ref().is_some_and(|status| status.is_connected);
         let place = match session.as_ref().and_then(|status| status.from) {
-            Some(from) => format!("at its source, {}", from.ip()),
+            Some(from) if is_connected => format!("at its source, {}", from.ip()),
+            Some(from) => format!("at its source, {}, which is not connected", from.ip()),
             None => "at its source, which has not come back yet".to_owned(),
         };
         let stuck = session.and_then(|status| status.stuck);

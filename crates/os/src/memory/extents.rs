@@ -25,16 +25,31 @@ impl SharedMemory {
     /// # Errors
     /// The range is not within the memory, or the kernel refuses.
     pub fn data_extents(&self, range: PageRange) -> io::Result<Vec<PageRange>> {
+        self.check_within(range)?;
+        match self.kind() {
+            PageKind::Small => self.seek_extents(range),
+            PageKind::Huge => Ok(self.huge_extents(range).unwrap_or_else(|_| vec![range])),
+        }
+    }
+
+    /// Whether any page within `range` exists, of memory of small pages.
+    ///
+    /// # Errors
+    /// As [`SharedMemory::data_extents`].
+    pub(super) fn has_data(&self, range: PageRange) -> io::Result<bool> {
+        self.check_within(range)?;
+        let data = seek(self.file(), range.first.file_offset(), libc::SEEK_DATA)?;
+        Ok(data.is_some_and(|data| data < range.end().file_offset()))
+    }
+
+    fn check_within(&self, range: PageRange) -> io::Result<()> {
         if range.end() > Pfn::new(self.page_count().get()) {
             return Err(io::Error::new(
                 io::ErrorKind::InvalidInput,
                 "beyond the end of the memory",
             ));
         }
-        match self.kind() {
-            PageKind::Small => self.seek_extents(range),
-            PageKind::Huge => Ok(self.huge_extents(range).unwrap_or_else(|_| vec![range])),
-        }
+        Ok(())
     }
 
     fn seek_extents(&self, range: PageRange) -> io::Result<Vec<PageRange>> {

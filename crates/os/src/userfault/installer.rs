@@ -126,7 +126,7 @@ impl PageInstaller {
     }
 
     /// Before the guest runs: the content of these pages is not here. On small pages whatever is
-    /// there is thrown away, in one call a range, which is dear for scattered pages.
+    /// there is thrown away, in a call or two a range, which is dear for scattered pages.
     ///
     /// # Errors
     /// The range is not within the memory, or the kernel refuses.

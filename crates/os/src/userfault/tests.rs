@@ -340,7 +340,6 @@ fn huge_pages_are_written_and_continued() {
     check_path(PageKind::Huge, FaultPath::Continue, pages);
 }
 
-/// A daemon has read a fault, written half a page on the path that allows it, and dies.
 #[test]
 fn a_long_run_of_zeros_makes_nothing() {
     for (kind, path) in [
@@ -357,23 +356,25 @@ fn a_long_run_of_zeros_makes_nothing() {
         };
         let installer = bed.installer();
         let numbers = [0, 5, 699, 700, 701, 2047];
-        for number in [5, 700, 701] {
-            let stale = page(number, 77);
-            bed.own.write_at(number * PAGE_SIZE, &stale).unwrap();
-        }
         let all = PageRange::new(Pfn::new(0), PageCount::new(2048));
         installer.mark_missing(all).unwrap();
         bed.gate.unmap_pages().unwrap();
+        // Of a daemon that died before it had shown them; the kernel copies none half-way.
+        let half: &[u64] = if path == FaultPath::Copy {
+            &[]
+        } else {
+            &[5, 700, 701]
+        };
+        for &number in half {
+            let stale = page(number, 77);
+            bed.own.write_at(number * PAGE_SIZE, &stale).unwrap();
+        }
         assert_eq!(installer.install_zeros(all).unwrap(), all.count);
         installer.finish().unwrap();
-        let existing: u64 = bed
-            .own
-            .data_extents(all)
-            .unwrap()
-            .iter()
-            .map(|run| run.count.get())
-            .sum();
-        assert!(existing <= 1024, "{existing} pages exist");
+        let existing = bed.own.data_extents(all).unwrap();
+        let existing: u64 = existing.iter().map(|run| run.count.get()).sum();
+        let most = half.len() as u64 * kind.bytes() / PAGE_SIZE;
+        assert!(existing <= most, "{existing} pages exist");
         for number in numbers {
             assert!(installer.resolve(Pfn::new(number)).unwrap());
         }
@@ -386,6 +387,7 @@ fn a_long_run_of_zeros_makes_nothing() {
     }
 }
 
+/// A daemon has read a fault, written half a page on the path that allows it, and dies.
 #[test]
 fn the_next_daemon_finds_what_is_missing_and_whom_to_wake() {
     for path in [FaultPath::Copy, FaultPath::Continue] {

@@ -44,11 +44,10 @@ impl Lent {
     /// By where the path really leads. One that leads nowhere is a matter for whoever opens it, but only
     /// within what is lent: nobody learns what is elsewhere.
     fn has_disk(&self, path: &Path) -> bool {
-        let real = |path: &Path| fs::canonicalize(path).ok();
-        let Some(disk) = real(path).or_else(|| real(path.parent()?)) else {
+        let Some(disk) = place(path) else {
             return false;
         };
-        let mut lent = self.disks.iter().filter_map(|lent| real(lent));
+        let mut lent = self.disks.iter().filter_map(|lent| place(lent));
         lent.any(|lent| disk.starts_with(lent))
     }
 
@@ -58,6 +57,18 @@ impl Lent {
             None => tap == lent,
         })
     }
+}
+
+/// Where a path leads, or would if there were something.
+fn place(path: &Path) -> Option<PathBuf> {
+    let real = fs::canonicalize(path).ok();
+    real.or_else(|| {
+        Some(
+            fs::canonicalize(path.parent()?)
+                .ok()?
+                .join(path.file_name()?),
+        )
+    })
 }
 
 #[cfg(test)]
@@ -75,7 +86,7 @@ mod tests {
         }
         symlink(at("own.raw"), at("lent/link.raw")).unwrap();
         let lent = Lent {
-            disks: vec![at("lent")],
+            disks: vec![at("lent"), at("later.raw")],
             taps: vec!["web0".to_owned(), "tap*".to_owned()],
         };
         for (name, expect) in [
@@ -87,6 +98,8 @@ mod tests {
             ("missing.raw", false),
             ("lent/missing/../../own.raw", false),
             ("lent.raw", false),
+            ("later.raw", true),
+            ("later.raw2", false),
         ] {
             assert_eq!(lent.has_disk(&at(name)), expect, "{name}");
         }
