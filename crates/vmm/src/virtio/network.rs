@@ -116,15 +116,25 @@ impl Network {
             self.incoming_bytes = stray.len();
             return true;
         }
-        match self.tap.read(&mut self.incoming) {
-            Ok(Some(bytes)) if bytes > HEADER_BYTES => self.incoming_bytes = bytes,
-            Ok(_) => {}
-            Err(error) => {
-                tracing::warn!(%error, "no packet comes from the host any more");
-                self.is_broken = true;
+        for _ in 0..STRAYS_MAX {
+            match self.tap.read(&mut self.incoming) {
+                // What the guest says to all comes to where it was before, and to where it will be and not runs yet.
+                // A kernel that hears itself warns of somebody with its address.
+                Ok(Some(bytes)) if bytes > HEADER_BYTES => {
+                    if self.incoming[..bytes].get(SENDER) != Some(&self.mac[..]) {
+                        self.incoming_bytes = bytes;
+                        return true;
+                    }
+                }
+                Ok(_) => return false,
+                Err(error) => {
+                    tracing::warn!(%error, "no packet comes from the host any more");
+                    self.is_broken = true;
+                    return false;
+                }
             }
         }
-        self.incoming_bytes > 0
+        false
     }
 
     /// Puts a packet from the host into the guest's buffers.
@@ -331,13 +341,9 @@ impl Device for Network {
         // One that there is no room for is lost, and so are those after it.
         while (self.incoming_bytes > 0 || self.take_next()) && self.incoming_bytes <= left {
             let stray = &self.incoming[..self.incoming_bytes];
+            left -= stray.len();
+            strays.push(stray.to_vec());
             self.incoming_bytes = 0;
-            // What the guest says to all from where it is now comes here, too. A kernel that hears itself warns of
-            // somebody with its address.
-            if stray.get(SENDER) != Some(&self.mac[..]) {
-                left -= stray.len();
-                strays.push(stray.to_vec());
-            }
         }
         strays
     }
@@ -543,6 +549,7 @@ mod tests {
         let foreign = [vec![0; HEADER_BYTES], vec![0; PACKET_BYTES_MAX + 1]];
         target.network.give_strays(foreign.into());
         target.network.give_strays(strays);
+        target.wire.send(&own).unwrap();
         target.wire.send(&sent[2]).unwrap();
         for number in 0..3 {
             target.queue(number, 1500, true);
