@@ -149,6 +149,8 @@ enum State {
         ours: Option<Digest>,
         theirs: Option<Digest>,
     },
+    /// The target has every page. Streams have not said yet what they sent of their last pieces.
+    Accounting,
     Releasing,
     Resolving {
         backoff: Duration,
@@ -336,7 +338,7 @@ impl Source {
             State::Committing { .. } | State::AwaitRuns => Stage::Committed,
             State::Serving => Stage::Serving,
             State::Resolving { .. } | State::Reattaching { .. } => Stage::Unresolved,
-            State::Verifying { .. } | State::Releasing => Stage::Releasing,
+            State::Verifying { .. } | State::Accounting | State::Releasing => Stage::Releasing,
             State::Returning { .. } => Stage::Returning,
             State::Finished => Stage::Finished,
         }
@@ -459,6 +461,7 @@ impl Source {
                 | State::Telling { .. }
                 | State::LastRound { .. }
                 | State::Verifying { .. }
+                | State::Accounting
         ) || (self.state == State::Serving && self.config.mode.pushes());
         if now.since(self.heard) > SILENCE_MAX {
             actions.extend(self.lost(now, String::from("the target has been silent for 10 s")));

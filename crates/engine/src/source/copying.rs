@@ -209,7 +209,12 @@ impl Source {
     pub(super) const fn gives_pieces(&self) -> bool {
         matches!(
             self.state,
-            State::Rounds | State::Telling { .. } | State::LastRound { .. } | State::Serving
+            State::Rounds
+                | State::Telling { .. }
+                | State::LastRound { .. }
+                | State::Serving
+                | State::Verifying { .. }
+                | State::Accounting
         )
     }
 
@@ -250,6 +255,9 @@ impl Source {
             actions.push(SourceAction::Look);
         }
         actions.extend(self.commit_if_ready(now));
+        if self.state == State::Accounting {
+            actions.extend(self.release_when_accounted_for());
+        }
         actions
     }
 

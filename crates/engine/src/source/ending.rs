@@ -62,7 +62,7 @@ impl Source {
             };
             return vec![SourceAction::Hash];
         }
-        self.release()
+        self.release_when_accounted_for()
     }
 
     pub(super) fn downtime(
@@ -116,10 +116,22 @@ impl Source {
             return Vec::new();
         };
         self.report.digest_equal = Some(ours == theirs);
+        self.release_when_accounted_for()
+    }
+
+    /// Releases the guest once every piece that was given to a stream has said what it sent: the target can have
+    /// the last page before the stream that sent it has said so.
+    pub(super) fn release_when_accounted_for(&mut self) -> Vec<SourceAction> {
+        if self.round.as_ref().is_some_and(Round::has_pieces_out) {
+            self.state = State::Accounting;
+            return Vec::new();
+        }
         self.release()
     }
 
     pub(super) fn release(&mut self) -> Vec<SourceAction> {
+        // What was pushed was over when the total was taken.
+        self.close_round(self.begun.after(self.report.total));
         self.state = State::Releasing;
         vec![SourceAction::Release]
     }
@@ -163,8 +175,8 @@ impl Source {
             }
             State::AwaitRuns | State::Serving => self.resolve(now, reason),
             State::Reattaching { .. } => self.reattach_later(now, reason),
-            // It runs there: only the comparison is lost.
-            State::Verifying { .. } => self.release(),
+            // It runs there and has its pages: only the comparison is lost.
+            State::Verifying { .. } | State::Accounting => self.release(),
             _ => self.fail(now, reason),
         }
     }
@@ -300,8 +312,9 @@ impl Source {
         match self.state {
             State::Finished => Vec::new(),
             // It runs at the target already; that its old process died here changes nothing.
-            State::Releasing | State::Verifying { .. } => {
-                self.state = State::Releasing;
+            State::Releasing => self.released(now),
+            State::Verifying { .. } | State::Accounting => {
+                self.release();
                 self.released(now)
             }
             // Its memory outlives it here, and that is all that the target needs. Who is told now to run it must not

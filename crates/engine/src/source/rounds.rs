@@ -302,9 +302,14 @@ impl Round {
         (self.planned, self.done.pages)
     }
 
+    /// True while a stream has a piece of which it has not said that it was sent.
+    pub(super) fn has_pieces_out(&self) -> bool {
+        self.queued.iter().any(|&queued| queued > 0)
+    }
+
     /// True when every piece was sent, but for those that are held back.
     pub(super) fn all_sent(&self) -> bool {
-        self.barriers_out && self.ready.is_empty() && self.queued.iter().all(|&queued| queued == 0)
+        self.barriers_out && self.ready.is_empty() && !self.has_pieces_out()
     }
 
     /// True when round `number` is this one and was sent to its end.

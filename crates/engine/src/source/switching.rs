@@ -150,9 +150,11 @@ impl Source {
 
     /// Every page is there.
     pub(super) fn complete(&mut self, now: Timestamp, faults: FaultReport) -> Vec<SourceAction> {
-        self.close_round(now);
         self.report.faults = Some(faults);
         self.report.total = now.since(self.begun);
+        if let Some(round) = &mut self.round {
+            round.stop();
+        }
         self.verify_or_release()
     }
 
@@ -298,10 +300,11 @@ mod tests {
     use crate::handover::{MigrationId, Resolution};
     use crate::journal::Machine;
     use crate::policy::Limits;
-    use crate::source::{SourceConfig, SourceEvent};
+    use crate::source::{SentPiece, SourceConfig, SourceEvent};
+    use core::time::Duration;
 
-    /// A source that a restarted daemon found, on demand: what it does after these events.
-    fn check(events: &[SourceEvent], expect: &[&str]) {
+    /// A source that a restarted daemon found, on demand, and that the target needs.
+    fn recovered() -> Source {
         let mut source = Source::recover(SourceConfig {
             id: MigrationId(1),
             peer: String::new(),
@@ -320,6 +323,12 @@ mod tests {
         for event in [SourceEvent::Begin, needs, SourceEvent::Connected] {
             source.handle(Timestamp::ZERO, event);
         }
+        source
+    }
+
+    /// What it does after these events.
+    fn check(events: &[SourceEvent], expect: &[&str]) {
+        let mut source = recovered();
         let mut names = Vec::new();
         for event in events {
             let actions = source.handle(Timestamp::ZERO, event.clone());
@@ -344,6 +353,52 @@ mod tests {
         check(&[there.clone(), drain.clone()], &[]);
         check(&[there.clone(), drain.clone(), known.clone()], &["push"]);
         check(&[drain, known, there], &["push"]);
+    }
+
+    /// The target can have the last page before the stream that sent it has said so.
+    #[test]
+    fn the_report_waits_for_pieces_that_were_sent_and_not_yet_counted() {
+        for is_lost in [false, true] {
+            let mut source = recovered();
+            let reconciled = SourceEvent::Reconciled { dirty: vec![5] };
+            let drain = SourceEvent::SetMode(Mode::PostCopy);
+            let mut pushed = Vec::new();
+            for event in [reattached(), drain, reconciled] {
+                pushed.extend(source.handle(Timestamp::ZERO, event));
+            }
+            let [SourceAction::Push { piece, stream }] = pushed[..] else {
+                panic!("{pushed:?}")
+            };
+            let ms = |ms| Timestamp::ZERO.after(Duration::from_millis(ms));
+            let complete = SourceEvent::Frame(ControlFrame::Complete(FaultReport::default()));
+            assert_eq!(source.handle(ms(3), complete), []);
+            let pages = PageCount::new(5);
+            let last = if is_lost {
+                let reason = String::new();
+                SourceEvent::ConnectionLost { reason }
+            } else {
+                let sent = SentPiece {
+                    pages,
+                    ..SentPiece::default()
+                };
+                SourceEvent::Sent {
+                    piece,
+                    stream,
+                    sent,
+                }
+            };
+            let next = source.handle(ms(9), last);
+            let names: Vec<_> = next.iter().map(SourceAction::name).collect();
+            assert_eq!(names, ["release"]);
+            let report = source.report();
+            let round = report.rounds.last().expect("what was pushed");
+            let counted = if is_lost { PageCount::ZERO } else { pages };
+            assert_eq!(
+                (round.pages, round.time),
+                (counted, Duration::from_millis(3))
+            );
+            assert_eq!(report.total, Duration::from_millis(3));
+        }
     }
 
     #[test]
