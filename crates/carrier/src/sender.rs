@@ -758,6 +758,7 @@ mod tests {
         check(&[], 300, "p0+128 p128+128 p256+44");
         check(&(0..300).collect::<Vec<_>>(), 300, "z0+300");
     }
+
     #[test]
     fn long_holes_are_taken_at_once_and_short_ones_stay() {
         let (memory, all) = (PageCount::new(3000), PageCount::new(4000));

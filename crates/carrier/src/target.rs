@@ -45,6 +45,8 @@ const PREFLIGHTS_MAX: usize = 8;
 /// Ended attempts that are remembered as barred. Ids are random, so an old one that is forgotten
 /// could only come back from a peer that replays it: a fresh attempt, for all that matters.
 const BARRED_MAX: usize = 4096;
+/// How long it may take to end a session whose guest is given up.
+const TOLD_MAX: Duration = Duration::from_secs(2);
 /// How long a source that asked may take to say that it is done.
 const DONE_MAX: Duration = Duration::from_secs(30);
 
@@ -188,9 +190,14 @@ impl Listener {
     }
 
     /// Says that a guest that misses pages will never get them; true if there is such a guest. It is lost, then:
-    /// it stands at the first page that it misses, and its source is told the reason if it is there.
+    /// it stands at the first page that it misses. Its source has heard the reason then, if it is there and listens.
     pub fn give_up(&self, id: MigrationId, reason: &str) -> bool {
-        self.shared.source_is_gone(id, reason)
+        let session = self.shared.registry().sessions.get(&id).cloned();
+        let Some(session) = session.filter(|session| session.source_is_gone(reason)) else {
+            return false;
+        };
+        session.wait(TOLD_MAX);
+        true
     }
 
     /// Ends an arriving migration unless it is committed; true if there was one.

@@ -59,8 +59,8 @@ pub(super) fn succeed(command: &mut Command) -> Result<String, HostError> {
     }
     let errors = String::from_utf8_lossy(&output.stderr);
     // What went wrong, and not what it had begun.
-    let last = |text: &str| text.lines().last().map(str::to_owned);
-    let said = last(&errors).or_else(|| last(&text)).unwrap_or_default();
+    let said = errors.lines().last().or_else(|| text.lines().last());
+    let said = said.unwrap_or_default();
     Err(HostError(format!(
         "{name} ended with {}: {said}",
         output.status

@@ -38,8 +38,6 @@ pub(super) struct Driver {
     state: Vec<u8>,
     timer: Option<Timestamp>,
     finished: bool,
-    /// It ended with the loss of its guest.
-    is_lost: bool,
 }
 
 impl Driver {
@@ -60,7 +58,6 @@ impl Driver {
             state: Vec::new(),
             timer: None,
             finished: false,
-            is_lost: false,
         }
     }
 
@@ -91,9 +88,6 @@ impl Driver {
                 Err(RecvTimeoutError::Disconnected) => unreachable!("the session holds a sender"),
             }
         }
-        if self.is_lost {
-            self.linger();
-        }
         if let Some(control) = self.control.take() {
             control.close();
         }
@@ -109,8 +103,8 @@ impl Driver {
         self.session.changed.notify_all();
     }
 
-    /// Gives the source time to hear that its guest is lost, and why: it would take streams that are closed for a broken link,
-    /// and ask. It closes the connection when it has heard.
+    /// Gives the source time to hear that its guest is lost, and why: it would take streams that are closed for a
+    /// broken link, and ask. It closes the connection when it has heard.
     fn linger(&self) {
         let until = Instant::now() + LINGER_MAX;
         while self.control.is_some()
@@ -229,7 +223,9 @@ impl Driver {
             TargetAction::Finish(outcome) => {
                 tracing::info!(?outcome, "arriving migration ends");
                 self.host.finished(self.session.id, &outcome);
-                self.is_lost = matches!(outcome, TargetOutcome::Lost { .. });
+                if matches!(outcome, TargetOutcome::Lost { .. }) {
+                    self.linger();
+                }
                 self.finished = true;
             }
             TargetAction::Load { .. }

@@ -191,7 +191,6 @@ impl Session {
         }
         let mut inside = self.inside();
         inside.from = Some(from);
-        inside.is_connected = true;
         inside.generation = generation;
         inside
             .streams
@@ -246,6 +245,14 @@ impl Session {
             })
             .unwrap_or_else(PoisonError::into_inner);
         inside.resolution
+    }
+
+    /// Waits until it is over, at most so long.
+    pub(super) fn wait(&self, patience: Duration) {
+        let waited = self
+            .changed
+            .wait_timeout_while(self.inside(), patience, |inside| !inside.over);
+        drop(waited.unwrap_or_else(PoisonError::into_inner));
     }
 
     /// Waits until all streams of the present generation have come and takes them.

@@ -22,8 +22,6 @@ use std::time::{Duration, Instant};
 
 /// How long a new guest is watched for a quick death before it counts as started.
 const FIRST_SIGN_MAX: Duration = Duration::from_millis(500);
-/// How long the source of a guest that misses pages may take to hear that it was stopped.
-const TOLD_MAX: Duration = Duration::from_secs(2);
 
 impl Host {
     /// All virtual machines.
@@ -254,20 +252,9 @@ impl Host {
         let Hold::Filling { id } = hold else {
             return false;
         };
-        let Some(peers) = self.peers.get() else {
-            return false;
-        };
-        if !peers.give_up(
-            id,
-            "it was stopped at the target before all its pages were there",
-        ) {
-            return false;
-        }
-        let until = Instant::now() + TOLD_MAX;
-        while peers.incoming().iter().any(|one| one.id == id) && Instant::now() < until {
-            thread::sleep(Duration::from_millis(2));
-        }
-        true
+        let reason = "it was stopped at the target before all its pages were there";
+        let peers = self.peers.get();
+        peers.is_some_and(|peers| peers.give_up(id, reason))
     }
 
     /// Sees to it that no migration holds a virtual machine.

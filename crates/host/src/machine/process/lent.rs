@@ -61,14 +61,11 @@ impl Lent {
 
 /// Where a path leads, or would if there were something.
 fn place(path: &Path) -> Option<PathBuf> {
-    let real = fs::canonicalize(path).ok();
-    real.or_else(|| {
-        Some(
-            fs::canonicalize(path.parent()?)
-                .ok()?
-                .join(path.file_name()?),
-        )
-    })
+    if let Ok(real) = fs::canonicalize(path) {
+        return Some(real);
+    }
+    let parent = fs::canonicalize(path.parent()?).ok()?;
+    Some(parent.join(path.file_name()?))
 }
 
 #[cfg(test)]
